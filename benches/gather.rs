@@ -1,0 +1,2 @@
+//! Criterion bench, to be written.
+fn main() {}

@@ -1,0 +1,165 @@
+"""A model as skeleton and tensors in hand, for those who move them about themselves.
+
+model ─ extract_tensors ─▶ (skeleton, tensors) ═ ray.put, ray.get ═▶ replace_tensors ─▶ model
+
+The pair travels through `ray.put` as one object whose tensors are one block, as with
+`ray_zerocopy.put`, which is the shorter way where the model is all that is wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_zerocopy.errors import MismatchError
+from ray_zerocopy.store import Shared
+
+Arrays = dict[str, dict[str, np.ndarray]]
+
+# An array whose dtype numpy lacks holds integers; its own dtype is in the dtype's metadata.
+_DTYPE = "torch.dtype"
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class Tensors(Sequence[Arrays]):
+    """The tensors of a model: one mapping for each module, in `named_modules()` order.
+
+    `tensors[i]` is `{"params": {name: ndarray}, "buffers": {name: ndarray}}`: arrays over the
+    tensors' own memory, made when asked for. A dtype that numpy lacks, such as bfloat16, shows as
+    integers of the same size, with `dtype.metadata["torch.dtype"]` naming the real one.
+
+    It pickles out of band as one block. Ties, strides and `requires_grad` survive, and so do
+    attributes that hold the same tensors once more, such as the flat weights of an LSTM.
+    """
+
+    def __init__(self, modules: list[dict[str, dict[str, Any]]]) -> None:
+        self._modules = modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        module = self._modules[index]
+        return {
+            kind: {name: _array(tensor) for name, tensor in module[kind].items()}
+            for kind in ("params", "buffers")
+        }
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Tensors, (Shared(self._modules),)
+
+
+def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
+    """Take a model apart; the model itself is not touched and no tensor is copied.
+
+    Returns the skeleton, a copy of the model in eval mode whose parameters and buffers are all
+    None, and its `Tensors`.
+    """
+    modules = list(model.modules())
+    tensors = {
+        id(tensor): None
+        for module in modules
+        for registry in (module._parameters, module._buffers)
+        for tensor in registry.values()
+        if tensor is not None
+    }
+    extracted = [
+        {
+            "params": _present(module._parameters),
+            "buffers": _present(module._buffers),
+            "others": {
+                name: value
+                for name, value in module.__dict__.items()
+                if name not in ("_parameters", "_buffers", "_modules") and _holds(value, tensors)
+            },
+        }
+        for module in modules
+    ]
+    # deepcopy takes what its memo has for an object: here None for every tensor
+    skeleton = copy.deepcopy(model, dict(tensors))
+    return skeleton.eval(), Tensors(extracted)
+
+
+def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tensors into a skeleton, in place and without a copy; inverse of `extract_tensors`.
+
+    `tensors` is what `extract_tensors` gave, or any sequence of mappings of ndarrays like it; from
+    plain arrays every floating parameter comes back with `requires_grad`, and ties are not known.
+
+    Raises `MismatchError` where the skeleton has not as many modules as there are mappings.
+    """
+    for module, entry in _pairs(skeleton, tensors):
+        for name, parameter in entry["params"].items():
+            setattr(module, name, parameter)
+        for name, buffer in entry["buffers"].items():
+            setattr(module, name, buffer)
+        module.__dict__.update(entry["others"])
+
+
+def replace_tensors_direct(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Do what `replace_tensors` does by the shortest way: past every module's `__setattr__`."""
+    for module, entry in _pairs(skeleton, tensors):
+        module._parameters.update(entry["params"])
+        module._buffers.update(entry["buffers"])
+        module.__dict__.update(entry["others"])
+
+
+def _pairs(
+    skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[torch.nn.Module, Mapping[str, Any]]]:
+    modules = list(skeleton.modules())
+    if len(modules) != len(tensors):
+        raise MismatchError(
+            f"{type(skeleton).__name__} has {len(modules)} modules, there are tensors for "
+            f"{len(tensors)}: they come from different models"
+        )
+    entries = tensors._modules if isinstance(tensors, Tensors) else map(_from_arrays, tensors)
+    return zip(modules, entries, strict=True)
+
+
+def _from_arrays(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    def parameter(array: np.ndarray) -> torch.nn.Parameter:
+        tensor = _tensor(array)
+        differentiable = tensor.is_floating_point() or tensor.is_complex()
+        return torch.nn.Parameter(tensor, requires_grad=differentiable)
+
+    return {
+        "params": {name: parameter(array) for name, array in arrays["params"].items()},
+        "buffers": {name: _tensor(array) for name, array in arrays["buffers"].items()},
+        "others": {},
+    }
+
+
+def _present(registry: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in registry.items() if tensor is not None}
+
+
+def _holds(value: object, tensors: Mapping[int, None]) -> bool:
+    """Whether a plain attribute holds one of these tensors, itself or in a container."""
+    if isinstance(value, dict):
+        return any(_holds(item, tensors) for item in value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds(item, tensors) for item in value)
+    return id(value) in tensors
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    tensor = tensor.detach()
+    try:
+        return tensor.numpy()
+    except TypeError:  # a dtype that numpy lacks
+        array = tensor.view(_INTEGERS[tensor.dtype.itemsize]).numpy()
+        name = str(tensor.dtype).removeprefix("torch.")
+        return array.view(np.dtype(array.dtype, metadata={_DTYPE: name}))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    metadata: Any = array.dtype.metadata or {}
+    return tensor.view(getattr(torch, metadata[_DTYPE])) if _DTYPE in metadata else tensor

@@ -1,0 +1,29 @@
+//! The core of ray-zerocopy: plan the layout of a model's storages, gather them into one block,
+//! and map that block again where it is read.
+//!
+//! ```text
+//! storages ─ layout ─▶ table + segments ─ block ─▶ ... ═ store ═ ... ─ pages ─▶ views
+//! ```
+//!
+//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `table`,
+//! `block`, `pages`, and with the feature `python` the edge towards Python.
+
+pub mod error;
+
+pub mod dtype;
+
+pub mod view;
+
+pub mod layout;
+
+pub mod table;
+
+#[allow(unsafe_code)] // reads the model's storages by address
+pub mod block;
+
+#[allow(unsafe_code)] // maps memory
+pub mod pages;
+
+#[cfg(feature = "python")]
+#[allow(unsafe_code)] // the buffer protocol
+mod python;

@@ -1,0 +1,474 @@
+//! The edge towards Python, and the only file that knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::Arc;
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyString, PyTuple, PyType};
+
+use crate::block::{self, Piece};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::layout::{Layout, Segment as Run, used};
+use crate::pages::{self, Pages, Source};
+use crate::table::{Table, fingerprint};
+use crate::view::{Flags, View};
+
+pyo3::import_exception!(ray_zerocopy.errors, BlockError);
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        BlockError::new_err(error.to_string())
+    }
+}
+
+/// A storage of the model: address, bytes, and the object that keeps it alive.
+type Storage = (usize, u64, Py<PyAny>);
+
+/// A tensor: its storage, dtype, flags, offset, shape and stride in elements.
+type Geometry = (usize, String, u8, u64, Vec<u64>, Vec<u64>);
+
+/// Storages and views on their way into a block.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+struct Gather {
+    layout: Layout,
+    pieces: Vec<Piece>,
+    owners: Vec<Py<PyAny>>,
+    /// The offset table, encoded.
+    #[pyo3(get)]
+    table: Py<PyBytes>,
+}
+
+#[pymethods]
+impl Gather {
+    #[new]
+    fn new(py: Python<'_>, storages: Vec<Storage>, views: Vec<Geometry>) -> PyResult<Gather> {
+        let mut views: Vec<View> = views
+            .into_iter()
+            .map(|(span, dtype, flags, offset, shape, stride)| {
+                let dtype = Dtype::from_name(&dtype)?;
+                Ok(View { span, dtype, flags: Flags(flags), offset, shape, stride })
+            })
+            .collect::<Result<_, Error>>()?;
+        let mut extents = vec![Vec::new(); storages.len()];
+        for (index, view) in views.iter().enumerate() {
+            let (span, spans) = (view.span, storages.len());
+            let no_such_span = Error::NoSuchSpan { view: index, span, spans };
+            view.check(storages.get(span).ok_or(no_such_span)?.1)?;
+            extents[span].extend(view.extent()?);
+        }
+        let used: Vec<_> = extents.into_iter().map(used).collect();
+        for view in &mut views {
+            let itemsize = view.dtype.itemsize();
+            let start = used[view.span].start / itemsize;
+            view.offset = if view.extent()?.is_some() { view.offset - start } else { 0 };
+        }
+        let nbytes: Vec<_> = used.iter().map(|used| used.end - used.start).collect();
+        let layout = Layout::plan(&nbytes)?;
+        let table = Table::new(&layout, views)?.encode();
+        let (pieces, owners) = storages
+            .into_iter()
+            .zip(used)
+            .map(|((address, _, owner), used)| {
+                let nbytes = (used.end - used.start) as usize;
+                (Piece { address: address + used.start as usize, nbytes }, owner)
+            })
+            .unzip();
+        Ok(Gather { layout, pieces, owners, table: PyBytes::new(py, &table).unbind() })
+    }
+
+    /// The block as buffers in order: the small storages packed, the large ones where they are.
+    fn segments(&self, py: Python<'_>) -> Vec<Segment> {
+        let fingerprint = fingerprint(self.table.as_bytes(py));
+        let segment = |run: &Run| match run {
+            Run::Packed { .. } => {
+                // SAFETY: the owners keep the storages alive; that nobody writes a model while it
+                // is published is the caller's part, as with any pickle.
+                let bytes = unsafe { block::pack(&self.layout, &self.pieces, fingerprint) };
+                let bytes: Arc<[u8]> = bytes.into();
+                let piece = Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };
+                Segment { piece, _owner: Owner::Packed(bytes) }
+            }
+            Run::Piece { span, bytes } => {
+                let address = self.pieces[*span].address + bytes.start as usize;
+                let nbytes = (bytes.end - bytes.start) as usize;
+                let owner = Owner::Storage(self.owners[*span].clone_ref(py));
+                Segment { piece: Piece { address, nbytes }, _owner: owner }
+            }
+        };
+        self.layout.segments.iter().map(segment).collect()
+    }
+
+    /// Bytes in the block.
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.layout.nbytes
+    }
+}
+
+/// What keeps the bytes of a segment where they are.
+enum Owner {
+    Packed(#[allow(dead_code)] Arc<[u8]>),
+    Storage(#[allow(dead_code)] Py<PyAny>),
+}
+
+/// A run of the block on its way: a read-only buffer.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+struct Segment {
+    piece: Piece,
+    _owner: Owner,
+}
+
+#[pymethods]
+impl Segment {
+    /// # Safety
+    /// Called by the interpreter with a view to fill.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let piece = slf.get().piece;
+        // SAFETY: the interpreter's view; the segment, whose owner keeps the bytes, is its object.
+        unsafe { fill_buffer(slf.into_any(), piece, true, view, flags) }
+    }
+}
+
+/// # Safety
+/// `view` is the interpreter's to be filled, and `object` keeps the piece alive.
+unsafe fn fill_buffer(
+    object: Bound<'_, PyAny>,
+    piece: Piece,
+    readonly: bool,
+    view: *mut ffi::Py_buffer,
+    flags: c_int,
+) -> PyResult<()> {
+    if view.is_null() {
+        return Err(PyBufferError::new_err("no view to fill"));
+    }
+    let (address, nbytes) = (piece.address as *mut c_void, piece.nbytes as ffi::Py_ssize_t);
+    // SAFETY: the view is not null; the bytes live as long as the object, which it will refer to.
+    let status = unsafe {
+        ffi::PyBuffer_FillInfo(view, object.as_ptr(), address, nbytes, c_int::from(readonly), flags)
+    };
+    if status == 0 { Ok(()) } else { Err(PyErr::fetch(object.py())) }
+}
+
+/// A block in this process, with its table: writable memory that keeps the store's buffer alive.
+///
+/// ```text
+///  tensor ─▶ ndarray ─▶ Block ─▶ pages ─▶ Ray's buffer ─▶ object in the store
+/// ```
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+struct Block {
+    // dropped in this order: first the pages, then what lies beneath them
+    pages: Pages,
+    _buffers: Vec<PyUntypedBuffer>,
+    table: Table,
+    source: Option<Source>,
+    /// Why the pages are not what was asked for, if they are not.
+    #[pyo3(get)]
+    fallback: Option<String>,
+}
+
+#[pymethods]
+impl Block {
+    /// Checks the buffers against the table and maps them.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        table: &Bound<'_, PyBytes>,
+        buffers: Vec<Bound<'_, PyAny>>,
+        isolation: &str,
+    ) -> PyResult<Block> {
+        let fingerprint = fingerprint(table.as_bytes());
+        let table = Table::decode(table.as_bytes())?;
+        let buffers = buffers.iter().map(PyUntypedBuffer::get).collect::<PyResult<Vec<_>>>()?;
+        let pieces: Vec<_> = buffers
+            .iter()
+            .map(|buffer| Piece { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
+            .collect();
+        let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
+        let whole = pieces
+            .first()
+            .map(|first| Piece { address: first.address, nbytes: table.nbytes as usize });
+        let first = pieces.first().map_or(&[] as &[u8], |first| {
+            // SAFETY: the buffer is held; objects of the store are sealed before they are read.
+            unsafe { first.bytes() }
+        });
+        block::check_header(first, fingerprint)?;
+        let copy = || {
+            // SAFETY: the buffers are held; objects of the store are sealed before they are read;
+            // the length was checked.
+            py.detach(|| unsafe { block::copy(&pieces, table.nbytes) }).map(Pages::Copied)
+        };
+        let (mut source, mut fallback) = (None, None);
+        let pages = match (whole, isolation) {
+            (_, "copy") => copy()?,
+            (Some(whole), "private" | "shared") if contiguous => {
+                match (pages::source(whole), isolation) {
+                    (Ok(None), "private") => {
+                        fallback = Some("it lies in no shared file".to_owned());
+                        copy()?
+                    }
+                    (found, "shared") => {
+                        source = found.ok().flatten();
+                        Pages::Shared(whole)
+                    }
+                    (found, _) => match found.and_then(|_| Pages::private(whole)) {
+                        Ok(pages) => pages,
+                        Err(error) => {
+                            fallback = Some(error.to_string());
+                            Pages::Shared(whole)
+                        }
+                    },
+                }
+            }
+            (_, "private" | "shared") => {
+                fallback = Some(format!("its {} buffers do not adjoin", pieces.len()));
+                copy()?
+            }
+            _ => {
+                let message =
+                    format!("isolation is 'private', 'shared' or 'copy', not {isolation:?}");
+                return Err(PyValueError::new_err(message));
+            }
+        };
+        if let Pages::Private { source: found, .. } = &pages {
+            source = Some(found.clone());
+        }
+        Ok(Block { pages, _buffers: buffers, table, source, fallback })
+    }
+
+    /// How the bytes are held: "private", "shared" or "copied".
+    #[getter]
+    fn held(&self) -> &'static str {
+        match self.pages {
+            Pages::Private { .. } => "private",
+            Pages::Shared(_) => "shared",
+            Pages::Copied(_) => "copied",
+        }
+    }
+
+    /// File name, inode and offset in bytes of the store's file beneath; None for other memory.
+    #[getter]
+    fn source(&self) -> Option<(String, u64, u64)> {
+        self.source.clone().map(|source| (source.name, source.inode, source.offset))
+    }
+
+    /// Offset and bytes of each span.
+    #[getter]
+    fn spans(&self) -> Vec<(u64, u64)> {
+        self.table.spans.iter().map(|span| (span.offset, span.nbytes)).collect()
+    }
+
+    /// Span, dtype, flags, offset, shape and stride of each view, in elements.
+    #[getter]
+    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let view = |view: &View| {
+            let shape = PyTuple::new(py, &view.shape)?;
+            let stride = PyTuple::new(py, &view.stride)?;
+            (view.span, view.dtype.name(), view.flags.0, view.offset, shape, stride)
+                .into_pyobject(py)
+        };
+        self.table.views.iter().map(view).collect()
+    }
+
+    /// Fills this process's page table for the whole block.
+    fn prefault(&self, py: Python<'_>) {
+        py.detach(|| self.pages.prefault());
+    }
+
+    /// A tensor for each view that has a span for itself; None for the others.
+    fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        let py = slf.py();
+        let torch = Torch::get(py)?;
+        let table = &slf.get().table;
+        let mut views_on = vec![0_u32; table.spans.len()];
+        table.views.iter().for_each(|view| views_on[view.span] += 1);
+        let tensors = PyList::empty(py);
+        for view in &table.views {
+            let plain = !view.flags.contains(Flags::CONJ) && !view.flags.contains(Flags::NEG);
+            if views_on[view.span] == 1 && plain && view.extent()?.is_some() {
+                tensors.append(torch.tensor(slf, table.spans[view.span].offset, view)?)?;
+            } else {
+                tensors.append(py.None())?;
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// # Safety
+    /// Called by the interpreter with a view to fill.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let piece = slf.get().pages.piece();
+        // SAFETY: the interpreter's view; the block, which holds the pages, is its object.
+        unsafe { fill_buffer(slf.into_any(), piece, false, view, flags) }
+    }
+}
+
+/// What of torch and numpy makes a tensor, looked up once.
+struct Torch {
+    ndarray: Py<PyAny>,
+    from_numpy: Py<PyAny>,
+    make_subclass: Py<PyAny>,
+    parameter: Py<PyAny>,
+    /// For each dtype by code: numpy's carrier, and torch's own where it differs.
+    dtypes: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
+}
+
+impl Torch {
+    fn get(py: Python<'_>) -> PyResult<&Torch> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || {
+            let (torch, numpy) = (py.import("torch")?, py.import("numpy")?);
+            let dtype = |dtype: &Dtype| {
+                let carrier = numpy.getattr("dtype")?.call1((dtype.carrier(),))?.unbind();
+                let own = (dtype.carrier() != dtype.name())
+                    .then(|| torch.getattr_opt(dtype.name()))
+                    .transpose()?
+                    .flatten();
+                Ok((carrier, own.map(Bound::unbind)))
+            };
+            Ok(Torch {
+                ndarray: numpy.getattr("ndarray")?.unbind(),
+                from_numpy: torch.getattr("from_numpy")?.unbind(),
+                make_subclass: torch.getattr("Tensor")?.getattr("_make_subclass")?.unbind(),
+                parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
+                dtypes: Dtype::ALL.iter().map(dtype).collect::<PyResult<_>>()?,
+            })
+        })
+    }
+
+    /// A tensor with a storage of its own over a part of the block.
+    fn tensor<'py>(
+        &self,
+        block: &Bound<'py, Block>,
+        span: u64,
+        view: &View,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = block.py();
+        let itemsize = view.dtype.itemsize();
+        let (carrier, own) = &self.dtypes[view.dtype as usize];
+        let shape = PyTuple::new(py, &view.shape)?;
+        let offset = span + view.offset * itemsize;
+        let array = if view.is_contiguous() {
+            self.ndarray.bind(py).call1((shape, carrier, block, offset))?
+        } else {
+            let strides = PyTuple::new(py, view.stride.iter().map(|stride| stride * itemsize))?;
+            self.ndarray.bind(py).call1((shape, carrier, block, offset, strides))?
+        };
+        let mut tensor = self.from_numpy.bind(py).call1((array,))?;
+        if let Some(dtype) = own {
+            tensor = tensor.call_method1(pyo3::intern!(py, "view"), (dtype,))?;
+        }
+        let requires_grad = view.flags.contains(Flags::REQUIRES_GRAD);
+        if view.flags.contains(Flags::PARAMETER) {
+            return self.make_subclass.bind(py).call1((&self.parameter, tensor, requires_grad));
+        }
+        if requires_grad {
+            tensor.call_method1(pyo3::intern!(py, "requires_grad_"), (true,))?;
+        }
+        Ok(tensor)
+    }
+}
+
+/// What `torch.nn.Module.__init__` gives every module, of which most stays as it was.
+struct Defaults {
+    attributes: Py<PyDict>,
+    dicts: Vec<Py<PyString>>,
+    ordered_dicts: Vec<Py<PyString>>,
+    sets: Vec<Py<PyString>>,
+    ordered_dict: Py<PyType>,
+}
+
+impl Defaults {
+    fn get(py: Python<'_>) -> PyResult<&Defaults> {
+        static DEFAULTS: PyOnceLock<Defaults> = PyOnceLock::new();
+        DEFAULTS.get_or_try_init(py, || {
+            let module = py.import("torch")?.getattr("nn")?.getattr("Module")?.call0()?;
+            let attributes = module.getattr("__dict__")?.cast_into::<PyDict>()?;
+            let ordered_dict = py.import("collections")?.getattr("OrderedDict")?;
+            let ordered_dict = ordered_dict.cast_into::<PyType>()?;
+            let (mut dicts, mut ordered_dicts, mut sets) = (vec![], vec![], vec![]);
+            for (name, value) in &attributes {
+                let names = match value.get_type() {
+                    kind if kind.is(&ordered_dict) => &mut ordered_dicts,
+                    kind if kind.is(&py.get_type::<PyDict>()) => &mut dicts,
+                    kind if kind.is(&py.get_type::<PySet>()) => &mut sets,
+                    _ => continue,
+                };
+                names.push(name.cast_into::<PyString>()?.unbind());
+            }
+            let (attributes, ordered_dict) = (attributes.unbind(), ordered_dict.unbind());
+            Ok(Defaults { attributes, dicts, ordered_dicts, sets, ordered_dict })
+        })
+    }
+}
+
+/// The defaults of `torch.nn.Module`, fresh, and over them the attributes that differ.
+#[pyfunction]
+fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
+    let py = differing.py();
+    let defaults = Defaults::get(py)?;
+    let state = defaults.attributes.bind(py).copy()?;
+    for name in &defaults.dicts {
+        state.set_item(name, PyDict::new(py))?;
+    }
+    for name in &defaults.sets {
+        state.set_item(name, PySet::empty(py)?)?;
+    }
+    for name in &defaults.ordered_dicts {
+        state.set_item(name, defaults.ordered_dict.bind(py).call0()?)?;
+    }
+    state.update(differing.as_mapping())?;
+    Ok(state)
+}
+
+/// Makes `module_state` the `__dict__` of a bare module, as `nn.Module.__setstate__` would.
+#[pyfunction]
+fn restore_module(module: &Bound<'_, PyAny>, differing: &Bound<'_, PyDict>) -> PyResult<()> {
+    let state = module_state(differing)?;
+    // SAFETY: both are objects of this interpreter; the setter checks that a dict is taken.
+    let status =
+        unsafe { ffi::PyObject_GenericSetDict(module.as_ptr(), state.as_ptr(), ptr::null_mut()) };
+    if status == 0 { Ok(()) } else { Err(PyErr::fetch(module.py())) }
+}
+
+/// File name, inode and offset in bytes of the shared file mapping that holds an address.
+#[pyfunction]
+fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
+    let source = pages::source(Piece { address, nbytes: 1 })?;
+    Ok(source.map(|source| (source.name, source.inode, source.offset)))
+}
+
+/// The names of the dtypes that can be laid out.
+#[pyfunction]
+fn dtypes() -> Vec<&'static str> {
+    Dtype::ALL.iter().map(|dtype| dtype.name()).collect()
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Gather>()?;
+    module.add_class::<Segment>()?;
+    module.add_class::<Block>()?;
+    module.add_function(wrap_pyfunction!(module_state, module)?)?;
+    module.add_function(wrap_pyfunction!(restore_module, module)?)?;
+    module.add_function(wrap_pyfunction!(source_of, module)?)?;
+    module.add_function(wrap_pyfunction!(dtypes, module)?)?;
+    module.add("REQUIRES_GRAD", Flags::REQUIRES_GRAD.0)?;
+    module.add("PARAMETER", Flags::PARAMETER.0)?;
+    module.add("CONJ", Flags::CONJ.0)?;
+    module.add("NEG", Flags::NEG.0)?;
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! A view: a tensor's dtype, shape, stride and offset over one span.
+
+use std::ops::Range;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+
+/// What a view is to torch, beyond its geometry; the bits of one byte in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flags(pub u8);
+
+impl Flags {
+    /// Autograd records operations on it.
+    pub const REQUIRES_GRAD: Flags = Flags(1);
+    /// It is a `torch.nn.Parameter`.
+    pub const PARAMETER: Flags = Flags(2);
+    /// Its conjugate bit is set (`Tensor.is_conj`).
+    pub const CONJ: Flags = Flags(4);
+    /// Its negative bit is set (`Tensor.is_neg`).
+    pub const NEG: Flags = Flags(8);
+
+    /// Whether all bits of `other` are set.
+    pub fn contains(self, other: Flags) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// A strided tensor over a span. Shape, stride and offset count elements, as in torch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// Index of the span in the table.
+    pub span: usize,
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// What else torch keeps of it.
+    pub flags: Flags,
+    /// Elements between the start of the span and the first element.
+    pub offset: u64,
+    /// Elements in each dimension.
+    pub shape: Vec<u64>,
+    /// Elements between neighbours in each dimension; 0 repeats, none is negative.
+    pub stride: Vec<u64>,
+}
+
+impl View {
+    /// The bytes of its span that it touches; `None` if it has no element.
+    pub fn extent(&self) -> Result<Option<Range<u64>>> {
+        if self.shape.len() != self.stride.len() {
+            return Err(Error::Dimensions { shape: self.shape.len(), stride: self.stride.len() });
+        }
+        if self.shape.contains(&0) {
+            return Ok(None);
+        }
+        let overflow = Error::Overflow { what: "a view's last byte" };
+        let last =
+            (self.shape.iter().zip(&self.stride)).try_fold(self.offset, |last, (&n, &step)| {
+                // n > 0: a zero was sent away above
+                (n - 1).checked_mul(step).and_then(|span| last.checked_add(span))
+            });
+        let itemsize = self.dtype.itemsize();
+        let end = last.and_then(|last| last.checked_add(1)).and_then(|n| n.checked_mul(itemsize));
+        let end = end.ok_or(overflow)?;
+        // offset <= last, so offset * itemsize <= end
+        Ok(Some(self.offset * itemsize..end))
+    }
+
+    /// Whether every byte it touches lies within a span of `nbytes`.
+    pub fn check(&self, nbytes: u64) -> Result<()> {
+        match self.extent()? {
+            Some(extent) if extent.end > nbytes => {
+                Err(Error::OutOfSpan { end: extent.end, nbytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether its elements lie one after the other in row-major order.
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        self.shape.iter().zip(&self.stride).rev().all(|(&n, &step)| {
+            let fits = step == expected;
+            expected = expected.saturating_mul(n);
+            fits
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn view(dtype: Dtype, offset: u64, shape: &[u64], stride: &[u64]) -> View {
+        let (shape, stride) = (shape.to_vec(), stride.to_vec());
+        View { span: 0, dtype, flags: Flags::default(), offset, shape, stride }
+    }
+
+    #[test]
+    fn extents_of_known_layouts() {
+        let cases = [
+            (view(Dtype::Float32, 0, &[2, 3], &[3, 1]), Some(0..24)),
+            (view(Dtype::Float32, 1, &[2, 3], &[1, 2]), Some(4..28)),
+            (view(Dtype::Bfloat16, 5, &[], &[]), Some(10..12)),
+            (view(Dtype::Int64, 0, &[9, 4], &[0, 1]), Some(0..32)), // expanded
+            (view(Dtype::Float8E4m3fn, 0, &[4, 4], &[2, 1]), Some(0..10)), // overlapping
+            (view(Dtype::Complex128, 7, &[0, 4], &[4, 1]), None),
+        ];
+        for (view, extent) in cases {
+            assert_eq!(view.extent().unwrap(), extent, "{view:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_numbers() {
+        let error = view(Dtype::Float32, 0, &[2, 3], &[3, 1]).check(23).unwrap_err();
+        assert_eq!(error, Error::OutOfSpan { end: 24, nbytes: 23 });
+        assert!(view(Dtype::Float32, 0, &[2], &[]).extent().is_err());
+        assert!(view(Dtype::Float32, u64::MAX, &[1], &[1]).extent().is_err());
+        assert!(view(Dtype::Float32, 0, &[u64::MAX, 3], &[u64::MAX, 1]).extent().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn an_extent_holds_just_the_elements(
+            offset in 0u64..50, dims in prop::collection::vec((1u64..5, 0u64..9), 0..4),
+        ) {
+            let (shape, stride): (Vec<_>, Vec<_>) = dims.into_iter().unzip();
+            let view = view(Dtype::Int16, offset, &shape, &stride);
+            // the oracle: every index, one by one
+            let mut indices = vec![offset];
+            for (&n, &step) in shape.iter().zip(&stride) {
+                indices = indices.iter().flat_map(|&i| (0..n).map(move |k| i + k * step)).collect();
+            }
+            let (first, last) = (indices.iter().min().unwrap(), indices.iter().max().unwrap());
+            prop_assert_eq!(view.extent().unwrap(), Some(first * 2..(last + 1) * 2));
+        }
+
+        #[test]
+        fn arbitrary_numbers_never_panic(
+            offset: u64, shape in prop::collection::vec(any::<u64>(), 0..5),
+            stride in prop::collection::vec(any::<u64>(), 0..5), nbytes: u64,
+        ) {
+            let view = view(Dtype::Complex128, offset, &shape, &stride);
+            let _ = view.is_contiguous();
+            if view.check(nbytes).is_ok() && !shape.contains(&0) {
+                prop_assert!(view.extent().unwrap().unwrap().end <= nbytes);
+            }
+        }
+    }
+}
