@@ -22,8 +22,17 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 _PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes, slice, range, type(...), enum.Enum),
-    *(np.generic, np.dtype, torch.dtype, torch.device, torch.Size, torch.layout),
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, type(...)),
+    *(
+        enum.Enum,
+        types.ModuleType,
+        np.generic,
+        np.dtype,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        torch.layout,
+    ),
 )
 _SPARSE = {
     torch.sparse_coo: ("_indices", "_values", "is_coalesced"),
@@ -86,17 +95,18 @@ class _Walk:
             self.met[id(node)] = path
             self.alive.append(node)
             self.found[path], children = _parts(node)
-            if _has_bytes(node):
-                self.found[f"{path}|storage"] = self.place(path, node)
+            if isinstance(node, torch.UntypedStorage):
+                self.found[f"{path}|storage"] = self.place(path, node, node)
+            elif _has_bytes(node):
+                self.found[f"{path}|storage"] = self.place(path, node, node.untyped_storage())
             for suffix, child in children:
                 self.visit(path + suffix, child)
 
-    def place(self, path, tensor):
-        """(path of the first tensor met in this storage, bytes from its start to this one's)."""
-        storage = tensor.untyped_storage()
+    def place(self, path, node, storage):
+        """(path of the first node met in this storage, bytes from its start to this one's)."""
         self.alive.append(storage)
-        first, address = self.storages.setdefault(storage._cdata, (path, tensor.data_ptr()))
-        return first, tensor.data_ptr() - address
+        first, address = self.storages.setdefault(storage._cdata, (path, node.data_ptr()))
+        return first, node.data_ptr() - address
 
 
 def _name(node):
@@ -113,8 +123,9 @@ def _importable(node):
 
 
 def _class(node):
+    """The class; one that travelled by value keeps its module and name but not its qualname."""
     cls = type(node)
-    return _name(cls), "importable" if _importable(cls) else "by value"
+    return _name(cls) if _importable(cls) else (cls.__module__, cls.__name__, "by value")
 
 
 def _parts(node):
@@ -149,7 +160,13 @@ def _parts(node):
         case torch.ScriptObject():
             return _class(node), [(".__getstate__()", node.__getstate__())]
         case type():
-            return (_name(node), "by value"), []
+            return (node.__module__, node.__name__, "by value"), []
+        case torch.UntypedStorage():
+            return (_class(node), node.nbytes(), _digest(_storage_bytes(node))), []
+        case torch.SymInt():  # the numbers of ragged sizes are each process's own
+            return _class(node), []
+        case _ if type(node).__getstate__ is not object.__getstate__:
+            return _class(node), [(".__getstate__()", node.__getstate__())]
         case _:
             children = _attributes(node)
             return (_class(node), [suffix for suffix, _ in children]), children
@@ -201,6 +218,7 @@ def _has_bytes(node):
         and node.layout == torch.strided
         and node.device.type == "cpu"
         and node.numel() > 0
+        and node.untyped_storage().nbytes() > 0
     )
 
 
@@ -223,7 +241,7 @@ def _tensor_parts(tensor):
     if tensor.is_nested:
         names = ("_nested_tensor_size", "_nested_tensor_strides", "_nested_tensor_storage_offsets")
         shape = [getattr(tensor, name)().tolist() for name in names]
-        return (kind, flags, shape, _digest(_storage_bytes(tensor))), children
+        return (kind, flags, shape, _digest(_storage_bytes(tensor.untyped_storage()))), children
     shape = (tuple(tensor.shape), tensor.stride(), tensor.is_quantized and _quantizer(tensor))
     return (kind, flags, shape, _has_bytes(tensor) and _digest(_elements(tensor))), children
 
@@ -235,14 +253,13 @@ def _quantizer(tensor):
     return tensor.q_per_channel_axis(), scales.tolist(), zeros.tolist()
 
 
-def _storage_bytes(tensor) -> np.ndarray:
-    flat = torch.empty(0, dtype=torch.uint8, device="cpu")
-    return flat.set_(tensor.untyped_storage()).numpy()
+def _storage_bytes(storage) -> np.ndarray:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
 
 
 def _elements(tensor) -> np.ndarray:
     """The raw elements in logical order, as void: any dtype, any strides, no arithmetic."""
-    raw, size = _storage_bytes(tensor), tensor.dtype.itemsize
+    raw, size = _storage_bytes(tensor.untyped_storage()), tensor.dtype.itemsize
     if tensor.dtype in (torch.quint4x2, torch.quint2x4):  # several elements to a byte
         return raw
     start, strides = tensor.storage_offset() * size, [size * step for step in tensor.stride()]

@@ -1,10 +1,10 @@
 """The models every test and bench uses: seeded random weights, nothing from a hub.
 
-`simple`, `large`, `transformer` and `bert_base` are for everyday use. Three tables, name -> factory,
-hold the rest: `DIFFICULT` (what makes serializers stumble), `ARCHITECTURES` (real ones from
-`transformers`, made tiny) and `LAYOUTS` (tensors of every dtype and every odd layout). A factory of
-`LAYOUTS` returns a tensor or a list of them, every other factory a `Case`. Only the factories that
-need `transformers` import it.
+`simple`, `large`, `transformer`, `bert_base` are for everyday use. Three tables, name -> factory,
+hold the rest: `DIFFICULT` (what makes serializers stumble), `ARCHITECTURES` (real ones, made tiny)
+and `LAYOUTS` (tensors of every dtype and every odd layout). A factory of `LAYOUTS` returns a tensor
+or a list of them, every other factory a `Case`. Only the factories that need `transformers` import
+it.
 """
 
 import functools
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn import utils as nn_utils
 from torch.nn.utils import parametrizations
@@ -298,6 +297,8 @@ def numpy_attributes():
         small=rng.random(8, np.float32), large=rng.random((500, 500)), scalar=np.float64(0.1)
     )
     model.record = np.array([(1, 2.5)], dtype=[("index", "i4"), ("value", "f8")])
+    model.fortran, model.strided = np.asfortranarray(rng.random((90, 80))), rng.random(9000)[::3]
+    model.objects, model.alias = np.array([None, "a", 1.5], dtype=object), model.large
     return Case(model, (torch.randn(3, 8),), call=lambda m, x: m(x) + torch.tensor(m.small))
 
 
@@ -309,6 +310,19 @@ def shared_storage_views():
     model.register_buffer("tail", flat[70:100:3])
     model.transposed = flat[4:68].view(8, 8).t()
     return Case(model, (torch.randn(3, 8),))
+
+
+@_difficult
+def bare_storages():
+    model = nn.Linear(8, 8)
+    model.storage = model.weight.untyped_storage()
+    model.typed = torch.randn(5)._typed_storage()
+    return Case(model, (torch.randn(3, 8),))
+
+
+@_difficult
+def in_shared_memory():
+    return Case(_mlp(8, 16, 4).share_memory(), (torch.randn(3, 8),))
 
 
 @_difficult
@@ -354,6 +368,26 @@ class Slotted(nn.Module):
     def __setstate__(self, state):
         self.scale = state.pop("scale")
         super().__setstate__(state)
+
+
+class SelfReducing(nn.Module):
+    """Says itself how it is made and what it is made with."""
+
+    def __init__(self, width, state=None):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.load_state_dict(state or self.state_dict())
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def __reduce__(self):
+        return type(self), (self.linear.in_features, self.state_dict())
+
+
+@_difficult
+def custom_reduce():
+    return Case(SelfReducing(8), (torch.randn(3, 8),))
 
 
 @_difficult
@@ -466,6 +500,11 @@ def submodule_twice():
 
 
 @_difficult
+def state_dict():
+    return Case(channels_last().model.state_dict(), call=None)
+
+
+@_difficult
 def class_by_value():
     class Local(nn.Module):
         """Importable from nowhere, so its code travels too."""
@@ -504,6 +543,11 @@ def integer_and_complex_parameters():
 @_difficult
 def meta_model():
     return Case(nn.Linear(8, 8, device="meta"), call=None)
+
+
+@_difficult
+def hf_output():
+    return Case(ARCHITECTURES["gpt2"]().run(), call=None)
 
 
 @_difficult
@@ -806,6 +850,11 @@ def empty_slice():
 
 
 @_layout
+def strides_that_lead_nowhere():
+    return [torch.randn(5).as_strided((1, 5), (2**40, 1)), torch.empty_strided((0, 3), (2**40, 1))]
+
+
+@_layout
 def slice_of_huge():
     return torch.randn(1_000_000)[500_000:500_010]
 
@@ -814,6 +863,12 @@ def slice_of_huge():
 def slices_of_one():
     base = torch.randn(100)
     return [base[10:20], base[15:25], base[90:], base, base[10:20]]
+
+
+@_layout
+def far_slices_of_one():
+    base = torch.randn(1_000_000)
+    return [base[:10], base[-10:]]
 
 
 @_layout
@@ -838,6 +893,11 @@ def neg_view():
 
 
 @_layout
+def conj_and_neg_view():
+    return torch.randn(5, dtype=torch.complex64).conj()._neg_view()
+
+
+@_layout
 def requires_grad():
     return torch.randn(5, requires_grad=True)
 
@@ -854,6 +914,12 @@ def sparse_coo():
 @_layout
 def sparse_coo_uncoalesced():
     return torch.sparse_coo_tensor(torch.tensor([[1, 1, 0]]), torch.randn(3), (4,))
+
+
+@_layout
+def sparse_over_dense():
+    values = torch.randn(3)
+    return [values, torch.sparse_coo_tensor(torch.tensor([[0, 1, 3]]), values, (4,))]
 
 
 @_layout
@@ -897,6 +963,12 @@ def quantized_per_channel():
     return torch.quantize_per_channel(torch.randn(4, 6), scales, zeros, 0, torch.qint8)
 
 
+@_layout
+def quantized_views():
+    base = torch.quantize_per_tensor(torch.randn(4, 6), 0.1, 10, torch.quint8)
+    return [base, base[2:], base]
+
+
 class PlainSubclass(torch.Tensor):
     """A tensor subclass with nothing of its own."""
 
@@ -906,6 +978,11 @@ def subclass():
     tensor = torch.randn(4).as_subclass(PlainSubclass)
     tensor.unit = "metre"
     return tensor
+
+
+@_layout
+def subclass_parameter():
+    return nn.Parameter(torch.randn(4).as_subclass(PlainSubclass))
 
 
 class FunctionSubclass(torch.Tensor):
@@ -972,4 +1049,4 @@ def meta():
 
 @_layout
 def padded_rows():
-    return F.pad(torch.randn(5, 7), (0, 1))[:, :7]
+    return nn.functional.pad(torch.randn(5, 7), (0, 1))[:, :7]

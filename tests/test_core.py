@@ -1,0 +1,148 @@
+"""The Rust core from Python, with `bytes` as the oracle, and its stub."""
+
+import gc
+import random
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray_zerocopy as rzc
+import torch
+from ray_zerocopy import _core
+
+
+def gather(*parts):
+    """A gather of these bytes, a dense view of uint8 over each."""
+    arrays = [np.frombuffer(part, np.uint8) for part in parts]
+    storages = [(array.ctypes.data, array.nbytes, array) for array in arrays]
+    views = [(i, "uint8", 0, 0, (array.nbytes,), (1,)) for i, array in enumerate(arrays)]
+    return _core.Gather(storages, views)
+
+
+def rejoined(block):
+    return [bytes(memoryview(block)[start : start + n]) for start, n in block.spans]
+
+
+def laid_out(segments):
+    """The segments as Ray lays them out: one buffer, each part at a multiple of 64 bytes."""
+    whole = bytearray()
+    for segment in segments:
+        whole.extend(bytes(-len(whole) % 64))
+        whole.extend(segment)
+    memory = np.empty(len(whole) + 64, np.uint8)
+    aligned = memory[-memory.ctypes.data % 64 :][: len(whole)]
+    aligned[:] = np.frombuffer(whole, np.uint8)
+    starts = np.cumsum([0] + [len(memoryview(s)) + -len(memoryview(s)) % 64 for s in segments])
+    ends = (start + len(memoryview(s)) for start, s in zip(starts, segments, strict=False))
+    return [aligned[start:end] for start, end in zip(starts, ends, strict=False)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_block_holds_every_byte_that_was_gathered(seed):
+    numbers = random.Random(seed)
+    sizes = [numbers.choice([0, 1, 63, 64, 5_000, 20_000, 2**20, 5 * 2**20]) for _ in range(9)]
+    parts = [numbers.randbytes(size) for size in sizes]
+    gathered = gather(*parts)
+    segments = gathered.segments()
+    for buffers in (laid_out(segments), [bytes(segment) for segment in segments]):
+        for isolation in ("private", "shared", "copy"):
+            assert rejoined(_core.Block(gathered.table, buffers, isolation)) == parts
+
+
+def test_what_lies_apart_is_copied_and_says_so():
+    gathered = gather(bytes(20_000), bytes(20_000))
+    block = _core.Block(gathered.table, [bytes(s) for s in gathered.segments()], "shared")
+    assert block.held == "copied"
+    assert "3 buffers do not adjoin" in block.fallback
+
+
+def test_large_storages_travel_from_where_they_are():
+    array = np.zeros(2**20, np.uint8)
+    segments = gather(array).segments()
+    assert len(segments) == 2
+    assert np.frombuffer(segments[1], np.uint8).ctypes.data == array.ctypes.data
+    assert memoryview(segments[1]).readonly
+
+
+def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
+    array = np.arange(2**18, dtype=np.uint8)
+    died = weakref.ref(array)
+    gathered = gather(array)
+    segments = gathered.segments()
+    tensors = _core.Block(gathered.table, laid_out(segments), "shared").tensors()
+    expected = array.copy()
+    del array, gathered
+    gc.collect()
+    assert died() is not None
+    del segments
+    gc.collect()
+    assert died() is None
+    assert np.array_equal(tensors[0].numpy(), expected)
+
+
+def refused(match, table, buffers):
+    with pytest.raises(rzc.BlockError, match=match):
+        _core.Block(table, buffers, "private")
+
+
+def test_a_truncated_block_is_refused_with_the_numbers():
+    gathered = gather(bytes(100), bytes(30_000))
+    packed, piece = map(bytes, gathered.segments())
+    refused(rf"should have {gathered.nbytes} bytes, it has 2048", gathered.table, [packed])
+    refused(r"should have \d+ bytes, it has \d+", gathered.table, [packed, piece[:-1]])
+    refused(r"should have \d+ bytes, it has 0", gathered.table, [])
+
+
+def test_a_foreign_block_is_refused():
+    one, other = gather(bytes(100), bytes(30_000)), gather(bytes(120), bytes(30_000))
+    assert one.nbytes == other.nbytes
+    refused("another object's", one.table, [bytes(s) for s in other.segments()])
+    refused("another object's", one.table, [bytes(len(bytes(s))) for s in one.segments()])
+
+
+def test_a_damaged_table_is_refused():
+    gathered = gather(bytes(100))
+    segments = [bytes(s) for s in gathered.segments()]
+    refused("not an offset table", b"nonsense", segments)
+    refused("version 9", b"RZCT\x09" + gathered.table[5:], segments)
+    refused("table should have", gathered.table[:-1], segments)
+
+
+def test_a_view_beyond_its_storage_is_refused_with_the_numbers():
+    array = np.zeros(16, np.uint8)
+    storages = [(array.ctypes.data, 16, array)]
+    with pytest.raises(rzc.BlockError, match="ends at byte 20, its span has 16"):
+        _core.Gather(storages, [(0, "float32", 0, 1, (4,), (1,))])
+    with pytest.raises(rzc.BlockError, match="view 0 lies in span 1, the table has 1"):
+        _core.Gather(storages, [(1, "float32", 0, 0, (4,), (1,))])
+    with pytest.raises(rzc.BlockError, match="dtype float7 is not known"):
+        _core.Gather(storages, [(0, "float7", 0, 0, (4,), (1,))])
+
+
+def test_every_dtype_of_torch_is_known():
+    names = {str(value).removeprefix("torch.") for value in vars(torch).values()
+             if isinstance(value, torch.dtype)}  # fmt: skip
+    assert names <= set(_core.dtypes())
+
+
+def test_module_state_is_a_fresh_module_with_the_differences():
+    fresh = torch.nn.Module().__dict__
+    state, other = (_core.module_state({"training": False, "extra": 1}) for _ in range(2))
+    assert list(state.items()) == [*(fresh | {"training": False}).items(), ("extra", 1)]
+    assert [type(value) for value in state.values()][:-1] == [type(v) for v in fresh.values()]
+    containers = [name for name, value in fresh.items() if hasattr(value, "__len__")]
+    assert not any(state[name] is other[name] for name in containers)
+
+
+def test_the_stub_tells_the_truth(tmp_path):
+    allowed = tmp_path / "allowed"
+    allowed.write_text(r"ray_zerocopy\._core\.\w+\.__buffer__")  # a slot without a name before 3.12
+    check = [sys.executable, "-m", "mypy.stubtest", "ray_zerocopy._core"]
+    options = ["--allowlist", allowed, "--mypy-config-file", "pyproject.toml"]
+    done = subprocess.run(
+        check + options, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,226 @@
+"""What a model costs each worker: nothing, however many they are. `pytest -s` shows the figures.
+
+The measure of a process is its unique set size, the memory that would be free if it ended; that of
+a publisher is RssAnon, which leaves the store's pages out. Before either is read, garbage is
+collected and the allocator gives its free memory back: growth could hide in it. Activations are
+left out by keeping them to kilobytes, and what a first forward costs any process, its threads and
+its scratch memory, by having each worker make one on a private layer of the same shape before.
+"""
+
+import ctypes
+import gc
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import ray_zerocopy as rzc
+from models import large, simple
+
+MODEL_NBYTES = sum(parameter.nbytes for parameter in large().model.parameters())
+WORKERS = (1, 2, 4)
+
+
+def settle():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def unique_set_size() -> int:
+    settle()
+    return psutil.Process().memory_full_info().uss
+
+
+def anonymous_memory() -> int:
+    """RssAnon of this process: its private memory, without what is mapped from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def mappings():
+    """(start, end, offset in the file, device, inode) of every mapping of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, device, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in span.split("-"))
+        yield start, end, int(offset, 16), device, int(inode)
+
+
+def place_in_file(address) -> tuple[str, int, int]:
+    """(device, inode, offset in bytes) of the file that is mapped at an address."""
+    start, _, offset, device, inode = next(m for m in mappings() if m[0] <= address < m[1])
+    return device, inode, offset + address - start
+
+
+def count_mapped_files() -> int:
+    return sum(inode != 0 for *_, inode in mappings())
+
+
+def print_table(title, heads, rows):
+    """Bytes as MiB and as share of the model."""
+    print(f"\n\n{title}; the model is of {MODEL_NBYTES / 2**20:.0f} MiB")
+    print(f"{'':34}" + "".join(f"{head:>20}" for head in heads))
+    for name, values in rows.items():
+        cells = (f"{value / 2**20:.2f} MiB {value / MODEL_NBYTES:7.2%}" for value in values)
+        print(f"{name:34}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+class Worker:
+    """Loads a model and calls it, and knows what that cost its process."""
+
+    def __init__(self):
+        self.case, self.model, self.before = large(), None, 0
+        self.case.run(self.case.model[:2])
+        self.case.model = None
+
+    def load(self, refs):
+        self.before = unique_set_size()
+        self.model = ray.get(refs[0])
+
+    def forward(self):
+        self.case.run(self.model)
+
+    def growth(self):
+        return unique_set_size() - self.before
+
+    def drop(self):
+        self.model = None
+
+    def repeat(self, refs, rounds):
+        """Load and call again and again, and give the growth of memory and of the mappings."""
+        mapped, self.before = count_mapped_files(), unique_set_size()
+        for _ in range(rounds):
+            self.load_and_call(refs)
+        return self.growth(), count_mapped_files() - mapped
+
+    def load_and_call(self, refs):
+        self.case.run(ray.get(refs[0]))
+
+    def places(self, refs):
+        self.model = ray.get(refs[0])
+        return places(self.model)
+
+    def publish(self, put):
+        """The most private memory that publishing took at any moment, and what stays of it."""
+        model = large().model
+        settle()
+        before, peak, done = anonymous_memory(), 0, threading.Event()
+
+        def sample():
+            nonlocal peak
+            while not done.wait(0.001):
+                peak = max(peak, anonymous_memory())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        ref = put(model)
+        done.set()
+        sampler.join()
+        settle()
+        stays = anonymous_memory() - before
+        del ref
+        return peak - before, stays
+
+
+@pytest.fixture(scope="module")
+def workers(start):
+    """Four workers that have loaded a small model by either way, so that all code is in."""
+    workers, small = start(Worker, max(WORKERS)), simple().model
+    for put in PUTS.values():
+        ref = put(small)
+        ray.get([worker.load.remote([ref]) for worker in workers])
+    ray.get([worker.drop.remote() for worker in workers])
+    return workers
+
+
+PUTS = {"ray.put": ray.put, "rzc.put": rzc.put}
+
+
+def footprint(workers, ref):
+    """What each worker has grown by once all have loaded, and once all have called the model."""
+
+    def ask(method, *args):
+        return ray.get([getattr(worker, method).remote(*args) for worker in workers])
+
+    ask("load", [ref])
+    loaded = ask("growth")
+    ask("forward")
+    called = ask("growth")
+    ask("drop")
+    return loaded, called
+
+
+def assert_costs_nothing(loaded, called):
+    assert max(loaded) < 0.02 * MODEL_NBYTES
+    assert max(called) < 0.05 * MODEL_NBYTES
+
+
+def assert_costs_a_model_each(loaded):
+    assert min(loaded) > 0.9 * MODEL_NBYTES
+
+
+def test_memory_footprint_single_worker(workers):
+    model = large().model
+    rows = {way: footprint(workers[:1], put(model)) for way, put in PUTS.items()}
+    heads = ["after loading", "after a forward"]
+    print_table("Unique set size of one worker grows by", heads, flat(rows))
+    assert_costs_nothing(*rows["rzc.put"])
+    assert_costs_a_model_each(rows["ray.put"][0])
+
+
+def flat(rows):
+    return {name: [max(growths) for growths in row] for name, row in rows.items()}
+
+
+def test_memory_footprint_multiple_workers(workers):
+    refs = {way: put(large().model) for way, put in PUTS.items()}
+    found = {
+        (way, count): footprint(workers[:count], ref)
+        for way, ref in refs.items()
+        for count in WORKERS
+    }
+    heads = ["worst load", "worst forward", "sum after forward"]
+    rows = {
+        f"{way}, {count} worker{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
+        for (way, count), (loaded, called) in found.items()
+    }
+    print_table("Unique set size of each worker grows by", heads, rows)
+    for count in WORKERS:
+        assert_costs_nothing(*found["rzc.put", count])
+        assert_costs_a_model_each(found["ray.put", count][0])
+    assert sum(found["rzc.put", max(WORKERS)][1]) < 0.05 * MODEL_NBYTES
+
+
+def test_memory_footprint_sequential_calls(workers):
+    worker, ref = workers[0], rzc.put(large().model)
+    ray.get(worker.repeat.remote([ref], 3))
+    grown, mapped = ray.get(worker.repeat.remote([ref], 20))
+    print_table("Unique set size grows by", ["20 loads and calls"], {"rzc.put": [grown]})
+    assert grown < 0.01 * MODEL_NBYTES
+    assert mapped == 0, "loads leave mappings behind"
+
+
+def places(model):
+    return [place_in_file(parameter.data_ptr()) for parameter in model.parameters()]
+
+
+def test_object_store_sharing(workers):
+    """Weights lie at one place of one file in every process: the same physical pages."""
+    ref = rzc.put(large().model)
+    here = places(ray.get(ref))
+    assert all(inode != 0 for _, inode, _ in here), "anonymous memory is a copy"
+    assert len(set(here)) == len(here)
+    assert ray.get([worker.places.remote([ref]) for worker in workers[:2]]) == [here, here]
+
+    plain = ray.get(ray.put(large().model))
+    assert all(inode == 0 for _, inode, _ in places(plain))
+
+
+def test_publishing_private_memory(start):
+    (publisher,), found = start(Worker), {}
+    for way, put in PUTS.items():
+        ray.get(publisher.publish.remote(put))
+        found[way] = ray.get(publisher.publish.remote(put))
+    print_table("Private memory of a publisher grows by", ["at most", "in the end"], found)
+    assert max(found["rzc.put"]) < 0.05 * MODEL_NBYTES
+    assert found["ray.put"][0] > 0.9 * MODEL_NBYTES, "the sampler sees no peak at all"

@@ -1,0 +1,349 @@
+"""`get(put(x))` is x: to the bit, with its ties, in every process, by every way of getting."""
+
+import contextlib
+import gc
+import io
+import json
+import threading
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from exact import assert_exact, assert_same_description, assert_same_output, describe
+from models import ARCHITECTURES, DIFFICULT, LAYOUTS, Case, large, simple, transformer
+from safetensors.torch import save_model
+from torch import nn
+
+ISOLATIONS = ("private", "shared", "copy")
+
+
+def _layout(factory):
+    return lambda: Case(factory(), call=None)
+
+
+SOURCES = {
+    "simple": simple,
+    **DIFFICULT,
+    **{f"layout-{name}": _layout(factory) for name, factory in LAYOUTS.items()},
+    **{f"hf-{name}": factory for name, factory in ARCHITECTURES.items()},
+}
+
+
+def observe(case, loaded):
+    """What there is to compare: the object as loaded, then its output."""
+    return describe(loaded), describe(case.run(loaded)) if case.call else {}
+
+
+@dataclass
+class Published:
+    case: Case
+    ref: ray.ObjectRef
+    expected: tuple
+
+    def check(self, seen):
+        for expected, actual in zip(self.expected, seen, strict=True):
+            assert_same_description(expected, actual)
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def published(request, cluster):
+    case = SOURCES[request.param]()
+    ref = rzc.put(case.model)  # before the source runs: a run may change what is in train mode
+    return Published(case, ref, observe(case, case.model))
+
+
+class Reader:
+    def take(self, loaded, case):
+        return observe(case, loaded)
+
+    def fetch(self, refs, isolation, case):
+        return observe(case, rzc.get(refs[0], isolation=isolation))
+
+    def publish(self, model):
+        return [rzc.put(model)]
+
+
+@pytest.fixture(scope="module")
+def reader(start):
+    return start(Reader)[0]
+
+
+def test_ray_get_gives_what_was_put(published):
+    published.check(observe(published.case, ray.get(published.ref)))
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_rzc_get_gives_what_was_put(published, isolation):
+    ref = published.ref
+    if isolation == "shared":  # running the model may write to the block, which others still read
+        ref = rzc.put(ray.get(ref))
+    published.check(observe(published.case, rzc.get(ref, isolation=isolation)))
+
+
+def test_a_worker_gets_what_was_put(published, reader):
+    case = replace(published.case, model=None)
+    published.check(ray.get(reader.take.remote(published.ref, case)))
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize("name", ["simple", "tied_weights", "lstm", "channels_last", "pipeline"])
+def test_a_worker_gets_it_in_every_isolation(name, isolation, reader, cluster):
+    case = SOURCES[name]()
+    ref, expected = rzc.put(case.model), observe(case, case.model)
+    case = replace(case, model=None)
+    assert ray.get(reader.fetch.remote([ref], isolation, case)) == expected
+
+
+@pytest.mark.parametrize("name", DIFFICULT)
+def test_put_leaves_its_source_alone(name, cluster):
+    model = DIFFICULT[name]().model
+    before = describe(model)
+    rzc.put(model)
+    assert_same_description(before, describe(model))
+
+
+def test_several_objects_in_one_graph_keep_their_ties(cluster):
+    shared = transformer().model
+    source = {"a": shared, "b": [shared.embed.weight, shared.head], "c": shared.embed.weight[3:5]}
+    loaded = ray.get(rzc.put(source))
+    assert_exact(source, loaded)
+    assert loaded["b"][0] is loaded["a"].embed.weight
+    assert loaded["b"][1] is loaded["a"].head
+
+
+def test_what_was_loaded_can_be_put_again(cluster):
+    case = transformer()
+    again = ray.get(rzc.put(ray.get(rzc.put(case.model))))
+    assert_exact(case.model, again)
+    assert_same_output(case, case.model, again)
+
+
+@pytest.mark.parametrize("source", [None, "text", {}, [1.5], np.arange(3), nn.Identity()], ids=repr)
+def test_what_holds_no_tensor_can_be_put(source, cluster):
+    assert_exact(source, ray.get(rzc.put(source)))
+
+
+def test_a_list_of_references_gives_a_list(cluster):
+    models = [simple().model, transformer().model]
+    refs = [rzc.put(model) for model in models]
+    assert_exact(models, ray.get(refs))
+    assert_exact(models, rzc.get(refs, isolation="copy"))
+
+
+def test_references_inside_stay_references(cluster):
+    inside = rzc.put(simple().model)
+    loaded = ray.get(rzc.put({"ref": inside, "model": transformer().model}))
+    del inside
+    gc.collect()
+    assert_exact(simple().model, ray.get(loaded["ref"]))
+
+
+def test_a_worker_can_put(reader):
+    source = simple().model
+    (ref,) = ray.get(reader.publish.remote(source))
+    assert_exact(source, ray.get(ref))
+
+
+def test_loads_are_independent_objects(cluster):
+    ref = rzc.put(simple().model)
+    one, other = ray.get(ref), ray.get(ref)
+    assert one is not other
+    assert one[0].weight is not other[0].weight
+
+
+def test_a_loaded_model_outlives_its_reference(cluster):
+    case = large()
+    expected = describe(case.model)
+    loaded = ray.get(rzc.put(case.model))
+    del case
+    gc.collect()
+    for _ in range(3):  # what the store gives away, it gives to these
+        ray.put(np.full(2**28, 0xFF, np.uint8))
+    assert_same_description(expected, describe(loaded))
+
+
+@ray.remote
+def publish_a_small_object():
+    return rzc.Shared(DIFFICULT["shared_storage_views"]().model)
+
+
+def test_a_small_object_comes_inline(cluster):
+    """What a task returns below Ray's inline limit never sees the store."""
+    ref = publish_a_small_object.remote()
+    info = rzc.inspect(ref)
+    assert (info.where, info.held) == ("inline", "copied")
+    assert_exact(DIFFICULT["shared_storage_views"]().model, ray.get(ref))
+
+
+def test_a_full_store_spills_and_falls_back_exactly(cluster):
+    """Unused blocks go to disk and come back; beside blocks in use, new ones lie in Ray's files."""
+    source = large().model
+    expected = describe(source)
+    refs = [rzc.put(source) for _ in range(12)]
+    in_use = [ray.get(ref) for ref in refs]
+    assert {rzc.inspect(ref).where for ref in refs} == {"store", "disk"}
+    for loaded in (in_use[0], in_use[-1]):
+        assert_same_description(expected, describe(loaded))
+
+    with torch.no_grad():
+        in_use[-1][0].weight.add_(1)
+    assert_same_description(expected, describe(ray.get(refs[-1])))
+
+
+def test_a_slice_costs_what_it_shows(cluster):
+    flat = torch.randn(4_000_000)
+    ref = rzc.put(nn.Parameter(flat[1_000_000:1_100_000]))
+    assert rzc.inspect(ref).nbytes < 500_000
+    assert_exact(flat[1_000_000:1_100_000], ray.get(ref).detach())
+
+
+# --- loaded tensors are ordinary tensors ----------------------------------------------------------
+
+AMBIENT = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "meta device": lambda: torch.device("meta"),
+    "float64 by default": lambda: _default_dtype(torch.float64),
+}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype):
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_the_mode_of_the_caller_does_not_matter(ambient, isolation, cluster):
+    """`assert_exact` covers `is_inference`: tensors loaded in inference mode are ordinary ones."""
+    for name in ("channels_last", "shared_storage_views", "lstm", "parameter_subclass"):
+        source = DIFFICULT[name]().model
+        with AMBIENT[ambient]():
+            loaded = rzc.get(rzc.put(source), isolation=isolation)
+        assert_exact(source, loaded)
+
+
+def test_inference_tensors_load_as_ordinary_ones(cluster):
+    with torch.inference_mode():
+        source = simple().model
+    loaded = ray.get(rzc.put(source))
+    assert all(p.is_inference() for p in source.parameters())
+    assert not any(p.is_inference() for p in loaded.parameters())
+    assert torch.equal(source[0].weight, loaded[0].weight)
+
+
+def train(case, model, optimizer):
+    optimizer = optimizer(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*case.args).square().sum().backward()
+        optimizer.step()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("isolation", ["private", "copy"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("factory", [simple, transformer])
+def test_training_goes_as_on_the_source(factory, optimizer, isolation, cluster):
+    case = factory()
+    loaded = rzc.get(rzc.put(case.model), isolation=isolation)
+    gradients = train(case, case.model, optimizer)
+    assert_exact(gradients, train(case, loaded, optimizer))
+    assert_exact(case.model, loaded)
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_autograd_runs_through_a_frozen_base(isolation, cluster):
+    case = simple()
+    case.model.requires_grad_(False)
+    loaded = rzc.get(rzc.put(case.model), isolation=isolation)
+    head = nn.Linear(4, 1)
+    head(loaded(*case.args)).sum().backward()
+    assert head.weight.grad is not None
+    assert all(parameter.grad is None for parameter in loaded.parameters())
+
+    loaded[0].requires_grad_(True)
+    loaded(*case.args).sum().backward()
+    assert loaded[0].weight.grad is not None
+    assert loaded[2].weight.grad is None
+
+
+# --- files written from loaded tensors ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize("name", ["simple", "hf-bert", "lstm", "channels_last"])
+def test_saving_one_tensor_writes_about_its_own_size(name, isolation, cluster):
+    loaded = rzc.get(rzc.put(SOURCES[name]().model), isolation=isolation)
+    for tensor in loaded.state_dict().values():
+        file = io.BytesIO()
+        torch.save(tensor, file)
+        assert tensor.nbytes <= file.tell() < tensor.nbytes + 4096
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def saved(model, path):
+    """The header and the bytes that safetensors writes, or what it says against writing them."""
+    try:
+        save_model(model, path)
+    except RuntimeError as error:
+        return str(error)
+    file = path.read_bytes()
+    header_ends = 8 + int.from_bytes(file[:8], "little")
+    return json.loads(file[8:header_ends]), file[header_ends:]
+
+
+@pytest.mark.parametrize(
+    "name", ["simple", "tied_weights", "shared_storage_views", "channels_last", "hf-gpt2", "hf-t5"]
+)
+def test_safetensors_writes_what_it_writes_of_the_source(name, cluster, tmp_path):
+    source = SOURCES[name]().model
+    loaded = ray.get(rzc.put(source))
+    assert saved(loaded, tmp_path / "loaded") == saved(source, tmp_path / "source")
+
+
+def test_a_state_dict_travels_between_source_and_loaded(cluster):
+    source = transformer().model
+    loaded = ray.get(rzc.put(source))
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    loaded.load_state_dict(source.state_dict())
+    assert_exact(source, loaded)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_pickle_is_named(cluster):
+    model = simple().model
+    model[1].lock = threading.Lock()
+    with pytest.raises(rzc.RayZeroCopyError, match="lock"):
+        rzc.put(model)
+
+
+def freed():
+    tensor = torch.randn(10)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+UNUSUAL = {
+    "mkldnn": lambda: torch.randn(4, 4).to_mkldnn(),
+    "zero tensor": lambda: torch._efficientzerotensor((4,)),
+    "freed": freed,
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_the_unusual_is_refused_by_name(kind, cluster):
+    with pytest.raises(rzc.RayZeroCopyError, match=r"\['weight'\]"):
+        rzc.put({"fine": torch.randn(2), "weight": UNUSUAL[kind]()})

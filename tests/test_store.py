@@ -1,0 +1,244 @@
+"""Where a block may lie, how long it lives, and what is refused."""
+
+import pickle
+import threading
+
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from exact import assert_exact
+from fresh import run
+from models import large, simple
+from torch import nn
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_is_stored_and_where(cluster):
+    model = large().model
+    ref = rzc.put(model)
+    info = rzc.inspect(ref)
+    used = sum(p.nbytes for p in model.parameters())
+    assert info.nbytes - info.padding == used == sum(nbytes for _, nbytes in info.spans)
+    assert info.padding < 64 * (len(info.spans) + 32)
+    assert [t.shape for t in info.tensors] == [tuple(p.shape) for p in model.parameters()]
+    assert [t.stride for t in info.tensors] == [p.stride() for p in model.parameters()]
+    assert info.dtypes == {"float32": len(list(model.parameters()))}
+    assert all(offset % 64 == 0 for offset, _ in info.spans)
+    assert (info.where, info.held, info.fallback) == ("store", "private", None)
+    assert f"{info.nbytes:,}" in str(info)
+    assert info.file.startswith("/dev/shm/")
+
+
+def test_inspect_refuses_what_put_did_not_store(cluster):
+    with pytest.raises(rzc.NotABlockError, match="list"):
+        rzc.inspect(ray.put([1, 2]))
+
+
+def test_a_used_part_of_a_storage_costs_that_part(cluster):
+    flat = torch.randn(1_000_000)
+    info = rzc.inspect(rzc.put({"slice": flat[500_000:500_100]}))
+    assert info.nbytes < 4096
+
+
+def test_a_shared_storage_is_laid_out_once(cluster):
+    flat = torch.randn(100_000)
+    info = rzc.inspect(rzc.put([flat, flat[:10], flat.view(100, 1000).t()]))
+    assert len(info.spans) == 1
+    assert len(info.tensors) == 3
+
+
+# --- where a block may lie ------------------------------------------------------------------------
+
+
+def test_fetched_from_another_node():
+    @run
+    def fetch():
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster()
+        cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+        cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20, resources={"other": 1})
+        ray.init(address=cluster.address)
+        model = torch.randn(20, 2**18)
+        ref = rzc.put({"weight": model})
+
+        @ray.remote(resources={"other": 1})
+        def elsewhere(loaded, refs):
+            return loaded["weight"], rzc.inspect(refs[0])
+
+        loaded, there = ray.get(elsewhere.remote(ref, [ref]))
+        here = rzc.inspect(ref)
+        assert torch.equal(loaded, model)
+        assert (here.where, there.where, there.held) == ("store", "store", "private")
+        assert here.inode != there.inode
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_private_pages_for_the_ordinary_user():
+    """Who may not open the kernel's link finds the store among the raylet's files."""
+
+    def unprivileged():
+        from pathlib import Path
+
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+
+        status = Path("/proc/self/status").read_text()
+        capabilities = int(status.split("CapEff:")[1].split()[0], 16)
+        assert capabilities & (1 << 21 | 1 << 40) == 0
+        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        model = torch.randn(10, 2**18)
+        ref = rzc.put(model)
+        info = rzc.inspect(ref)
+        assert (info.held, info.where) == ("private", "store"), info
+        ray.get(ref).zero_()
+        assert torch.equal(ray.get(ref), model)
+
+        @ray.remote
+        def held(refs):
+            return rzc.inspect(refs[0]).held
+
+        assert ray.get(held.remote([ref])) == "private"
+        ray.shutdown()
+
+    run(unprivileged, unprivileged=True)
+
+
+# --- how long it lives ----------------------------------------------------------------------------
+
+
+def test_dropping_the_last_reference_gives_the_store_back(cluster):
+    for _ in range(20):  # 1.3 GB through a store of 0.7
+        ref = rzc.put(large().model)
+        loaded = ray.get(ref)
+        assert rzc.inspect(ref).where == "store"
+        del ref, loaded
+
+
+def test_one_tensor_keeps_the_block(cluster):
+    weight = ray.get(rzc.put(large().model))[0].weight
+    expected = large().model[0].weight
+    for i in range(12):
+        rzc.put(torch.full((16 * 2**20,), float(i)))
+    assert torch.equal(weight, expected)
+
+
+def test_a_second_store_in_one_process_is_not_mistaken_for_the_first():
+    """The first is the one that `put` starts where there is none, as `ray.put` does."""
+
+    @run
+    def put_twice():
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+
+        assert not ray.is_initialized()
+        assert torch.equal(rzc.get(rzc.put(torch.ones(2**20))), torch.ones(2**20))
+        assert ray.is_initialized()
+        ray.shutdown()
+        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ref = rzc.put(torch.zeros(2**20))
+        assert rzc.inspect(ref).held == "private"
+        assert torch.equal(ray.get(ref), torch.zeros(2**20))
+        ray.shutdown()
+
+
+# --- how it is loaded -----------------------------------------------------------------------------
+
+
+def test_prefault_changes_nothing_but_the_page_table(cluster):
+    model = large().model
+    ref = rzc.put(model)
+    assert_exact(model, rzc.get(ref, prefault=True))
+    assert_exact(model, rzc.get(ref, prefault=True, isolation="shared"))
+
+
+def test_another_device_takes_every_tensor_along(cluster):
+    flat = torch.randn(10)
+    ref = rzc.put({"model": simple().model, "views": [flat[:5], flat[5:]]})
+    loaded = rzc.get(ref, device="meta")
+    assert all(parameter.is_meta for parameter in loaded["model"].parameters())
+    assert all(view.is_meta for view in loaded["views"])
+
+
+def test_plain_pickle_of_an_envelope_gives_the_object(cluster):
+    model = simple().model
+    assert_exact(model, pickle.loads(pickle.dumps(rzc.Shared(model))))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.layers[1].extra = {"deep": [1, held]}
+
+
+def test_what_does_not_pickle_is_named(cluster):
+    path = r"Holder\.layers\.1\.extra\['deep'\]\[1\] \(lock\)"
+    with pytest.raises(rzc.PublishError, match=path):
+        rzc.put(Holder(threading.Lock()))
+
+
+def test_a_reference_is_not_put_again(cluster):
+    with pytest.raises(TypeError, match="ObjectRef already"):
+        rzc.put(ray.put(1))
+
+
+def test_an_unknown_isolation_is_refused(cluster):
+    with pytest.raises(ValueError, match="'private', 'shared' or 'copy', not 'mine'"):
+        rzc.get(rzc.put(simple().model), isolation="mine")
+
+
+def test_a_store_too_small_says_how_many_bytes_it_takes():
+    @run
+    def put():
+        import os
+
+        import pytest
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+
+        os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # noqa: SIM112  no disk for it
+        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        with pytest.raises(
+            rzc.StoreFullError, match=r"419,4\d\d,\d\d\d bytes.*object_store_memory"
+        ):
+            rzc.put(torch.zeros(100, 2**20))
+        assert torch.equal(ray.get(rzc.put(torch.ones(5))), torch.ones(5))
+        ray.shutdown()
+
+
+def test_ray_client_is_told_what_to_do_instead():
+    @run
+    def client():
+        import socket
+
+        import pytest
+        import ray
+        import ray_zerocopy as rzc
+        from ray.util.client.server import server
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        serving = server.serve("127.0.0.1", port)
+        ray.util.connect(f"127.0.0.1:{port}")
+        with pytest.raises(rzc.ClientError, match="inside a task or actor"):
+            rzc.put([1])
+        with pytest.raises(rzc.ClientError):
+            rzc.get(None)
+        ray.util.disconnect()
+        serving.stop(0)
+        ray.shutdown()
