@@ -8,7 +8,6 @@ The pair travels through `ray.put` as one object whose tensors are one block, as
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ray_zerocopy.errors import MismatchError
+from ray_zerocopy.skeleton import join, make_picklable, split
 from ray_zerocopy.store import Shared
 
 Arrays = dict[str, dict[str, np.ndarray]]
@@ -59,30 +59,28 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     """Take a model apart; the model itself is not touched and no tensor is copied.
 
     Returns the skeleton, a copy of the model in eval mode whose parameters and buffers are all
-    None, and its `Tensors`.
+    None, and its `Tensors`. Plain attributes that hold tensors go with the `Tensors` as well; what
+    a hook's closure holds stays with the skeleton.
     """
-    modules = list(model.modules())
-    tensors = {
-        id(tensor): None
-        for module in modules
-        for registry in (module._parameters, module._buffers)
-        for tensor in registry.values()
-        if tensor is not None
-    }
-    extracted = [
-        {
-            "params": _present(module._parameters),
-            "buffers": _present(module._buffers),
-            "others": {
-                name: value
-                for name, value in module.__dict__.items()
-                if name not in ("_parameters", "_buffers", "_modules") and _holds(value, tensors)
-            },
-        }
-        for module in modules
-    ]
-    # deepcopy takes what its memo has for an object: here None for every tensor
-    skeleton = copy.deepcopy(model, dict(tensors))
+    parts = split(model)
+    buffers = [parts.tensors[index].copy() for index in parts.buffers]
+    skeleton: torch.nn.Module = join(parts.skeleton, parts.tensors, buffers)
+    extracted = []
+    for module, bare in zip(model.modules(), skeleton.modules(), strict=True):
+        others = {name: value for name, value in module.__dict__.items() if _holds_tensors(value)}
+        for name in ("_parameters", "_buffers", "_modules"):
+            others.pop(name, None)
+        bare._parameters.update(dict.fromkeys(module._parameters))
+        bare._buffers.update(dict.fromkeys(module._buffers))
+        bare.__dict__.update({name: _without_tensors(value) for name, value in others.items()})
+        make_picklable(bare)
+        extracted.append(
+            {
+                "params": _present(module._parameters),
+                "buffers": _present(module._buffers),
+                "others": others,
+            }
+        )
     return skeleton.eval(), Tensors(extracted)
 
 
@@ -95,11 +93,9 @@ def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, An
     Raises `MismatchError` where the skeleton has not as many modules as there are mappings.
     """
     for module, entry in _pairs(skeleton, tensors):
-        for name, parameter in entry["params"].items():
-            setattr(module, name, parameter)
-        for name, buffer in entry["buffers"].items():
-            setattr(module, name, buffer)
-        module.__dict__.update(entry["others"])
+        for name, tensor in (entry["params"] | entry["buffers"]).items():
+            setattr(module, name, tensor)
+        _replace_others(module, entry["others"])
 
 
 def replace_tensors_direct(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
@@ -107,7 +103,7 @@ def replace_tensors_direct(skeleton: torch.nn.Module, tensors: Sequence[Mapping[
     for module, entry in _pairs(skeleton, tensors):
         module._parameters.update(entry["params"])
         module._buffers.update(entry["buffers"])
-        module.__dict__.update(entry["others"])
+        _replace_others(module, entry["others"])
 
 
 def _pairs(
@@ -136,17 +132,33 @@ def _from_arrays(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, An
     }
 
 
+def _replace_others(module: torch.nn.Module, others: Mapping[str, Any]) -> None:
+    module.__dict__.update(others)
+    if isinstance(module, torch.nn.RNNBase):
+        module._init_flat_weights()  # it keeps its weights in a second list, and weak references
+
+
 def _present(registry: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in registry.items() if tensor is not None}
 
 
-def _holds(value: object, tensors: Mapping[int, None]) -> bool:
-    """Whether a plain attribute holds one of these tensors, itself or in a container."""
+def _holds_tensors(value: object) -> bool:
+    """Whether a plain attribute is a tensor or a container with one."""
     if isinstance(value, dict):
-        return any(_holds(item, tensors) for item in value.values())
+        return any(map(_holds_tensors, value.values()))
     if isinstance(value, list | tuple | set):
-        return any(_holds(item, tensors) for item in value)
-    return id(value) in tensors
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _without_tensors(value: Any) -> Any:
+    """Copy containers with None where they hold tensors."""
+    if isinstance(value, dict):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(map(_without_tensors, value))
+    return None if isinstance(value, torch.Tensor) else value
 
 
 def _array(tensor: torch.Tensor) -> Any:

@@ -37,12 +37,14 @@ View = tuple[int, str, int, int, Sequence[int], Sequence[int]]
 class Split:
     """An object graph in parts: its skeleton, and views over storages that are still the source's.
 
-    `buffers` names the views that are not tensors but buffers, such as numpy's.
+    `tensors` are what the views describe. `buffers` names those views that are no tensors but
+    buffers, such as numpy's.
     """
 
     skeleton: bytes = b""
     storages: list[Storage] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
     buffers: list[int] = field(default_factory=list)
 
 
@@ -70,8 +72,8 @@ class _Joiner(pickle.Unpickler):
     """A class of our own, so that its `persistent_load` can be set."""
 
 
-# Under this name pickle has an opcode for making an object without its `__init__`.
-_new_module = copyreg.__newobj__  # type: ignore[attr-defined]
+# Makes an object without its `__init__`; pickle knows this function and has an opcode for it.
+_new_object = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
 class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
@@ -84,7 +86,7 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
         self.parts = Split()
-        self._tensors: dict[int, tuple[int, torch.Tensor]] = {}  # by id: index; kept, so ids stay
+        self._tensors: dict[int, int] = {}  # index by id; the parts keep the tensors, so ids stay
         self._storages: dict[int, int] = {}  # by the address of torch's own StorageImpl
         self._module_setters: dict[type, Any] = {}
 
@@ -94,12 +96,11 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
             return None
         known = self._tensors.get(id(obj))
         if known is not None:
-            return known[0]
+            return known
         if not _has_plain_storage(obj) or obj.__dict__:
             return None
         flags = _core.PARAMETER if kind is torch.nn.Parameter else 0
-        index = self._take_tensor(obj, flags)
-        self._tensors[id(obj)] = (index, obj)
+        index = self._tensors[id(obj)] = self._take_tensor(obj, flags)
         return index
 
     def reducer_override(self, obj: Any) -> Any:
@@ -123,6 +124,7 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         if tensor.is_neg():
             flags |= _core.NEG
         return self._take_view(
+            tensor,
             self._take_storage(tensor.untyped_storage()),
             str(tensor.dtype).removeprefix("torch."),
             flags,
@@ -131,7 +133,8 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
             tensor.stride(),
         )
 
-    def _take_view(self, *view: Any) -> int:
+    def _take_view(self, tensor: Any, *view: Any) -> int:
+        self.parts.tensors.append(tensor)
         self.parts.views.append(view)
         return len(self.parts.views) - 1
 
@@ -154,7 +157,8 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
             return True
         self.parts.storages.append((array.ctypes.data, array.nbytes, array))
         storage = len(self.parts.storages) - 1
-        self.parts.buffers.append(self._take_view(storage, "uint8", 0, 0, array.shape, (1,)))
+        view = (storage, "uint8", 0, 0, array.shape, (1,))
+        self.parts.buffers.append(self._take_view(array, *view))
         return False
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
@@ -182,12 +186,13 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         setter = self._module_setters[kind]
         if setter is None:
             return super().reducer_override(module)
+        make = _new_object
         if setter is _restore_parametrized:
-            kind = parametrize.type_before_parametrizations(module)
+            kind, make = parametrize.type_before_parametrizations(module), _new_parametrized
         state = kind.__getstate__(module)
         if type(state) is not dict or list(state)[: len(_DEFAULTS)] != list(_DEFAULTS):
             return super().reducer_override(module)
-        return _new_module, (kind,), _differing(state), None, None, setter
+        return make, (kind,), _differing(state), None, None, setter
 
 
 def _has_plain_storage(tensor: torch.Tensor) -> bool:
@@ -252,6 +257,11 @@ def _restore_through_setstate(module: torch.nn.Module, state: dict[str, Any]) ->
     module.__setstate__(_core.module_state(state))
 
 
+def _new_parametrized(kind: Any) -> Any:
+    """Make what will be of a class that `parametrize` derives from this one."""
+    return kind.__new__(kind)
+
+
 def _restore_parametrized(module: torch.nn.Module, state: dict[str, Any]) -> None:
     """Restore a module and the class that `parametrize` made for it.
 
@@ -261,3 +271,18 @@ def _restore_parametrized(module: torch.nn.Module, state: dict[str, Any]) -> Non
     parametrize._inject_new_class(module)
     for name in module.parametrizations:
         parametrize._inject_property(module, name)
+
+
+def make_picklable(module: torch.nn.Module) -> None:
+    """Let a parametrized module that `join` made pickle, wherever it goes by itself.
+
+    `join` has made its class for it alone; other modules are left as they are.
+    """
+    if _refuses_to_pickle(type(module)):
+        type(module).__reduce_ex__ = _reduce_parametrized  # type: ignore[assignment]
+
+
+def _reduce_parametrized(module: torch.nn.Module, protocol: Any) -> Any:
+    base = parametrize.type_before_parametrizations(module)
+    state = _differing(module.__dict__)
+    return _new_parametrized, (base,), state, None, None, _restore_parametrized

@@ -177,13 +177,12 @@ class Shared:
     def __reduce_ex__(self, protocol: Any) -> Any:
         try:
             parts = split(self.obj)
-        except RayZeroCopyError:
-            raise
+            table, buffers = gather(parts)
         except Exception as error:
             raise PublishError(f"{_blame(self.obj)} cannot be published: {error}") from error
-        table, buffers = gather(parts)
         self.nbytes = len(parts.skeleton) + sum(buffer.raw().nbytes for buffer in buffers)
-        return _load, (parts.skeleton, parts.buffers, table, *buffers)
+        segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
+        return _load, (parts.skeleton, parts.buffers, table, *segments)
 
 
 @dataclass(frozen=True)
@@ -287,20 +286,20 @@ def _roomy(nbytes: int) -> int:
 
 
 def _blame(obj: object) -> str:
-    """Give the path to the innermost part of an object graph that does not split."""
+    """Give the path to the innermost part of an object graph that cannot be published."""
     path, seen = type(obj).__name__, set()
     while id(obj) not in seen:
         seen.add(id(obj))
         for step, part in _parts_of(obj):
-            if id(part) not in seen and not _splits(part):
+            if id(part) not in seen and not _can_be_published(part):
                 path, obj = path + step, part
                 break
     return f"{path} ({type(obj).__name__})"
 
 
-def _splits(obj: object) -> bool:
+def _can_be_published(obj: object) -> bool:
     try:
-        split(obj)
+        gather(split(obj))
     except Exception:
         return False
     return True

@@ -29,7 +29,8 @@ def tensors(block: _core.Block, device: torch.device | str | None = None) -> lis
             if made[index] is None:
                 span = view[0]
                 if span not in storages:
-                    storages[span] = _storage(block, span).to(device=device)
+                    whole = torch.from_numpy(_bytes(block, span)).to(device)
+                    storages[span] = whole.untyped_storage()
                 made[index] = _strided(storages[span], view)
     return made
 
@@ -50,10 +51,6 @@ def buffers(block: _core.Block, indices: list[int]) -> list[np.ndarray]:
 def _bytes(block: _core.Block, span: int) -> np.ndarray:
     offset, nbytes = block.spans[span]
     return np.ndarray((nbytes,), np.uint8, memoryview(block), offset)
-
-
-def _storage(block: _core.Block, span: int) -> torch.UntypedStorage:
-    return torch.from_numpy(_bytes(block, span)).untyped_storage()
 
 
 def _strided(storage: torch.UntypedStorage, view: View) -> torch.Tensor:
