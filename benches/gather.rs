@@ -1,2 +1,45 @@
-//! Criterion bench, to be written.
-fn main() {}
+//! Moving bytes: packing small storages, and copying a block that came in pieces, against `memcpy`.
+#![allow(missing_docs, unsafe_code)] // the macros of criterion; the pieces are named by address
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ray_zerocopy::block::{Piece, copy, is_contiguous, pack};
+use ray_zerocopy::layout::Layout;
+
+fn pieces(storages: &[Vec<u8>]) -> Vec<Piece> {
+    let piece = |bytes: &Vec<u8>| Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };
+    storages.iter().map(piece).collect()
+}
+
+fn packing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("gather/pack");
+    for count in [100, 1_500] {
+        let storages = vec![vec![7; 3_072]; count];
+        let pieces = pieces(&storages);
+        let layout = Layout::plan(&vec![3_072; count]).unwrap();
+        group.throughput(Throughput::Bytes(layout.nbytes));
+        group.bench_function(BenchmarkId::from_parameter(count), |b| {
+            // SAFETY: the storages live and are only read.
+            b.iter(|| unsafe { pack(black_box(&layout), &pieces, 1) });
+        });
+    }
+}
+
+fn copying(c: &mut Criterion) {
+    let mut group = c.benchmark_group("gather/copy");
+    group.sample_size(20);
+    let storages = vec![vec![7; 16 << 20]; 4];
+    let pieces = pieces(&storages);
+    let nbytes = 64 << 20;
+    assert!(is_contiguous(&pieces, nbytes).is_ok());
+    group.throughput(Throughput::Bytes(nbytes));
+    group.bench_function("block", |b| {
+        // SAFETY: the storages live and are only read; their length was checked.
+        b.iter(|| unsafe { copy(black_box(&pieces), nbytes) });
+    });
+    group.bench_function("memcpy", |b| b.iter(|| black_box(&storages).concat()));
+}
+
+criterion_group!(benches, packing, copying);
+criterion_main!(benches);

@@ -1,2 +1,26 @@
-//! Criterion bench, to be written.
-fn main() {}
+//! Planning the layout of many storages.
+#![allow(missing_docs)] // the macros of criterion
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ray_zerocopy::layout::Layout;
+
+/// Sizes as in a transformer: a large matrix, then a small vector.
+fn sizes(count: usize) -> Vec<u64> {
+    (0..count).map(|i| if i % 2 == 0 { 2_359_296 } else { 3_072 }).collect()
+}
+
+fn plan(c: &mut Criterion) {
+    let mut group = c.benchmark_group("layout/plan");
+    for count in [200, 1_000, 5_000] {
+        let sizes = sizes(count);
+        group.throughput(Throughput::Elements(count as u64));
+        group.bench_with_input(BenchmarkId::from_parameter(count), &sizes, |b, sizes| {
+            b.iter(|| Layout::plan(black_box(sizes)));
+        });
+    }
+}
+
+criterion_group!(benches, plan);
+criterion_main!(benches);

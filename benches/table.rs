@@ -1,2 +1,44 @@
-//! Criterion bench, to be written.
-fn main() {}
+//! Encoding the offset table, and decoding it with all its checks.
+#![allow(missing_docs)] // the macros of criterion
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ray_zerocopy::dtype::Dtype;
+use ray_zerocopy::layout::Layout;
+use ray_zerocopy::table::{Table, fingerprint};
+use ray_zerocopy::view::{Flags, View};
+
+fn table(count: usize) -> Table {
+    let layout = Layout::plan(&vec![4 * 768 * 768; count]).unwrap();
+    let view = |span| View {
+        span,
+        dtype: Dtype::Float32,
+        flags: Flags::PARAMETER,
+        offset: 0,
+        shape: vec![768, 768],
+        stride: vec![768, 1],
+    };
+    Table::new(&layout, (0..count).map(view).collect()).unwrap()
+}
+
+fn encode_and_decode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("table");
+    for count in [200, 1_000, 5_000] {
+        let table = table(count);
+        let bytes = table.encode();
+        group.throughput(Throughput::Elements(count as u64));
+        group.bench_function(BenchmarkId::new("encode", count), |b| {
+            b.iter(|| black_box(&table).encode());
+        });
+        group.bench_function(BenchmarkId::new("decode", count), |b| {
+            b.iter(|| Table::decode(black_box(&bytes)));
+        });
+        group.bench_function(BenchmarkId::new("fingerprint", count), |b| {
+            b.iter(|| fingerprint(black_box(&bytes)));
+        });
+    }
+}
+
+criterion_group!(benches, encode_and_decode);
+criterion_main!(benches);

@@ -1,8 +1,8 @@
 //! The edge towards Python, and the only file that knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
 
 use std::ffi::{c_int, c_void};
-use std::ptr;
 use std::sync::Arc;
+use std::{mem, ptr};
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
@@ -320,7 +320,6 @@ impl Block {
 struct Torch {
     ndarray: Py<PyAny>,
     from_numpy: Py<PyAny>,
-    make_subclass: Py<PyAny>,
     parameter: Py<PyAny>,
     /// For each dtype by code: numpy's carrier, and torch's own where it differs.
     dtypes: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
@@ -342,7 +341,6 @@ impl Torch {
             Ok(Torch {
                 ndarray: numpy.getattr("ndarray")?.unbind(),
                 from_numpy: torch.getattr("from_numpy")?.unbind(),
-                make_subclass: torch.getattr("Tensor")?.getattr("_make_subclass")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
                 dtypes: Dtype::ALL.iter().map(dtype).collect::<PyResult<_>>()?,
             })
@@ -371,12 +369,12 @@ impl Torch {
         if let Some(dtype) = own {
             tensor = tensor.call_method1(pyo3::intern!(py, "view"), (dtype,))?;
         }
-        let requires_grad = view.flags.contains(Flags::REQUIRES_GRAD);
         if view.flags.contains(Flags::PARAMETER) {
-            return self.make_subclass.bind(py).call1((&self.parameter, tensor, requires_grad));
+            // as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor, 2 us more
+            tensor.setattr(pyo3::intern!(py, "__class__"), &self.parameter)?;
         }
-        if requires_grad {
-            tensor.call_method1(pyo3::intern!(py, "requires_grad_"), (true,))?;
+        if view.flags.contains(Flags::REQUIRES_GRAD) {
+            tensor.setattr(pyo3::intern!(py, "requires_grad"), true)?;
         }
         Ok(tensor)
     }
@@ -389,6 +387,9 @@ struct Defaults {
     ordered_dicts: Vec<Py<PyString>>,
     sets: Vec<Py<PyString>>,
     ordered_dict: Py<PyType>,
+    /// Makes an empty one without `__init__`, which has nothing to do there: half the time.
+    new_ordered_dict: ffi::newfunc,
+    no_arguments: Py<PyTuple>,
 }
 
 impl Defaults {
@@ -409,8 +410,21 @@ impl Defaults {
                 };
                 names.push(name.cast_into::<PyString>()?.unbind());
             }
-            let (attributes, ordered_dict) = (attributes.unbind(), ordered_dict.unbind());
-            Ok(Defaults { attributes, dicts, ordered_dicts, sets, ordered_dict })
+            // SAFETY: a type object; the slot is checked before it is used.
+            let slot = unsafe { ffi::PyType_GetSlot(ordered_dict.as_type_ptr(), ffi::Py_tp_new) };
+            if slot.is_null() {
+                return Err(PyErr::fetch(py));
+            }
+            Ok(Defaults {
+                attributes: attributes.unbind(),
+                dicts,
+                ordered_dicts,
+                sets,
+                ordered_dict: ordered_dict.unbind(),
+                // SAFETY: the slot of this number holds a function of this type.
+                new_ordered_dict: unsafe { mem::transmute::<*mut c_void, ffi::newfunc>(slot) },
+                no_arguments: PyTuple::empty(py).unbind(),
+            })
         })
     }
 }
@@ -428,7 +442,16 @@ fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDi
         state.set_item(name, PySet::empty(py)?)?;
     }
     for name in &defaults.ordered_dicts {
-        state.set_item(name, defaults.ordered_dict.bind(py).call0()?)?;
+        // SAFETY: `new_ordered_dict` is the `tp_new` of this type, which takes a type and a tuple.
+        let new = unsafe {
+            (defaults.new_ordered_dict)(
+                defaults.ordered_dict.as_ptr().cast(),
+                defaults.no_arguments.as_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        // SAFETY: a new reference, or null with an exception set.
+        state.set_item(name, unsafe { Bound::from_owned_ptr_or_err(py, new) }?)?;
     }
     state.update(differing.as_mapping())?;
     Ok(state)
