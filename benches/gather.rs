@@ -4,8 +4,8 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::block::{Piece, copy, is_contiguous, pack};
-use ray_zerocopy::layout::Layout;
+use ray_zerocopy::block::{copy, is_contiguous, pack};
+use ray_zerocopy::layout::{Layout, Piece};
 
 fn pieces(storages: &[Vec<u8>]) -> Vec<Piece> {
     let piece = |bytes: &Vec<u8>| Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };
@@ -17,7 +17,7 @@ fn packing(c: &mut Criterion) {
     for count in [100, 1_500] {
         let storages = vec![vec![7; 3_072]; count];
         let pieces = pieces(&storages);
-        let layout = Layout::plan(&vec![3_072; count]).unwrap();
+        let layout = Layout::plan(&pieces, false).unwrap();
         group.throughput(Throughput::Bytes(layout.nbytes));
         group.bench_function(BenchmarkId::from_parameter(count), |b| {
             // SAFETY: the storages live and are only read.

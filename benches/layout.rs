@@ -4,20 +4,24 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::layout::Layout;
+use ray_zerocopy::layout::{Layout, Piece};
 
-/// Sizes as in a transformer: a large matrix, then a small vector.
-fn sizes(count: usize) -> Vec<u64> {
-    (0..count).map(|i| if i % 2 == 0 { 2_359_296 } else { 3_072 }).collect()
+/// As in a transformer, a large matrix and a small vector in turns, side by side.
+fn storages(count: usize) -> Vec<Piece> {
+    let storage = |i| Piece {
+        address: (i + 1) * 2_363_392,
+        nbytes: if i % 2 == 0 { 2_359_296 } else { 3_072 },
+    };
+    (0..count).map(storage).collect()
 }
 
 fn plan(c: &mut Criterion) {
     let mut group = c.benchmark_group("layout/plan");
     for count in [200, 1_000, 5_000] {
-        let sizes = sizes(count);
+        let storages = storages(count);
         group.throughput(Throughput::Elements(count as u64));
-        group.bench_with_input(BenchmarkId::from_parameter(count), &sizes, |b, sizes| {
-            b.iter(|| Layout::plan(black_box(sizes)));
+        group.bench_with_input(BenchmarkId::from_parameter(count), &storages, |b, storages| {
+            b.iter(|| Layout::plan(black_box(storages), true));
         });
     }
 }

@@ -5,12 +5,13 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ray_zerocopy::dtype::Dtype;
-use ray_zerocopy::layout::Layout;
+use ray_zerocopy::layout::{Layout, Piece};
 use ray_zerocopy::table::{Table, fingerprint};
 use ray_zerocopy::view::{Flags, View};
 
 fn table(count: usize) -> Table {
-    let layout = Layout::plan(&vec![4 * 768 * 768; count]).unwrap();
+    let storages = vec![Piece { address: 0, nbytes: 4 * 768 * 768 }; count];
+    let layout = Layout::plan(&storages, false).unwrap();
     let view = |span| View {
         span,
         dtype: Dtype::Float32,

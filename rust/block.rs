@@ -3,27 +3,19 @@
 //! A block starts with a header of 64 bytes: magic `RZCB`, version (4), bytes in the block (8), the
 //! fingerprint of its table (8), zeros.
 
+use std::ops::Range;
 use std::slice;
 use std::thread;
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::layout::{HEADER_NBYTES, Layout, Segment, align_up};
+use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Piece, Segment, Span, align_up};
 
 const MAGIC: &[u8; 8] = b"RZCB\x01\0\0\0";
 
 /// Below this a second thread costs more than it saves.
 const COPY_ALONE: usize = 8 << 20;
-
-/// Memory somewhere in this process, that somebody else keeps alive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Address of the first byte.
-    pub address: usize,
-    /// Length in bytes.
-    pub nbytes: usize,
-}
 
 impl Piece {
     /// The bytes.
@@ -107,12 +99,27 @@ pub unsafe fn copy(pieces: &[Piece], nbytes: u64) -> Result<MmapMut> {
     for piece in pieces {
         // SAFETY: the caller's promise for each piece.
         let bytes = unsafe { piece.bytes() };
-        let padded = rest.len().min(bytes.len().next_multiple_of(crate::layout::ALIGN as usize));
+        let padded = rest.len().min(bytes.len().next_multiple_of(ALIGN as usize));
         let (target, next) = rest.split_at_mut(padded);
         copy_parallel(&mut target[..bytes.len()], bytes);
         rest = next;
     }
     Ok(block)
+}
+
+/// The ranges of a block that belong to no span and are not its header, in order.
+pub fn between(spans: &[Span], nbytes: u64) -> Vec<Range<u64>> {
+    let mut spans: Vec<_> = spans.iter().map(|span| (span.offset, span.nbytes)).collect();
+    spans.sort_unstable();
+    let mut end = HEADER_NBYTES;
+    let mut between = Vec::new();
+    for (offset, length) in spans.into_iter().chain([(nbytes, 0)]) {
+        if offset > end {
+            between.push(end..offset);
+        }
+        end = end.max(offset + length);
+    }
+    between
 }
 
 /// Copies with as many threads as there are cores, where that pays.
@@ -148,9 +155,8 @@ mod tests {
         fn what_was_packed_lies_at_its_span(
             storages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..20),
         ) {
-            let nbytes: Vec<_> = storages.iter().map(|bytes| bytes.len() as u64).collect();
-            let layout = Layout::plan(&nbytes).unwrap();
             let pieces: Vec<_> = storages.iter().map(|bytes| piece(bytes)).collect();
+            let layout = Layout::plan(&pieces, false).unwrap();
             // SAFETY: the storages live and are only read.
             let packed = unsafe { pack(&layout, &pieces, 42) };
             prop_assert_eq!(check_header(&packed, 42), Ok(()));
@@ -176,6 +182,14 @@ mod tests {
             let copy = unsafe { copy(&pieces, nbytes) }.unwrap();
             prop_assert_eq!(&copy[..], expected.as_slice());
         }
+    }
+
+    #[test]
+    fn what_lies_between_spans_is_all_but_them_and_the_header() {
+        let span = |offset, nbytes| Span { offset, nbytes };
+        let spans = [span(256, 10), span(64, 64), span(320, 0), span(320, 64)];
+        assert_eq!(between(&spans, 400), [128..256, 266..320, 384..400]);
+        assert_eq!(between(&[], 64), []);
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! The layout: where each storage lies in the block, and how the bytes travel there.
 //!
 //! ```text
-//!           ┌ packed ─────────────────────────┐┌ piece ────┐┌ piece ────┐┌ piece ─┐
-//!  block    │ header │ span 1 │ span 3 │ pad  ││ span 0 ...  ... span 0 ││ span 2 │
-//!           0        64                                                          nbytes
+//!           ┌ packed ───────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ─────────┐
+//!  block    │ header │ span 1 │ span 3 │ pad ││ span 0 ..  .. span 0 ││ span 4 ║ span 2 │
+//!           0        64                                                            nbytes
 //! ```
 //!
-//! Small storages come first, copied into one packed segment. Each larger one is a segment by
-//! itself, or several adjacent pieces: Ray copies them straight from the model.
+//! Small storages come first, copied into one packed segment. Ray copies the others straight from
+//! the model: a storage as one piece or as several, or as here spans 4 and 2, storages that lie side
+//! by side in memory, as one.
 
 use std::ops::Range;
 
@@ -26,11 +27,14 @@ const MIN_SEGMENT: u64 = 2048;
 const PACK_BELOW: u64 = 16 << 10;
 
 /// Ray copies up to 1 MiB in the caller and starts threads, 0.25 ms a time, above it ...
-const PIECE: u64 = 1 << 20;
+const PIECE: usize = 1 << 20;
 
 /// ... which pays from here on. Measured on 418 MiB: pieces of 1 MiB 42 ms, of 2 MiB 75 ms, of
 /// 8 MiB 42 ms, one piece 31 ms.
-const WHOLE_FROM: u64 = 8 << 20;
+const WHOLE_FROM: usize = 8 << 20;
+
+/// No page is smaller.
+const PAGE: usize = 4096;
 
 /// Where one storage lies in the block, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +45,16 @@ pub struct Span {
     pub nbytes: u64,
 }
 
-/// A run of the block that travels as one buffer.
+/// Memory somewhere in this process, that somebody else keeps alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Address of the first byte.
+    pub address: usize,
+    /// Length in bytes.
+    pub nbytes: usize,
+}
+
+/// A part of the block that travels as one buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Segment {
     /// The header and all small storages, copied together.
@@ -51,13 +64,8 @@ pub enum Segment {
         /// Its length, padding included.
         nbytes: u64,
     },
-    /// Some or all bytes of one storage, where the model keeps them.
-    Piece {
-        /// Index of the span.
-        span: usize,
-        /// Bytes within the used part of the storage.
-        bytes: Range<u64>,
-    },
+    /// Memory of the model: a part of a storage, a whole one, or several that adjoin.
+    Piece(Piece),
 }
 
 /// A plan of spans and segments, without bytes.
@@ -65,11 +73,12 @@ pub enum Segment {
 pub struct Layout {
     /// One span for each storage, in the order they were given.
     pub spans: Vec<Span>,
-    /// The block from first to last byte; all but the last are multiples of [`ALIGN`] or are
-    /// followed by padding up to one.
+    /// The block from first to last byte, each segment at the next multiple of [`ALIGN`].
     pub segments: Vec<Segment>,
     /// Bytes in the whole block.
     pub nbytes: u64,
+    /// Whether any segment holds storages that adjoin, and what lies between them.
+    pub adjoins: bool,
 }
 
 /// The next multiple of [`ALIGN`].
@@ -86,22 +95,35 @@ pub fn used(extents: impl IntoIterator<Item = Range<u64>>) -> Range<u64> {
 }
 
 impl Layout {
-    /// Lays storages of these sizes out, each once.
-    pub fn plan(nbytes: &[u64]) -> Result<Layout> {
-        let mut spans: Vec<_> = nbytes.iter().map(|&nbytes| Span { offset: 0, nbytes }).collect();
+    /// Lays storages out, each once.
+    ///
+    /// With `adjoin`, large storages that lie side by side in memory stay side by side in the
+    /// block, and travel as one segment together with the allocator's few bytes between them, which
+    /// whoever writes the block has to clear. Ray copies one long segment at twice the speed of many
+    /// short ones. Models that were loaded or made in one go are two or three such runs.
+    pub fn plan(storages: &[Piece], adjoin: bool) -> Result<Layout> {
+        let span = |piece: &Piece| Span { offset: 0, nbytes: piece.nbytes as u64 };
+        let mut spans: Vec<_> = storages.iter().map(span).collect();
         let (small, large): (Vec<_>, Vec<_>) =
-            (0..spans.len()).partition(|&span| nbytes[span] < PACK_BELOW);
+            (0..spans.len()).partition(|&span| spans[span].nbytes < PACK_BELOW);
         let mut end = HEADER_NBYTES;
         for &span in &small {
-            end = spans[span].place(end)?;
+            spans[span].offset = align_up(end)?;
+            end = spans[span].end()?;
         }
         end = align_up(end)?.max(MIN_SEGMENT);
         let mut segments = vec![Segment::Packed { spans: small, nbytes: end }];
-        for span in large {
-            end = spans[span].place(end)?;
-            segments.extend(pieces(nbytes[span]).map(|bytes| Segment::Piece { span, bytes }));
+        let runs = runs(storages, large, adjoin);
+        let adjoins = runs.iter().any(|run| run.len() > 1);
+        for run in runs {
+            let (start, address) = (align_up(end)?, storages[run[0]].address);
+            for span in run {
+                spans[span].offset = start + (storages[span].address - address) as u64;
+                end = spans[span].end()?;
+            }
+            segments.extend(pieces(Piece { address, nbytes: (end - start) as usize }));
         }
-        Ok(Layout { spans, segments, nbytes: end })
+        Ok(Layout { spans, segments, nbytes: end, adjoins })
     }
 
     /// Bytes of the block that belong to no storage: the header and what alignment costs.
@@ -111,23 +133,45 @@ impl Layout {
 }
 
 impl Span {
-    /// Moves the span to the first aligned byte from `end` on, and gives its own end.
-    fn place(&mut self, end: u64) -> Result<u64> {
-        self.offset = align_up(end)?;
-        self.end()
-    }
-
     /// One past its last byte.
     pub fn end(&self) -> Result<u64> {
         self.offset.checked_add(self.nbytes).ok_or(Error::Overflow { what: "a span's end" })
     }
 }
 
-/// How a large storage is cut, as Ray's copier likes it: whole, or evenly, so that no piece is small.
-fn pieces(nbytes: u64) -> impl Iterator<Item = Range<u64>> {
+/// Groups storages that can travel together.
+fn runs(storages: &[Piece], mut large: Vec<usize>, adjoin: bool) -> Vec<Vec<usize>> {
+    if !adjoin {
+        return large.into_iter().map(|span| vec![span]).collect();
+    }
+    large.sort_by_key(|&span| storages[span].address);
+    let follows = |&a: &usize, &b: &usize| storages[b].adjoins(storages[a]);
+    large.chunk_by(follows).map(<[usize]>::to_vec).collect()
+}
+
+impl Piece {
+    /// Whether this storage can travel with the one `before`.
+    ///
+    /// Every page between the two holds bytes of one or the other, so that what lies between can be
+    /// read for as long as both live; and both have the same alignment.
+    fn adjoins(self, before: Piece) -> bool {
+        let last = before.address + before.nbytes - 1; // a large storage is not empty
+        self.address > last
+            && self.address / PAGE - last / PAGE <= 1
+            && (self.address - before.address).is_multiple_of(ALIGN as usize)
+    }
+}
+
+/// Cuts a run as Ray's copier likes it: whole, or evenly, so that no piece is small.
+fn pieces(run: Piece) -> impl Iterator<Item = Segment> {
+    let nbytes = run.nbytes;
     let count = if nbytes < WHOLE_FROM { nbytes.div_ceil(PIECE) } else { 1 };
-    let size = if count > 1 { nbytes.div_ceil(count).next_multiple_of(ALIGN) } else { nbytes };
-    (0..count).map(move |i| i * size..nbytes.min((i + 1) * size))
+    let size =
+        if count > 1 { nbytes.div_ceil(count).next_multiple_of(ALIGN as usize) } else { nbytes };
+    (0..count).map(move |i| {
+        let start = i * size;
+        Segment::Piece(Piece { address: run.address + start, nbytes: size.min(nbytes - start) })
+    })
 }
 
 #[cfg(test)]
@@ -135,16 +179,28 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Storages of these sizes with these many bytes between them.
+    fn storages(gaps_and_sizes: &[(usize, usize)]) -> Vec<Piece> {
+        let mut end = 1 << 20;
+        let mut place = |&(gap, nbytes): &(usize, usize)| {
+            let address = end + gap;
+            end = address + nbytes;
+            Piece { address, nbytes }
+        };
+        gaps_and_sizes.iter().map(&mut place).collect()
+    }
+
     #[test]
     fn an_empty_model_is_one_header() {
-        let layout = Layout::plan(&[]).unwrap();
+        let layout = Layout::plan(&[], true).unwrap();
         assert_eq!(layout.segments, [Segment::Packed { spans: vec![], nbytes: MIN_SEGMENT }]);
         assert_eq!(layout.nbytes, MIN_SEGMENT);
     }
 
     #[test]
     fn small_storages_are_packed_and_large_ones_travel_by_themselves() {
-        let layout = Layout::plan(&[3 << 20, 100, 64 << 20, 7]).unwrap();
+        let storages = storages(&[(0, 3 << 20), (0, 100), (0, 64 << 20), (0, 7)]);
+        let layout = Layout::plan(&storages, false).unwrap();
         assert_eq!(layout.spans[1], Span { offset: 64, nbytes: 100 });
         assert_eq!(layout.spans[3], Span { offset: 192, nbytes: 7 });
         assert_eq!(layout.spans[0], Span { offset: MIN_SEGMENT, nbytes: 3 << 20 });
@@ -152,9 +208,20 @@ mod tests {
     }
 
     #[test]
+    fn storages_side_by_side_travel_together() {
+        let storages = storages(&[(0, 3 << 20), (128, 9 << 20), (4096, 2 << 20), (9000, 1 << 20)]);
+        let layout = Layout::plan(&storages, true).unwrap();
+        let first = storages[0].address;
+        assert_eq!(layout.spans[2].offset, MIN_SEGMENT + (storages[2].address - first) as u64);
+        assert_eq!(layout.segments.len(), 1 + 1 + 1, "the last is a page too far");
+        assert_eq!(layout.padding(), MIN_SEGMENT + 128 + 4096);
+    }
+
+    #[test]
     fn what_overflows_is_refused() {
-        assert!(Layout::plan(&[u64::MAX]).is_err());
-        assert!(Layout::plan(&[1 << 63, 1 << 63]).is_err());
+        let huge = Piece { address: 0, nbytes: usize::MAX };
+        assert!(Layout::plan(&[huge], false).is_err());
+        assert!(Layout::plan(&[huge, huge], true).is_err());
     }
 
     #[test]
@@ -163,13 +230,19 @@ mod tests {
         assert_eq!(used([100..200, 400..404]), 64..404);
     }
 
+    fn gaps_and_sizes() -> impl Strategy<Value = Vec<(usize, usize)>> {
+        let gap = prop_oneof![Just(0), Just(64), 0usize..9000];
+        let size = prop_oneof![0usize..100, 0usize..(32 << 10), 0usize..(20 << 20)];
+        prop::collection::vec((gap, size), 0..40)
+    }
+
     proptest! {
         #[test]
         fn spans_are_aligned_and_apart_and_segments_tile_the_block(
-            nbytes in prop::collection::vec(
-                prop_oneof![0u64..100, 0u64..(32 << 10), 0u64..(20 << 20)], 0..40),
+            gaps_and_sizes in gaps_and_sizes(), adjoin: bool,
         ) {
-            let layout = Layout::plan(&nbytes).unwrap();
+            let storages = storages(&gaps_and_sizes);
+            let layout = Layout::plan(&storages, adjoin).unwrap();
             let mut spans: Vec<_> = layout.spans.iter().filter(|span| span.nbytes > 0).collect();
             spans.sort_by_key(|span| span.offset);
             prop_assert!(layout.spans.iter().all(|span| span.offset % ALIGN == 0));
@@ -177,25 +250,38 @@ mod tests {
             prop_assert!(spans.first().is_none_or(|span| span.offset >= HEADER_NBYTES));
 
             let mut end = 0;
+            let mut lies_at = Vec::new(); // offset in the block and memory there
             for segment in &layout.segments {
                 let start = align_up(end).unwrap();
-                end = start + match segment {
+                let nbytes = match segment {
                     Segment::Packed { spans, nbytes } => {
                         for &span in spans {
                             prop_assert!(layout.spans[span].end().unwrap() <= *nbytes);
                         }
                         *nbytes
                     }
-                    Segment::Piece { span, bytes } => {
-                        prop_assert_eq!(layout.spans[*span].offset + bytes.start, start);
-                        bytes.end - bytes.start
+                    Segment::Piece(piece) => {
+                        lies_at.push((start, *piece));
+                        piece.nbytes as u64
                     }
                 };
-                prop_assert!(end - start >= MIN_SEGMENT);
+                prop_assert!(nbytes >= MIN_SEGMENT);
+                end = start + nbytes;
             }
             prop_assert_eq!(end, layout.nbytes);
-            let used: u64 = nbytes.iter().sum();
+            let used: u64 = storages.iter().map(|storage| storage.nbytes as u64).sum();
             prop_assert_eq!(layout.padding(), layout.nbytes - used);
+
+            // every large storage finds its own memory at its span
+            for (storage, span) in storages.iter().zip(&layout.spans) {
+                let offset_in = |&(at, piece): &(u64, Piece)| {
+                    let within = span.offset.checked_sub(at)? as usize;
+                    (within < piece.nbytes).then_some(piece.address + within)
+                };
+                if span.nbytes >= PACK_BELOW {
+                    prop_assert_eq!(lies_at.iter().find_map(offset_in), Some(storage.address));
+                }
+            }
         }
     }
 }

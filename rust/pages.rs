@@ -12,8 +12,8 @@
 
 use memmap2::MmapMut;
 
-use crate::block::Piece;
 use crate::error::{Error, Result};
+use crate::layout::Piece;
 
 /// A block mapped into this process.
 #[derive(Debug)]
@@ -40,6 +40,8 @@ pub struct Source {
     pub inode: u64,
     /// Where in the file the memory starts, in bytes.
     pub offset: u64,
+    /// Whether the mapping that was found can be written.
+    pub writable: bool,
 }
 
 impl Pages {
@@ -87,8 +89,8 @@ mod system {
     use memmap2::{MmapMut, MmapOptions};
 
     use super::{Source, unsupported};
-    use crate::block::Piece;
     use crate::error::Result;
+    use crate::layout::Piece;
 
     /// One shared file mapping of this process: a line of `/proc/self/maps`.
     #[derive(Debug, Clone)]
@@ -112,14 +114,19 @@ mod system {
             // 7f00-7f80 rw-s 00001000 00:1a 1234    /dev/shm/plasma (deleted)
             let mut fields = line.splitn(6, ' ');
             let (start, end) = fields.next()?.split_once('-')?;
-            let shared = fields.next()?.ends_with('s');
+            let rights = fields.next()?;
             let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
             let inode = fields.nth(1)?.parse().ok()?;
             let name = fields.next()?.trim_start().to_owned();
             let start = usize::from_str_radix(start, 16).ok()?;
             let end = usize::from_str_radix(end, 16).ok()?;
-            let source = Source { name, inode, offset };
-            (shared && inode != 0).then_some(Mapping { start, end, source, path: None })
+            let source = Source { name, inode, offset, writable: rights.starts_with("rw") };
+            (rights.ends_with('s') && inode != 0).then_some(Mapping {
+                start,
+                end,
+                source,
+                path: None,
+            })
         }
 
         fn holds(&self, piece: Piece) -> bool {
@@ -253,7 +260,8 @@ mod system {
                 "7f0000-7f8000 rw-s 00001000 00:1a 1234                 /dev/shm/a b (deleted)";
             let mapping = Mapping::parse(line).unwrap();
             let name = "/dev/shm/a b (deleted)".to_owned();
-            assert_eq!(mapping.source, Source { name, inode: 1234, offset: 0x1000 });
+            let source = Source { name, inode: 1234, offset: 0x1000, writable: true };
+            assert_eq!(mapping.source, source);
             assert!(mapping.holds(Piece { address: 0x7f0000, nbytes: 0x8000 }));
             assert!(!mapping.holds(Piece { address: 0x7f0001, nbytes: 0x8000 }));
             assert!(Mapping::parse("7f0000-7f8000 rw-p 00001000 00:1a 1234 /private").is_none());
@@ -268,8 +276,8 @@ mod system {
     use memmap2::MmapMut;
 
     use super::{Source, unsupported};
-    use crate::block::Piece;
     use crate::error::Result;
+    use crate::layout::Piece;
 
     const REASON: &str = "only Linux tells which file lies behind Ray's store";
 

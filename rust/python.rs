@@ -1,7 +1,7 @@
 //! The edge towards Python, and the only file that knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
 
 use std::ffi::{c_int, c_void};
-use std::sync::Arc;
+use std::ops::Range;
 use std::{mem, ptr};
 
 use pyo3::buffer::PyUntypedBuffer;
@@ -11,10 +11,10 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyString, PyTuple, PyType};
 
-use crate::block::{self, Piece};
+use crate::block;
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::layout::{Layout, Segment as Run, used};
+use crate::layout::{Layout, Piece, Segment as Run, used};
 use crate::pages::{self, Pages, Source};
 use crate::table::{Table, fingerprint};
 use crate::view::{Flags, View};
@@ -37,8 +37,9 @@ type Geometry = (usize, String, u8, u64, Vec<u64>, Vec<u64>);
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 struct Gather {
     layout: Layout,
-    pieces: Vec<Piece>,
-    owners: Vec<Py<PyAny>>,
+    storages: Vec<Piece>,
+    /// What keeps the storages where they are.
+    _owners: Vec<Py<PyAny>>,
     /// The offset table, encoded.
     #[pyo3(get)]
     table: Py<PyBytes>,
@@ -47,7 +48,12 @@ struct Gather {
 #[pymethods]
 impl Gather {
     #[new]
-    fn new(py: Python<'_>, storages: Vec<Storage>, views: Vec<Geometry>) -> PyResult<Gather> {
+    fn new(
+        py: Python<'_>,
+        storages: Vec<Storage>,
+        views: Vec<Geometry>,
+        adjoin: bool,
+    ) -> PyResult<Gather> {
         let mut views: Vec<View> = views
             .into_iter()
             .map(|(span, dtype, flags, offset, shape, stride)| {
@@ -64,44 +70,38 @@ impl Gather {
         }
         let used: Vec<_> = extents.into_iter().map(used).collect();
         for view in &mut views {
-            let itemsize = view.dtype.itemsize();
-            let start = used[view.span].start / itemsize;
+            let start = used[view.span].start / view.dtype.itemsize();
             view.offset = if view.extent()?.is_some() { view.offset - start } else { 0 };
         }
-        let nbytes: Vec<_> = used.iter().map(|used| used.end - used.start).collect();
-        let layout = Layout::plan(&nbytes)?;
+        let piece = |((address, _, owner), used): (Storage, Range<u64>)| {
+            let nbytes = (used.end - used.start) as usize;
+            (Piece { address: address + used.start as usize, nbytes }, owner)
+        };
+        let (storages, _owners): (Vec<_>, _) = storages.into_iter().zip(used).map(piece).unzip();
+        // only where `Block.clear` can find the mapping again
+        let layout = Layout::plan(&storages, adjoin && cfg!(target_os = "linux"))?;
         let table = Table::new(&layout, views)?.encode();
-        let (pieces, owners) = storages
-            .into_iter()
-            .zip(used)
-            .map(|((address, _, owner), used)| {
-                let nbytes = (used.end - used.start) as usize;
-                (Piece { address: address + used.start as usize, nbytes }, owner)
-            })
-            .unzip();
-        Ok(Gather { layout, pieces, owners, table: PyBytes::new(py, &table).unbind() })
+        Ok(Gather { layout, storages, _owners, table: PyBytes::new(py, &table).unbind() })
     }
 
     /// The block as buffers in order: the small storages packed, the large ones where they are.
-    fn segments(&self, py: Python<'_>) -> Vec<Segment> {
-        let fingerprint = fingerprint(self.table.as_bytes(py));
-        let segment = |run: &Run| match run {
-            Run::Packed { .. } => {
-                // SAFETY: the owners keep the storages alive; that nobody writes a model while it
-                // is published is the caller's part, as with any pickle.
-                let bytes = unsafe { block::pack(&self.layout, &self.pieces, fingerprint) };
-                let bytes: Arc<[u8]> = bytes.into();
-                let piece = Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };
-                Segment { piece, _owner: Owner::Packed(bytes) }
-            }
-            Run::Piece { span, bytes } => {
-                let address = self.pieces[*span].address + bytes.start as usize;
-                let nbytes = (bytes.end - bytes.start) as usize;
-                let owner = Owner::Storage(self.owners[*span].clone_ref(py));
-                Segment { piece: Piece { address, nbytes }, _owner: owner }
-            }
+    fn segments(slf: &Bound<'_, Self>) -> Vec<Segment> {
+        let (py, gather) = (slf.py(), slf.get());
+        let fingerprint = fingerprint(gather.table.as_bytes(py));
+        let segment = |run: &Run| {
+            let (piece, packed) = match run {
+                Run::Packed { .. } => {
+                    // SAFETY: the owners keep the storages alive; that nobody writes a model while
+                    // it is published is the caller's part, as with any pickle.
+                    let bytes =
+                        unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) };
+                    (Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() }, bytes)
+                }
+                Run::Piece(piece) => (*piece, Vec::new()),
+            };
+            Segment { piece, _packed: packed, _gather: slf.clone().unbind() }
         };
-        self.layout.segments.iter().map(segment).collect()
+        gather.layout.segments.iter().map(segment).collect()
     }
 
     /// Bytes in the block.
@@ -109,19 +109,22 @@ impl Gather {
     fn nbytes(&self) -> u64 {
         self.layout.nbytes
     }
+
+    /// Whether storages travel together with what lies between them, which is to be cleared.
+    #[getter]
+    fn adjoins(&self) -> bool {
+        self.layout.adjoins
+    }
 }
 
-/// What keeps the bytes of a segment where they are.
-enum Owner {
-    Packed(#[allow(dead_code)] Arc<[u8]>),
-    Storage(#[allow(dead_code)] Py<PyAny>),
-}
-
-/// A run of the block on its way: a read-only buffer.
+/// A part of the block on its way: a read-only buffer.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 struct Segment {
     piece: Piece,
-    _owner: Owner,
+    /// The bytes, where they were packed ...
+    _packed: Vec<u8>,
+    /// ... and what keeps them, where they lie in the model.
+    _gather: Py<Gather>,
 }
 
 #[pymethods]
@@ -134,7 +137,7 @@ impl Segment {
         flags: c_int,
     ) -> PyResult<()> {
         let piece = slf.get().piece;
-        // SAFETY: the interpreter's view; the segment, whose owner keeps the bytes, is its object.
+        // SAFETY: the interpreter's view; the segment, which keeps the bytes, is its object.
         unsafe { fill_buffer(slf.into_any(), piece, true, view, flags) }
     }
 }
@@ -284,6 +287,26 @@ impl Block {
         py.detach(|| self.pages.prefault());
     }
 
+    /// Clears what lies between the spans of a shared block; false where it may not be written.
+    ///
+    /// For whoever has just put it: what `Gather` let adjoin came with a few bytes of the
+    /// publisher's allocator.
+    fn clear(&self) -> PyResult<bool> {
+        let (Pages::Shared(piece), Some(source)) = (&self.pages, &self.source) else {
+            return Ok(false);
+        };
+        if !source.writable {
+            return Ok(false);
+        }
+        for range in block::between(&self.table.spans, self.table.nbytes) {
+            let start = (piece.address + range.start as usize) as *mut u8;
+            // SAFETY: within the block, whose mapping can be written; nobody else has the object's
+            // reference yet, so nobody reads it.
+            unsafe { ptr::write_bytes(start, 0, (range.end - range.start) as usize) };
+        }
+        Ok(true)
+    }
+
     /// A tensor for each view that has a span for itself; None for the others.
     fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
@@ -380,16 +403,24 @@ impl Torch {
     }
 }
 
-/// What `torch.nn.Module.__init__` gives every module, of which most stays as it was.
+/// What `torch.nn.Module.__init__` gives every module, of which most stays as it was: of 17
+/// attributes a module of BERT has about 14.
 struct Defaults {
     attributes: Py<PyDict>,
-    dicts: Vec<Py<PyString>>,
-    ordered_dicts: Vec<Py<PyString>>,
-    sets: Vec<Py<PyString>>,
+    /// The same, each with what makes it.
+    kinds: Vec<(Py<PyString>, Default)>,
     ordered_dict: Py<PyType>,
     /// Makes an empty one without `__init__`, which has nothing to do there: half the time.
     new_ordered_dict: ffi::newfunc,
     no_arguments: Py<PyTuple>,
+}
+
+/// A default attribute: an empty container of its own for each module, or one constant for all.
+enum Default {
+    Dict,
+    OrderedDict,
+    Set,
+    Constant(Py<PyAny>),
 }
 
 impl Defaults {
@@ -400,16 +431,19 @@ impl Defaults {
             let attributes = module.getattr("__dict__")?.cast_into::<PyDict>()?;
             let ordered_dict = py.import("collections")?.getattr("OrderedDict")?;
             let ordered_dict = ordered_dict.cast_into::<PyType>()?;
-            let (mut dicts, mut ordered_dicts, mut sets) = (vec![], vec![], vec![]);
-            for (name, value) in &attributes {
-                let names = match value.get_type() {
-                    kind if kind.is(&ordered_dict) => &mut ordered_dicts,
-                    kind if kind.is(&py.get_type::<PyDict>()) => &mut dicts,
-                    kind if kind.is(&py.get_type::<PySet>()) => &mut sets,
-                    _ => continue,
+            let kinds = attributes.iter().map(|(name, value)| {
+                let default = if value.is_exact_instance(&ordered_dict) {
+                    Default::OrderedDict
+                } else if value.is_exact_instance_of::<PyDict>() {
+                    Default::Dict
+                } else if value.is_exact_instance_of::<PySet>() {
+                    Default::Set
+                } else {
+                    Default::Constant(value.unbind())
                 };
-                names.push(name.cast_into::<PyString>()?.unbind());
-            }
+                Ok((name.cast_into::<PyString>()?.unbind(), default))
+            });
+            let kinds = kinds.collect::<PyResult<_>>()?;
             // SAFETY: a type object; the slot is checked before it is used.
             let slot = unsafe { ffi::PyType_GetSlot(ordered_dict.as_type_ptr(), ffi::Py_tp_new) };
             if slot.is_null() {
@@ -417,9 +451,7 @@ impl Defaults {
             }
             Ok(Defaults {
                 attributes: attributes.unbind(),
-                dicts,
-                ordered_dicts,
-                sets,
+                kinds,
                 ordered_dict: ordered_dict.unbind(),
                 // SAFETY: the slot of this number holds a function of this type.
                 new_ordered_dict: unsafe { mem::transmute::<*mut c_void, ffi::newfunc>(slot) },
@@ -427,34 +459,100 @@ impl Defaults {
             })
         })
     }
+
+    fn new_ordered_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let (kind, no_arguments) = (self.ordered_dict.as_ptr(), self.no_arguments.as_ptr());
+        // SAFETY: this is the `tp_new` of this type, which takes a type and a tuple.
+        let new = unsafe { (self.new_ordered_dict)(kind.cast(), no_arguments, ptr::null_mut()) };
+        // SAFETY: a new reference, or null with an exception set.
+        unsafe { Bound::from_owned_ptr_or_err(py, new) }
+    }
+
+    /// Whether a module's attribute is as it was made.
+    fn is_untouched(&self, default: &Default, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+        Ok(match default {
+            Default::Dict => value.is_exact_instance_of::<PyDict>() && value.is_empty()?,
+            Default::Set => value.is_exact_instance_of::<PySet>() && value.is_empty()?,
+            Default::OrderedDict => {
+                value.is_exact_instance(self.ordered_dict.bind(value.py())) && value.is_empty()?
+            }
+            Default::Constant(constant) => value.is(constant),
+        })
+    }
 }
 
-/// The defaults of `torch.nn.Module`, fresh, and over them the attributes that differ.
+/// The attributes of a module that differ from the defaults of `torch.nn.Module`.
+///
+/// None where `state` does not start with all of these, in their order, as it does in any module
+/// whose `__init__` has run.
+#[pyfunction]
+fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDict>>> {
+    let defaults = Defaults::get(state.py())?;
+    let differing = PyDict::new(state.py());
+    let mut attributes = state.iter();
+    for (expected, default) in &defaults.kinds {
+        match attributes.next() {
+            Some((name, value)) if name.eq(expected)? => {
+                if !defaults.is_untouched(default, &value)? {
+                    differing.set_item(name, value)?;
+                }
+            }
+            _ => return Ok(None),
+        }
+    }
+    for (name, value) in attributes {
+        differing.set_item(name, value)?;
+    }
+    Ok(Some(differing))
+}
+
+/// The whole state of a module, its defaults fresh; the inverse of `differing`.
 #[pyfunction]
 fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
     let py = differing.py();
     let defaults = Defaults::get(py)?;
     let state = defaults.attributes.bind(py).copy()?;
-    for name in &defaults.dicts {
-        state.set_item(name, PyDict::new(py))?;
-    }
-    for name in &defaults.sets {
-        state.set_item(name, PySet::empty(py)?)?;
-    }
-    for name in &defaults.ordered_dicts {
-        // SAFETY: `new_ordered_dict` is the `tp_new` of this type, which takes a type and a tuple.
-        let new = unsafe {
-            (defaults.new_ordered_dict)(
-                defaults.ordered_dict.as_ptr().cast(),
-                defaults.no_arguments.as_ptr(),
-                ptr::null_mut(),
-            )
-        };
-        // SAFETY: a new reference, or null with an exception set.
-        state.set_item(name, unsafe { Bound::from_owned_ptr_or_err(py, new) }?)?;
+    for (name, default) in &defaults.kinds {
+        match default {
+            Default::Dict => state.set_item(name, PyDict::new(py))?,
+            Default::Set => state.set_item(name, PySet::empty(py)?)?,
+            Default::OrderedDict => state.set_item(name, defaults.new_ordered_dict(py)?)?,
+            Default::Constant(_) => {}
+        }
     }
     state.update(differing.as_mapping())?;
     Ok(state)
+}
+
+/// Picks the tensors out of all that a pickler asks about: its `persistent_id`.
+///
+/// `take` is called with plain tensors and parameters, and gives a number or None. A pickler asks
+/// once for every object, thousands of times a model; in Python that took half of a split.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+struct TensorIds {
+    tensor: Py<PyAny>,
+    parameter: Py<PyAny>,
+    take: Py<PyAny>,
+}
+
+#[pymethods]
+impl TensorIds {
+    #[new]
+    fn new(py: Python<'_>, take: Py<PyAny>) -> PyResult<TensorIds> {
+        let torch = py.import("torch")?;
+        let tensor = torch.getattr("Tensor")?.unbind();
+        let parameter = torch.getattr("nn")?.getattr("Parameter")?.unbind();
+        Ok(TensorIds { tensor, parameter, take })
+    }
+
+    fn __call__<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = object.py();
+        let kind = object.get_type();
+        if kind.is(&self.parameter) || kind.is(&self.tensor) {
+            return self.take.bind(py).call1((object,));
+        }
+        Ok(py.None().into_bound(py))
+    }
 }
 
 /// Makes `module_state` the `__dict__` of a bare module, as `nn.Module.__setstate__` would.
@@ -485,6 +583,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Gather>()?;
     module.add_class::<Segment>()?;
     module.add_class::<Block>()?;
+    module.add_class::<TensorIds>()?;
+    module.add_function(wrap_pyfunction!(differing, module)?)?;
     module.add_function(wrap_pyfunction!(module_state, module)?)?;
     module.add_function(wrap_pyfunction!(restore_module, module)?)?;
     module.add_function(wrap_pyfunction!(source_of, module)?)?;

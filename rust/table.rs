@@ -184,13 +184,16 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::Piece;
     use proptest::prelude::*;
 
     /// Any valid table: storages of any size, and a dense view over a part of some of them.
     fn tables() -> impl Strategy<Value = Table> {
         let views = prop::collection::vec((any::<prop::sample::Index>(), 0u64..9, 0u8..47), 0..20);
         (prop::collection::vec(0u64..100_000, 1..20), views).prop_map(|(nbytes, views)| {
-            let layout = Layout::plan(&nbytes).unwrap();
+            let pieces: Vec<_> =
+                nbytes.iter().map(|&n| Piece { address: 0, nbytes: n as usize }).collect();
+            let layout = Layout::plan(&pieces, false).unwrap();
             let views = views.into_iter().map(|(index, offset, dtype)| {
                 let span = index.index(nbytes.len());
                 let dtype = Dtype::from_code(dtype).unwrap();
@@ -248,7 +251,9 @@ mod tests {
 
     #[test]
     fn a_fingerprint_changes_with_any_byte() {
-        let table = Table::new(&Layout::plan(&[5, 70]).unwrap(), vec![]).unwrap().encode();
+        let storages = [5, 70].map(|nbytes| Piece { address: 0, nbytes });
+        let layout = Layout::plan(&storages, false).unwrap();
+        let table = Table::new(&layout, vec![]).unwrap().encode();
         for at in 0..table.len() {
             let mut other = table.clone();
             other[at] ^= 1;

@@ -1,6 +1,8 @@
 """The Rust core from Python, with `bytes` as the oracle, and its stub."""
 
+import ctypes
 import gc
+import mmap
 import random
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import ray_zerocopy as rzc
 import torch
 from ray_zerocopy import _core
@@ -19,7 +22,7 @@ def gather(*parts):
     arrays = [np.frombuffer(part, np.uint8) for part in parts]
     storages = [(array.ctypes.data, array.nbytes, array) for array in arrays]
     views = [(i, "uint8", 0, 0, (array.nbytes,), (1,)) for i, array in enumerate(arrays)]
-    return _core.Gather(storages, views)
+    return _core.Gather(storages, views, False)
 
 
 def rejoined(block):
@@ -83,6 +86,24 @@ def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
     assert np.array_equal(tensors[0].numpy(), expected)
 
 
+def test_what_lies_between_adjoining_storages_is_cleared(cluster):
+    """They travel in one go, with what the allocator keeps between them, and that is no model's."""
+    memory = mmap.mmap(-1, 4 * 2**20)
+    memory.write(b"\7" * len(memory))
+    places = [(0, 2**20), (2**20 + 64, 30_000), (2**20 + 32_768, 2**20), (2**21 + 65_536, 2**20)]
+    tensors = [torch.frombuffer(memory, dtype=torch.uint8, offset=o, count=n) for o, n in places]
+    ref = rzc.put(tensors)
+    info = rzc.inspect(ref)
+    offsets = [offset for offset, _ in info.spans]
+    assert np.diff(offsets)[:2].tolist() == np.diff([o for o, _ in places])[:2].tolist()
+
+    loaded = ray.get(ref)
+    assert all(torch.equal(*pair) for pair in zip(loaded, tensors, strict=True))
+    block = ctypes.string_at(loaded[0].data_ptr() - offsets[0], info.nbytes)
+    assert block.count(7) == sum(nbytes for _, nbytes in places)
+    assert not any(block[offsets[0] + 2**20 : offsets[1]])
+
+
 def refused(match, table, buffers):
     with pytest.raises(rzc.BlockError, match=match):
         _core.Block(table, buffers, "private")
@@ -115,11 +136,11 @@ def test_a_view_beyond_its_storage_is_refused_with_the_numbers():
     array = np.zeros(16, np.uint8)
     storages = [(array.ctypes.data, 16, array)]
     with pytest.raises(rzc.BlockError, match="ends at byte 20, its span has 16"):
-        _core.Gather(storages, [(0, "float32", 0, 1, (4,), (1,))])
+        _core.Gather(storages, [(0, "float32", 0, 1, (4,), (1,))], False)
     with pytest.raises(rzc.BlockError, match="view 0 lies in span 1, the table has 1"):
-        _core.Gather(storages, [(1, "float32", 0, 0, (4,), (1,))])
+        _core.Gather(storages, [(1, "float32", 0, 0, (4,), (1,))], False)
     with pytest.raises(rzc.BlockError, match="dtype float7 is not known"):
-        _core.Gather(storages, [(0, "float7", 0, 0, (4,), (1,))])
+        _core.Gather(storages, [(0, "float7", 0, 0, (4,), (1,))], False)
 
 
 def test_every_dtype_of_torch_is_known():
@@ -135,6 +156,17 @@ def test_module_state_is_a_fresh_module_with_the_differences():
     assert [type(value) for value in state.values()][:-1] == [type(v) for v in fresh.values()]
     containers = [name for name, value in fresh.items() if hasattr(value, "__len__")]
     assert not any(state[name] is other[name] for name in containers)
+
+
+def test_differing_is_the_inverse_of_module_state():
+    module = torch.nn.BatchNorm1d(3).eval()
+    differing = _core.differing(module.__dict__)
+    assert "_parameters" in differing
+    assert "_forward_hooks" not in differing
+    state = _core.module_state(differing)
+    assert list(state.items()) == list(module.__dict__.items())
+    assert _core.differing({"training": True}) is None
+    assert _core.differing(dict(reversed(module.__dict__.items()))) is None
 
 
 def test_the_stub_tells_the_truth(tmp_path):

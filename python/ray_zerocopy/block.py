@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,14 +13,17 @@ from ray_zerocopy.skeleton import Split
 Isolation = Literal["private", "shared", "copy"]
 
 
-def gather(parts: Split) -> tuple[bytes, list[pickle.PickleBuffer]]:
-    """Give the offset table and the block, as buffers that still lie in the model.
+def gather(parts: Split, adjoin: bool = False) -> _core.Gather:
+    """Plan the block: its offset table, and its segments, buffers that still lie in the model.
 
-    Whoever writes the buffers one after the other, each at a multiple of 64 bytes, has the block:
+    Whoever writes the segments one after the other, each at a multiple of 64 bytes, has the block:
     Ray does so, straight into shared memory. Only storages below 16 KiB are copied before.
+
+    With `adjoin`, storages that lie side by side in memory travel as one segment, with the
+    allocator's few bytes between them: BERT-base as 3 segments instead of 175. Ray copies these at
+    twice the speed, and they are cleared with `Block.clear` before anyone else has the reference.
     """
-    block = _core.Gather(parts.storages, parts.views)
-    return block.table, [pickle.PickleBuffer(segment) for segment in block.segments()]
+    return _core.Gather(parts.storages, parts.views, adjoin)
 
 
 def open_block(table: bytes, buffers: Sequence[Any], isolation: Isolation) -> _core.Block:

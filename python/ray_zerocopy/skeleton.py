@@ -21,7 +21,7 @@ from ray import cloudpickle
 from torch.nn.utils import parametrize
 from torch.utils.hooks import warn_if_has_hooks
 
-from ray_zerocopy import _core
+from ray_zerocopy import _core, torchscript
 from ray_zerocopy.errors import HostCopyWarning
 
 # Buffers of numpy arrays and the like stay in the skeleton below one page.
@@ -84,28 +84,29 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
     """
 
     def __init__(self, file: io.BytesIO) -> None:
+        self.persistent_id = _core.TensorIds(self._tensor_id)
         super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
         self.parts = Split()
         self._tensors: dict[int, int] = {}  # index by id; the parts keep the tensors, so ids stay
         self._storages: dict[int, int] = {}  # by the address of torch's own StorageImpl
         self._module_setters: dict[type, Any] = {}
 
-    def persistent_id(self, obj: object) -> int | None:
-        kind = type(obj)
-        if kind is not torch.nn.Parameter and kind is not torch.Tensor:
-            return None
-        known = self._tensors.get(id(obj))
+    def _tensor_id(self, tensor: torch.Tensor) -> int | None:
+        """Give the number of a plain tensor or parameter; None for one that needs reducing."""
+        known = self._tensors.get(id(tensor))
         if known is not None:
             return known
-        if not _has_plain_storage(obj) or obj.__dict__:
+        if not _has_plain_storage(tensor) or tensor.__dict__:
             return None
-        flags = _core.PARAMETER if kind is torch.nn.Parameter else 0
-        index = self._tensors[id(obj)] = self._take_tensor(obj, flags)
+        flags = _core.PARAMETER if type(tensor) is torch.nn.Parameter else 0
+        index = self._tensors[id(tensor)] = self._take_tensor(tensor, flags)
         return index
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
+        if isinstance(obj, torchscript.PROGRAMS):
+            return torchscript.reduce(obj)
         if isinstance(obj, torch.nn.Module):
             return self._reduce_module(obj)
         if isinstance(obj, torch.UntypedStorage):
@@ -190,9 +191,10 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         if setter is _restore_parametrized:
             kind, make = parametrize.type_before_parametrizations(module), _new_parametrized
         state = kind.__getstate__(module)
-        if type(state) is not dict or list(state)[: len(_DEFAULTS)] != list(_DEFAULTS):
+        differing = _core.differing(state) if type(state) is dict else None
+        if differing is None:
             return super().reducer_override(module)
-        return make, (kind,), _differing(state), None, None, setter
+        return make, (kind,), differing, None, None, setter
 
 
 def _has_plain_storage(tensor: torch.Tensor) -> bool:
@@ -212,21 +214,6 @@ def _typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.T
 
 def _subclass_tensor(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     return torch.Tensor._make_subclass(kind, plain, requires_grad)
-
-
-# What every module starts with. A module sends only what differs, and is given the rest where it
-# is loaded: of 19 attributes a module of BERT has about 15 as they were.
-_DEFAULTS = dict(torch.nn.Module().__dict__)
-_CONTAINERS = {name: type(value) for name, value in _DEFAULTS.items() if hasattr(value, "__len__")}
-
-
-def _differing(attributes: dict[str, Any]) -> dict[str, Any]:
-    def differs(name: str, value: object) -> bool:
-        if name in _CONTAINERS:
-            return type(value) is not _CONTAINERS[name] or len(value) > 0  # type: ignore[arg-type]
-        return name not in _DEFAULTS or value is not _DEFAULTS[name]
-
-    return {name: value for name, value in attributes.items() if differs(name, value)}
 
 
 def _module_setter(kind: Any) -> Any:
@@ -284,5 +271,5 @@ def make_picklable(module: torch.nn.Module) -> None:
 
 def _reduce_parametrized(module: torch.nn.Module, protocol: Any) -> Any:
     base = parametrize.type_before_parametrizations(module)
-    state = _differing(module.__dict__)
-    return _new_parametrized, (base,), state, None, None, _restore_parametrized
+    differing = _core.differing(base.__getstate__(module))
+    return _new_parametrized, (base,), differing, None, None, _restore_parametrized

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -53,9 +54,12 @@ def put(obj: object) -> ray.ObjectRef:
     _refuse_client()
     if isinstance(obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
-    shared = Shared(obj)
+    shared = Shared(obj, adjoin=True)
     try:
-        return ray.put(shared)
+        ref = ray.put(shared)
+        if shared.adjoins and not _clear(ref):
+            ref = ray.put(Shared(obj))
+        return ref
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         raise StoreFullError(
             f"the object store has no room for {shared.nbytes:,} bytes of {type(obj).__name__}: "
@@ -170,19 +174,23 @@ class Shared:
     `put` wraps in it. A task may return one, so that Ray can make the block again from lineage.
     """
 
-    def __init__(self, obj: object) -> None:
+    def __init__(self, obj: object, *, adjoin: bool = False) -> None:
         self.obj = obj
         self.nbytes = 0
+        self.adjoins = adjoin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         try:
-            parts = split(self.obj)
-            table, buffers = gather(parts)
+            with _quiet_collector():
+                parts = split(self.obj)
+                block = gather(parts, adjoin=self.adjoins)
+                buffers = [pickle.PickleBuffer(segment) for segment in block.segments()]
         except Exception as error:
             raise PublishError(f"{_blame(self.obj)} cannot be published: {error}") from error
-        self.nbytes = len(parts.skeleton) + sum(buffer.raw().nbytes for buffer in buffers)
+        self.nbytes = len(parts.skeleton) + block.nbytes
+        self.adjoins = block.adjoins
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
-        return _load, (parts.skeleton, parts.buffers, table, *segments)
+        return _load, (parts.skeleton, parts.buffers, block.table, *segments)
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,7 @@ class Reading:
     prefault: bool = False
     device: torch.device | str | None = None
     inspect: bool = False
+    clear: bool = False
 
 
 _AS_RAY_GET = Reading()
@@ -214,6 +223,8 @@ def _load(skeleton: bytes, buffers: list[int], table: bytes, *segments: Any) -> 
     block = open_block(table, segments, reading.isolation)
     if reading.inspect:
         return _info(block, len(skeleton))
+    if reading.clear:
+        return block.clear()
     if reading.prefault:
         block.prefault()
     with _quiet_collector():
@@ -223,7 +234,10 @@ def _load(skeleton: bytes, buffers: list[int], table: bytes, *segments: Any) -> 
 
 @contextlib.contextmanager
 def _quiet_collector() -> Iterator[None]:
-    """Keep the cyclic collector out of the making of thousands of modules' dicts."""
+    """Keep the cyclic collector out of a walk over thousands of objects that all live.
+
+    A full collection takes 200 ms in a process with torch and transformers.
+    """
     if not gc.isenabled():
         yield
         return
@@ -232,6 +246,12 @@ def _quiet_collector() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _clear(ref: ray.ObjectRef) -> bool:
+    """Clear what came along between storages that adjoin; false where the store is read-only."""
+    with _reading(Reading("shared", clear=True)):
+        return bool(ray.get(ref))
 
 
 def _info(block: Any, skeleton_nbytes: int) -> Info:
