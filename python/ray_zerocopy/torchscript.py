@@ -1,0 +1,214 @@
+"""What torch has compiled, without its weights: TorchScript's modules, torch.export's programs.
+
+Neither pickles as other objects do. Each is reduced to an archive of its code, which torch writes,
+and its tensors, which go the way of all tensors. Loading gives torch the archive and the tensors
+over the block; nothing is copied into place.
+
+TorchScript's archive is written by the protocol of `torch.package`: storages that were numbered
+before are not written, and on reading are found by their number. The module itself is only read,
+so other threads may run it meanwhile. The functions that `torch.jit.save` and `torch.jit.load`
+stand on are called directly; only those two warn of deprecation. (torch 2.15)
+"""
+
+from __future__ import annotations
+
+import io
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.jit._recursive import wrap_cpp_module
+
+PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
+
+# The tensors that are attributes of a module, and those of its submodules.
+Slots = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def reduce(program: Any) -> Any:
+    """Reduce one of `PROGRAMS` for a pickler that takes tensors out."""
+    if isinstance(program, torch.jit.ScriptModule):
+        attributes = _python_attributes(program)
+        return _load_module, _split(program._c), attributes, None, None, _set_python_attributes
+    if isinstance(program, torch.jit.ScriptFunction):
+        return _reduce_function(program)
+    return _reduce_exported(program)
+
+
+def _split(module: Any) -> tuple[bytes, dict[int, torch.Tensor], Slots]:
+    """Split a TorchScript module into its code, its storages by number, and its slots.
+
+    A storage is held by any tensor over it. All that hang in attributes, in lists, tuples and dicts
+    there, and in constants of the code are taken out; in a frozen or traced module the weights are
+    such constants. In the archive stay tensors of script classes, and what a `__getstate__` makes
+    when called, as the packed weights of quantized layers.
+    """
+    slots = _slots(module)
+    file = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(file)
+    serializer = torch._C.ScriptModuleSerializer(writer)
+    context = serializer.storage_context()
+    storages: dict[int, torch.Tensor] = {}
+    for tensor in _tensors(module, slots):
+        storage = tensor.untyped_storage()
+        number = context.get_or_add_storage(storage)
+        if number not in storages:
+            storages[number] = _whole(tensor, storage)
+    serializer.serialize(module, 0)
+    serializer.write_files()
+    writer.write_end_of_file()
+    return file.getvalue(), storages, slots
+
+
+def _join(archive: bytes, storages: dict[int, torch.Tensor], slots: Slots) -> Any:
+    """Build a TorchScript module again around its storages; the inverse of `_split`.
+
+    Reading makes a new tensor over each storage. The slots are then given the tensors that came
+    along, as these are what the rest of the object graph knows, and are parameters where the
+    source's were. An archive is read on the CPU, wherever the tensors are wanted.
+    """
+    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    context = torch._C.DeserializationStorageContext()
+    device = torch.device("cpu")
+    for number, tensor in storages.items():
+        device = tensor.device
+        context.add_storage(f"{number}.storage", tensor.cpu())
+    unit = torch._C.CompilationUnit()
+    with torch.inference_mode(False):
+        module = torch._C._import_ir_module_from_package(unit, reader, context, device, "0")
+    _fill(module, slots)
+    return module
+
+
+def _slots(module: Any) -> Slots:
+    attributes = ((name, module.getattr(name)) for name in _attribute_names(module))
+    tensors = {name: value for name, value in attributes if isinstance(value, torch.Tensor)}
+    return tensors, {name: _slots(child) for name, child in _children(module)}
+
+
+def _fill(module: Any, slots: Slots) -> None:
+    tensors, children = slots
+    for name, tensor in tensors.items():
+        module.setattr(name, tensor)
+    for name, child in _children(module):
+        _fill(child, children[name])
+
+
+def _children(module: Any) -> Any:
+    return torch._C.ModuleDict(module).items()
+
+
+def _attribute_names(module: Any) -> Any:
+    """Name all attributes but submodules; torch's own lists know parameters and buffers only."""
+    return torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
+
+
+def _tensors(module: Any, slots: Slots) -> Iterator[torch.Tensor]:
+    """Give the tensors with a storage to take out, first those in slots."""
+    for tensor in (*_in_slots(slots), *_elsewhere(module)):
+        if tensor.layout is torch.strided and not tensor.is_meta and torch._C._has_storage(tensor):
+            yield tensor
+
+
+def _in_slots(slots: Slots) -> Iterator[torch.Tensor]:
+    tensors, children = slots
+    yield from tensors.values()
+    for child in children.values():
+        yield from _in_slots(child)
+
+
+def _elsewhere(module: Any) -> Iterator[torch.Tensor]:
+    for name in _attribute_names(module):
+        yield from _inside(module.getattr(name))
+    for name in module._method_names():
+        # Inlined, as functions that it calls have constants, too; named, as nodes die with it.
+        graph = module._get_method(name).inlined_graph
+        for node in graph.findAllNodes("prim::Constant"):
+            yield from _inside(node.output().toIValue())
+    for _, child in _children(module):
+        yield from _elsewhere(child)
+
+
+def _inside(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _inside(part)
+
+
+def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Give a tensor that shows all of a storage: this one, if it does.
+
+    A span that has one view only is quicker to load.
+    """
+    if tensor.nbytes == storage.nbytes() and tensor.is_contiguous():
+        return tensor
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _load_module(*parts: Any) -> torch.jit.ScriptModule:
+    return wrap_cpp_module(_join(*parts))
+
+
+def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
+    """Give what Python hung on a module, such as a configuration; `torch.jit.save` drops it."""
+    wrapper = vars(module).get("_actual_script_module", module)  # a traced module wraps a wrapper
+    usual = vars(wrap_cpp_module(module._c))
+    methods = (torch._C.ScriptMethod, types.MethodType)
+    return {
+        name: value
+        for name, value in vars(wrapper).items()
+        if name not in usual and not isinstance(value, methods)
+    } or None
+
+
+def _set_python_attributes(module: torch.jit.ScriptModule, attributes: dict[str, Any]) -> None:
+    vars(module).update(attributes)
+
+
+def _reduce_function(function: Any) -> Any:
+    """Reduce a scripted or traced function, by way of a module with it as its method.
+
+    torch's archive has no place for the defaults of its arguments, so these are refused.
+    """
+    if any(argument.has_default_value() for argument in function.schema.arguments):
+        raise TypeError(
+            f"an archive does not keep the defaults of {function.schema}: script a function "
+            "without them, or a module"
+        )
+    archive, unit = function.save_to_buffer(), torch._C.CompilationUnit()
+    cpu = torch.device("cpu")
+    module = torch._C.import_ir_module_from_buffer(unit, archive, cpu, {}, False)
+    return _load_function, (function.name, *_split(module))
+
+
+def _load_function(name: str, *parts: Any) -> Any:
+    graph = _join(*parts)._get_method("forward").graph.copy()
+    graph.eraseInput(0)  # self
+    return torch._C._create_function_from_graph(name, graph)
+
+
+def _reduce_exported(program: Any) -> Any:
+    """Reduce an exported program to its graph, as `torch.export.save` writes it, and its tensors.
+
+    Pickle reduces it, too, but what loads has lost what the graph knows of each value, without
+    which `.module()` raises `KeyError`. (torch 2.15)
+    """
+    from torch._export.serde.serialize import serialize
+
+    graph = serialize(
+        program,
+        serialize_state_dict=False,
+        serialize_constants=False,
+        serialize_example_inputs=False,
+    ).exported_program
+    return _load_exported, (graph, program.state_dict, program.constants, program.example_inputs)
+
+
+def _load_exported(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
+    from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+    with torch.inference_mode(False):
+        return deserialize(SerializedArtifact(graph, *tensors))
