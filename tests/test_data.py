@@ -1,0 +1,230 @@
+"""A pool of actors adds to a dataset what one local model would, and holds one model among them."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from models import large, simple
+from ray_zerocopy.data import Predictor, map_batches
+from ray_zerocopy.wrappers import ModelWrapper
+from test_memory_footprint import (
+    MODEL_NBYTES,
+    WORKERS,
+    assert_costs_nothing,
+    print_table,
+    unique_set_size,
+)
+from torch import nn
+
+ROWS = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet(cluster):
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def rows(width, count=ROWS, blocks=8):
+    torch.manual_seed(0)
+    return ray.data.from_numpy(list(torch.randn(count, width).numpy().reshape(blocks, -1, width)))
+
+
+def collected(dataset):
+    """All rows as columns, in one order."""
+    taken = dataset.take_all()
+    columns = {name: np.stack([row[name] for row in taken]) for name in taken[0]}
+    order = np.lexsort(columns["data"].T)
+    return {name: column[order] for name, column in columns.items()}
+
+
+class Gate:
+    """Counts the processes that have come so far."""
+
+    def __init__(self):
+        self.pids = set()
+
+    def arrive(self, pid):
+        self.pids.add(pid)
+        return len(self.pids)
+
+
+class Together(Predictor):
+    """A predictor whose actors begin together, and tell their process and what it grew by."""
+
+    def __init__(self, model, gate, actors):
+        case = large()
+        case.run(case.model[:2])
+        case.model = None
+        super().__init__(rzc.put(simple().model))
+        self.before = unique_set_size()
+        super().__init__(model)
+        self.loaded = unique_set_size() - self.before
+        while ray.get(gate.arrive.remote(os.getpid())) < actors:
+            time.sleep(0.05)
+
+    def __call__(self, batch):
+        batch, count = super().__call__(batch), len(batch["data"])
+        grown = unique_set_size() - self.before
+        tell = {"pid": os.getpid(), "loaded": self.loaded, "called": grown}
+        return batch | {name: np.full(count, value) for name, value in tell.items()}
+
+
+def together(dataset, model, actors, gate):
+    return dataset.map_batches(
+        Together,
+        fn_constructor_kwargs={"model": model, "gate": gate, "actors": actors},
+        batch_size=2,
+        num_cpus=0.1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+    )
+
+
+class PlainWay:
+    """What a user writes who wants nothing but `rzc.get`."""
+
+    def __init__(self, ref):
+        self.model = rzc.get(ref)
+
+    def __call__(self, batch):
+        with torch.no_grad():
+            batch["output"] = self.model(torch.tensor(batch["data"])).numpy()
+        batch["pid"] = np.full(len(batch["data"]), os.getpid())
+        return batch
+
+
+def local(model, data, **kwargs):
+    with torch.no_grad():
+        return model(torch.tensor(data), **kwargs).numpy()
+
+
+# --- the pool -------------------------------------------------------------------------------------
+
+
+def test_one_line(cluster):
+    model = simple().model
+    found = collected(
+        map_batches(rows(16), model, actors=2, batch_size=8, num_cpus=0.1, postprocess=torch.exp)
+    )
+    assert set(found) == {"data", "output"}
+    np.testing.assert_allclose(found["output"], np.exp(local(model, found["data"])), rtol=1e-5)
+
+
+def test_the_plain_way(cluster):
+    model = simple().model
+    dataset = rows(16).map_batches(
+        PlainWay,
+        fn_constructor_kwargs={"ref": rzc.put(model)},
+        batch_size=8,
+        zero_copy_batch=False,
+        num_cpus=0.1,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+    found = collected(dataset)
+    np.testing.assert_allclose(found["output"], local(model, found["data"]), rtol=1e-5)
+    assert os.getpid() not in found["pid"]
+
+
+def test_actors_share_one_model(start):
+    """Of N actors each one works, and all N together grow by no model."""
+    model = large().model
+    ref, growths = rzc.put(model), {}
+    for count in WORKERS:
+        (gate,) = start(Gate)
+        found = collected(together(rows(2048), ref, count, gate))
+        np.testing.assert_allclose(found["output"], local(model, found["data"]), atol=1e-4)
+        pids = np.unique(found["pid"])
+        assert len(pids) == count
+        each = [found["pid"] == pid for pid in pids]
+        growths[count] = [
+            [int(found[moment][own].max()) for own in each] for moment in ("loaded", "called")
+        ]
+    heads = ["worst load", "worst batch", "sum after batches"]
+    table = {
+        f"{count} data actor{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
+        for count, (loaded, called) in growths.items()
+    }
+    print_table("Unique set size of each data actor grows by", heads, table)
+    for count, (loaded, called) in growths.items():
+        assert_costs_nothing(loaded, called)
+        assert sum(called) < 0.05 * MODEL_NBYTES * count
+
+
+# --- one predictor --------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Takes two arguments and gives what is asked for."""
+
+    def forward(self, left, right, kind=("tensor",)):
+        total = left + right
+        outputs = {"sum": total, "rows": list(range(len(total))), "half": total.bfloat16()}
+        return {"tensor": total, "tuple": (left, right), "dict": outputs, "none": None}[kind[0]]
+
+    def negative(self, left):
+        return -left
+
+
+BATCH = {"left": np.arange(3.0, dtype="float32"), "right": np.ones(3, "float32")}
+
+
+@pytest.fixture(scope="module")
+def two(cluster):
+    return ModelWrapper.from_model(Two())
+
+
+@pytest.mark.parametrize(
+    "inputs", [None, ["left", "right"], {"right": "right", "left": "left"}], ids=str
+)
+def test_columns_become_arguments(inputs, two):
+    found = Predictor(two, inputs=inputs)(BATCH)
+    assert found["output"].tolist() == [1, 2, 3]
+    assert list(found) == ["left", "right", "output"]
+
+
+def test_one_column_is_the_only_argument(two):
+    assert Predictor(two, method_name="negative").predict({"any": BATCH["left"]})
+    assert Predictor(two, method_name="negative", inputs="left").predict(BATCH)
+
+
+def test_a_missing_column_is_named(two):
+    with pytest.raises(KeyError, match=r"takes 'wrong', the batch has \['left', 'right'\]"):
+        Predictor(two, inputs="wrong")(BATCH)
+
+
+def test_outputs_become_columns(two):
+    def predict(kind):
+        return Predictor(two, preprocess=lambda batch: batch | {"kind": np.array([kind])})(BATCH)
+
+    assert predict("tuple")["output_1"].tolist() == [1, 1, 1]
+    found = predict("dict")
+    assert found["sum"].tolist() == found["half"].tolist() == [1, 2, 3]
+    assert found["rows"].tolist() == [0, 1, 2]
+    with pytest.raises(TypeError, match="'output' of the model's output is a NoneType"):
+        predict("none")
+
+
+def test_a_batch_that_is_read_only_is_not_written(two):
+    left = np.zeros(3, "float32")
+    left.flags.writeable = False
+    found = Predictor(two, method_name="forward", postprocess=lambda x: x.add_(1))(
+        {"left": left, "right": left}
+    )
+    assert found["left"].tolist() == [0, 0, 0]
+    assert found["output"].tolist() == [1, 1, 1]
+
+
+def test_columns_go_to_the_device_of_the_model(two):
+    devices = []
+    with pytest.raises(NotImplementedError, match="meta"):  # whose tensors have no bytes to give
+        Predictor(two, device="meta", postprocess=lambda x: devices.append(x.device) or x)(BATCH)
+    assert devices == [torch.device("meta")]
+
+
+def test_a_reference_runs_in_the_mode_it_was_stored_in_all_else_in_eval_mode(cluster):
+    model = nn.Dropout()
+    assert Predictor(rzc.put(model)).model.training
+    assert not Predictor(model).model.training
