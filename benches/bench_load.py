@@ -1,0 +1,38 @@
+"""Loading, by pytest-benchmark: `pytest benches/bench_load.py --benchmark-only`.
+
+This process is the warm worker. The rivals of a model stand in one group; `report.py` has them take
+turns, which a busy machine needs.
+"""
+
+import pytest
+import subjects
+from duel import enlist, session, silence, touch_store
+from rivals import CONTENDERS
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    with session(4 * GIB):
+        touch_store(4 * GIB)
+        yield
+
+
+@pytest.fixture(scope="module", params=["BERT-base", "conv net", "160 layers"])
+def published(request):
+    """The model's name, {rival: handle}, and {rival: why it cannot}."""
+    entries, refusals = enlist(CONTENDERS, subjects.build(request.param))
+    yield request.param, {rival.name: handle for rival, handle in entries}, refusals
+    for rival, handle in entries:
+        rival.withdraw(handle)
+
+
+@pytest.mark.parametrize("rival", CONTENDERS, ids=lambda rival: rival.name)
+def test_load(benchmark, published, rival):
+    subject, handles, refusals = published
+    if rival.name in refusals:
+        pytest.skip(refusals[rival.name])
+    benchmark.group = f"load {subject}"
+    with silence():
+        benchmark.pedantic(rival.load, args=(handles[rival.name],), rounds=10, warmup_rounds=2)

@@ -1,0 +1,227 @@
+"""Rivals against each other: in one process, in turns, in shuffled order, judged by medians.
+
+A machine that others use too changes its speed by the second. Only what is measured within the same
+second can be compared, so every round times each rival once, and ratios are between medians.
+"""
+
+import copy
+import ctypes
+import gc
+import os
+import random
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+import ray
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOW = 8  # times the fastest; what takes longer sits out four rounds of five
+MIN_ROUNDS = 6
+
+
+@contextmanager
+def session(store_nbytes):
+    """A Ray of our own whose workers find what lies in benches/ and tests/."""
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("benches", "tests"))
+    ray.init(
+        num_cpus=2,
+        object_store_memory=store_nbytes,
+        include_dashboard=False,
+        logging_level="error",
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def touch_store(store_nbytes):
+    """Write to the store's pages once, so that nobody later pays the kernel for fresh ones."""
+    ray.put(np.zeros(int(store_nbytes * 0.9), np.uint8))
+    settle()
+
+
+def settle():
+    """Let the raylet take back what was dropped; it hears of it asynchronously."""
+    time.sleep(0.05)
+
+
+def silence():
+    """Without the warnings that rivals raise on a first load, about arrays that are read-only."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def enlist(rivals, model):
+    """Publish and load with every rival: who can, as (rival, handle), and why others cannot."""
+    entries, refusals = [], {}
+    for rival in rivals:
+        try:
+            handle = rival.publish(rival.prepare(model))
+            with silence():
+                check(model, rival.load(handle))
+            entries.append((rival, handle))
+        except Exception as error:  # whatever a rival raises is a row of the table
+            refusals[rival.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return entries, refusals
+
+
+def check(model, loaded):
+    """Every weight is what it was, to the bit; the floor returns a list, without names to go by."""
+    if isinstance(loaded, torch.nn.Module):
+        state = loaded.state_dict()
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(tensor, state[name]):
+                raise ValueError(f"{name} is not what it was")
+
+
+def time_loads(entries, seconds):
+    """Seconds of each load, {name: [seconds]}; the collector runs as users have it."""
+    with silence():
+        for rival, handle in entries:
+            rival.load(handle)
+        return take_turns(entries, lambda rival, handle: rival.load(handle), seconds)
+
+
+def time_publishes(rivals, model, seconds):
+    """Seconds of each publish, {name: [seconds]}; what is published goes before the next begins."""
+    entries = [(rival, rival.prepare(model)) for rival in rivals]
+    return take_turns(
+        entries,
+        lambda rival, ready: rival.publish(ready),
+        seconds,
+        before=settle,
+        after=lambda rival, handle: rival.withdraw(handle),
+    )
+
+
+def timed(function, *arguments, **keywords):
+    start = time.perf_counter()
+    result = function(*arguments, **keywords)
+    return time.perf_counter() - start, result
+
+
+def nothing(*_):
+    pass
+
+
+def take_turns(entries, act, seconds, before=nothing, after=nothing):
+    """Time `act(rival, subject)` in turns; `before` and `after` are off the clock."""
+
+    def turn(rival, subject):
+        before()
+        elapsed, result = timed(act, rival, subject)
+        after(rival, result)
+        return elapsed
+
+    times, slow = {rival.name: [] for rival, _ in entries}, set()
+    deadline = time.perf_counter() + seconds
+    count = 0
+    while count < MIN_ROUNDS or time.perf_counter() < deadline:
+        for rival, subject in random.Random(count).sample(entries, len(entries)):
+            if rival.name not in slow or count % 5 == 0:
+                times[rival.name].append(turn(rival, subject))
+        if count == 1:  # one sample may have met a full garbage collection
+            best = {name: min(samples) for name, samples in times.items()}
+            slow = {name for name in best if best[name] > SLOW * min(best.values())}
+        count += 1
+    return times
+
+
+@contextmanager
+def shared(rival, model):
+    """A model's handle, for as long as it is wanted."""
+    handle = rival.publish(rival.prepare(model))
+    try:
+        yield handle
+    finally:
+        rival.withdraw(handle)
+
+
+def publish_growth(rival, model):
+    """By how many bytes private memory (RssAnon) of this process grows, at most, in a publish."""
+    ready = rival.prepare(model)
+    trim()
+    before = peak = rss_anon()
+    done = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, rss_anon())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        handle = rival.publish(ready)
+    finally:
+        done.set()
+        watcher.join()
+    rival.withdraw(handle)
+    return peak - before
+
+
+def rss_anon():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status tells no RssAnon")
+
+
+def unique_set_size():
+    return psutil.Process().memory_full_info().uss
+
+
+def trim():
+    """Give free memory back to the kernel, so that what is used next shows as growth."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """A process that loads; every rival has loaded in it before a clock starts."""
+
+    def time_loads(self, entries, seconds):
+        return time_loads(entries, seconds)
+
+    def time_first_calls(self, entries, kwargs, rounds):
+        """(seconds of a warm private copy's forward, {rival: (load, first forward)}), medians."""
+        rival, handle = entries[0]
+        private = copy.deepcopy(rival.load(handle))
+        warm, first = [], {rival.name: [] for rival, _ in entries}
+        with silence(), torch.inference_mode():
+            for _ in range(rounds):
+                private(**kwargs)
+                warm.append(timed(private, **kwargs)[0])
+                for rival, handle in entries:
+                    load, model = timed(rival.load, handle)
+                    first[rival.name].append((load, timed(model, **kwargs)[0]))
+        return median(warm), {name: np.median(pairs, axis=0) for name, pairs in first.items()}
+
+    def keep(self, entry):
+        """Load, read every weight, and keep what was loaded."""
+        rival, handle = entry
+        with silence():
+            rival.load(handle)  # what is imported on the way is not counted
+            trim()
+            self.before = unique_set_size()
+            self.kept = rival.load(handle)
+        for tensor in self.kept if isinstance(self.kept, list) else self.kept.state_dict().values():
+            tensor.detach().max()
+
+    def growth(self):
+        """Bytes of unique set size gained since just before the load; free heap is not counted."""
+        trim()
+        return unique_set_size() - self.before
+
+    def drop(self):
+        self.kept = None
+        trim()

@@ -1,0 +1,127 @@
+"""The page a report is written on: the machine, tables in Markdown, plots as PNG."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import psutil
+from matplotlib import pyplot
+from rivals import CONTENDERS, Ours
+
+matplotlib.use("Agg")
+PLOTS = Path(__file__).resolve().parent / "plots"
+MIB, GIB = 1 << 20, 1 << 30
+GREY, RED, BLUE, CYAN, PURPLE, ORANGE, GREEN = (
+    *("#8c8c8c", "#d62728", "#1f77b4", "#17becf"),
+    *("#9467bd", "#ff7f0e", "#2ca02c"),
+)
+COLORS = dict(
+    zip(
+        (rival.name for rival in CONTENDERS),
+        (GREY, RED, BLUE, CYAN, PURPLE, ORANGE, GREEN),
+        strict=True,
+    )
+)
+
+
+def heading():
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "transformers"))
+    rivals = ", ".join(f"{name} {version(name)}" for name in ("zerocopy", "safetensors"))
+    return f"""# Benchmarks
+
+Written by `make bench` (`python benches/report.py`), not by hand.
+
+- Machine: {cpu()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / GIB:.0f} GiB,
+  Linux {platform.release()}; load average {os.getloadavg()[0]:.1f} at the end of the run.
+- Python {platform.python_version()}, {packages}; rivals: {rivals}.
+- Rivals take turns in one process, in shuffled order; figures are medians. What takes more than
+  eight times as long as the fastest sits out four rounds of five.
+- **The floor** is the least that Ray and torch ask for. To publish: `ray.put` of one ready flat
+  array of the model's bytes. To load: `ray.get` of it and one `Parameter` over `torch.from_numpy`
+  for each tensor, with no model around them.
+- The files of `torch.load` and safetensors lie in `/dev/shm`; each publish writes a new one.
+"""
+
+
+def cpu():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def section(title, *parts):
+    return "\n\n".join((f"## {title}", *(part.strip("\n") for part in parts))) + "\n"
+
+
+def table(header, rows):
+    """The first column is text, the others are figures."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bold(name):
+    return f"**{name}**" if name.startswith(Ours.name) else name
+
+
+def ms(seconds):
+    """Milliseconds in three figures."""
+    value = 1e3 * seconds
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def mib(nbytes):
+    return f"{nbytes / MIB:,.1f}"
+
+
+def times(value):
+    """A ratio."""
+    return f"{value:.2f} x" if value < 10 else f"{value:,.0f} x"
+
+
+def plot(name, lines, x, y, title, log=True):
+    """Draw {rival: ([x], [y])} and give the Markdown that shows it."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=100, layout="constrained")
+    for rival, (across, up) in lines.items():
+        ours = rival == Ours.name
+        axes.plot(
+            *(across, up),
+            marker="o",
+            markersize=4,
+            color=COLORS[rival],
+            linewidth=2.5 if ours else 1.4,
+            linestyle="--" if rival == "floor" else "-",
+            zorder=3 if ours else 2,
+            label=rival,
+        )
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    ticks = next(iter(lines.values()))[0]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, lines)
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / f"{name}.png")
+    pyplot.close(figure)
+    return f"![{title}](benches/plots/{name}.png)"
+
+
+def label_ends(axes, lines):
+    """A legend in the order of the lines' right ends, so that it reads from top to bottom."""
+    order = sorted(lines, key=lambda rival: -lines[rival][1][-1])
+    handles = dict(zip(lines, axes.get_lines(), strict=True))
+    axes.legend(
+        [handles[rival] for rival in order],
+        order,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+        fontsize=9,
+    )

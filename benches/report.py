@@ -1,0 +1,350 @@
+"""The comparison as a whole: `python benches/report.py` writes BENCHMARKS.md and its plots.
+
+`python benches/report.py --quick` prints the ratios for BERT-base and writes nothing. The bars are
+for people to look at: no test asserts a time.
+"""
+
+import argparse
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import ray
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import subjects  # noqa: E402
+from duel import (  # noqa: E402
+    Worker,
+    enlist,
+    publish_growth,
+    session,
+    settle,
+    shared,
+    time_publishes,
+    timed,
+    touch_store,
+)
+from fidelity import TRAITS, obeys  # noqa: E402
+from models import bert_base  # noqa: E402
+from page import GIB, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
+from rivals import CONTENDERS, Floor, Ours, Prefaulted, RayFlag  # noqa: E402
+
+FLOOR, OURS = Floor.name, Ours.name
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="BERT-base only, to the terminal")
+    if parser.parse_args().quick:
+        quick()
+    else:
+        report()
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+def quick():
+    with session(4 * GIB):
+        touch_store(4 * GIB)
+        race = Race(Worker.remote(), "BERT-base", load_seconds=15, publish_seconds=25)
+    print_times("load", race.load, {"zerocopy": 0.8, "Ray's flag": 0.6})
+    print_times("publish", race.publish, {FLOOR: 1.8})
+    for name, reason in race.refusals.items():
+        print(f"{name} cannot: {reason}")
+
+
+def print_times(verb, seconds, bars):
+    print(f"\n{verb:18} {'median ms':>10} {'x floor':>8} {'p10 to p90 ms':>15} {'rounds':>7}")
+    for name, samples in seconds.items():
+        low, high = 1e3 * np.quantile(samples, (0.1, 0.9))
+        print(
+            f"{name:18} {1e3 * median(samples):10.2f} {ratio(seconds, name):8.2f} "
+            f"{f'{low:.1f} to {high:.1f}':>15} {len(samples):7}"
+        )
+    for rival, bar in bars.items():
+        print(f"→ {ratio(seconds, OURS, rival):.2f} x {rival}; the bar is {bar}")
+
+
+def ratio(seconds, name, to=FLOOR):
+    """Between medians of what was timed in turns."""
+    return median(seconds[name]) / median(seconds[to])
+
+
+class Race:
+    """One subject: loads in a warm worker, publishes here, and who could not and why."""
+
+    def __init__(self, worker, subject, load_seconds, publish_seconds):
+        self.model = subjects.build(subject)
+        self.load, self.refusals = race_loads(worker, self.model, load_seconds)
+        able = [rival for rival in CONTENDERS if rival.name in self.load]
+        self.publish = time_publishes(able, self.model, publish_seconds)
+
+
+def race_loads(worker, model, seconds):
+    """({rival: [seconds]}, {rival: why it cannot})."""
+    entries, refusals = enlist(CONTENDERS, model)
+    try:
+        return ray.get(worker.time_loads.remote(entries, seconds)), refusals
+    finally:
+        for rival, handle in entries:
+            rival.withdraw(handle)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def report():
+    """Write the page; needs 15 GiB of memory to itself, and some minutes."""
+    with session(8 * GIB):
+        sections = [step(first_publish)]  # needs a store never written to
+        touch_store(8 * GIB)
+        worker = Worker.remote()
+        sections += [step(write, worker) for write in (models, over_tensors, first_call)]
+        sections += [step(over_bytes)]
+    with session(2 * GIB):
+        touch_store(2 * GIB)
+        sections += [step(write) for write in (publish_memory, memory, traits, importing)]
+    (ROOT / "BENCHMARKS.md").write_text("\n".join((heading(), *sections)))
+
+
+def step(write, *arguments):
+    elapsed, text = timed(write, *arguments)
+    gc.collect()
+    settle()
+    print(f"{write.__name__:14} {elapsed:5.0f} s", flush=True)
+    return text
+
+
+def first_publish():
+    model = subjects.build("BERT-base")
+    ready = [(rival, rival.prepare(model)) for rival in (Floor(), Ours(), RayFlag())]
+    kept, seconds = [], {rival.name: [] for rival, _ in ready}
+    for turn in range(3):
+        for rival, subject in ready[turn:] + ready[:turn]:
+            elapsed, handle = timed(rival.publish, subject)
+            seconds[rival.name].append(elapsed)
+            kept.append(handle)
+    rows = [
+        [bold(name), ms(median(samples)), times(ratio(seconds, name))]
+        for name, samples in seconds.items()
+    ]
+    return section(
+        "The first publish",
+        "BERT-base into parts of the store that nobody has written to: the kernel finds and clears "
+        "the pages on the way.",
+        table(["", "publish, ms", "x floor"], rows),
+    )
+
+
+def models(worker):
+    seconds = {
+        "BERT-base": (12, 15),
+        "BERT-large": (4, 4),
+        "Llama-like, bf16, tied": (4, 4),
+        "conv net": (3, 2),
+        "160 layers": (3, 2),
+    }
+    return section(
+        "Load and publish",
+        "A warm worker loads; the driver publishes into pages of the store written to before.",
+        *(step(subject_table, worker, name, *each) for name, each in seconds.items()),
+    )
+
+
+def subject_table(worker, name, load_seconds, publish_seconds):
+    race = Race(worker, name, load_seconds, publish_seconds)
+    rows = [
+        [
+            bold(rival.name),
+            *(ms(median(race.load[rival.name])), times(ratio(race.load, rival.name))),
+            *(ms(median(race.publish[rival.name])), times(ratio(race.publish, rival.name))),
+        ]
+        if rival.name in race.load
+        else [rival.name, race.refusals[rival.name], *[""] * 3]
+        for rival in CONTENDERS
+    ]
+    size = (
+        f"{mib(subjects.nbytes(race.model))} MiB, {subjects.count_tensors(race.model):,} tensors, "
+        f"{len(list(race.model.modules())):,} modules"
+    )
+    header = ["", "load, ms", "x floor", "publish, ms", "x floor"]
+    return f"### {name}: {size}\n\n{table(header, rows)}"
+
+
+def over_tensors(worker):
+    counts = (250, 1000, 2500)
+    shapes = {
+        "a tensor": subjects.one_module,
+        "a module": subjects.bare_modules,
+        "a Linear": lambda count: subjects.linears(count, 16),
+    }
+    curves = {unit: load_curves(worker, shape, counts) for unit, shape in shapes.items()}
+    rows = [
+        [bold(rival.name), *(f"{1e6 * slope(counts, curves[u][rival.name]):.2f}" for u in shapes)]
+        for rival in CONTENDERS
+    ]
+    lines = {
+        name: ([2 * count for count in counts], [1e3 * seconds for seconds in curve])
+        for name, curve in curves["a Linear"].items()
+    }
+    return section(
+        "Load over tensors",
+        "What one more costs, in microseconds: a tensor in a module that is there anyway, a module "
+        "without tensors, a `Linear(16, 16)` with its weight and bias. Slopes of straight lines "
+        f"through {', '.join(f'{count:,}' for count in counts)} of them.",
+        table(["", *(f"{unit}, µs" for unit in shapes)], rows),
+        plot(
+            "load_over_tensors",
+            lines,
+            *("tensors in the model, two a Linear", "load, ms", "Load over tensors"),
+        ),
+    )
+
+
+def load_curves(worker, shape, counts):
+    """{rival: [median seconds at each count]}."""
+    curves = {rival.name: [] for rival in CONTENDERS}
+    for count in counts:
+        load, _ = race_loads(worker, shape(count), seconds=2)
+        for name, curve in curves.items():
+            curve.append(median(load.get(name, [np.nan])))
+    return curves
+
+
+def slope(across, up):
+    return np.polyfit(across, up, 1)[0]
+
+
+def over_bytes():
+    counts = (4, 16, 64, 256)
+    curves = {rival.name: [] for rival in CONTENDERS}
+    for count in counts:
+        publish = time_publishes(CONTENDERS, subjects.linears(count, 1024), seconds=2)
+        for name, curve in curves.items():
+            curve.append(median(publish[name]))
+    sizes = [4 * count for count in counts]
+    rows = [
+        [bold(name), *map(ms, curve), f"{curve[-1] and sizes[-1] / 1024 / curve[-1]:.1f}"]
+        for name, curve in curves.items()
+    ]
+    return section(
+        "Publish over bytes",
+        "A row of `Linear(1024, 1024)`, 4 MiB each; milliseconds, and the speed at the largest.",
+        table(["", *(f"{size:,} MiB" for size in sizes), "GiB/s"], rows),
+        plot(
+            "publish_over_bytes",
+            {name: (sizes, [1e3 * seconds for seconds in curve]) for name, curve in curves.items()},
+            *("model, MiB", "publish, ms", "Publish over bytes"),
+        ),
+    )
+
+
+def publish_memory():
+    model = subjects.build("BERT-base")
+    growth = {rival.name: publish_growth(rival, model) for rival in CONTENDERS}
+    rows = [
+        [bold(name), mib(peak), f"{100 * peak / subjects.nbytes(model):.1f} %"]
+        for name, peak in growth.items()
+    ]
+    return section(
+        "Memory while publishing",
+        "BERT-base: the most by which private memory (RssAnon) of the publishing process grew.",
+        table(["", "MiB", "of the model"], rows),
+    )
+
+
+def memory():
+    counts = (1, 2, 4, 8)
+    workers = [Worker.remote() for _ in range(max(counts))]
+    model = subjects.linears(104, 1024)  # BERT-base's bytes, without eight imports of transformers
+    curves = {rival.name: memory_curve(rival, model, workers, counts) for rival in CONTENDERS}
+    for worker in workers:
+        ray.kill(worker)
+    rows = [
+        [bold(name), *(mib(total / n) for n, total in zip(counts, totals, strict=True))]
+        for name, totals in curves.items()
+    ]
+    return section(
+        "Memory over workers",
+        "104 of `Linear(1024, 1024)`, 416 MiB, every weight read once: by how much the unique set "
+        "size of each worker grew, in MiB. A file that a single worker maps is unique to it; the "
+        "store's pages are the driver's too.",
+        table(["", *(f"{count} workers" if count > 1 else "1 worker" for count in counts)], rows),
+        plot(
+            "memory_over_workers",
+            {name: (counts, [total / GIB for total in totals]) for name, totals in curves.items()},
+            *("workers", "unique to the workers, GiB", "Memory of all workers"),
+            log=False,
+        ),
+    )
+
+
+def memory_curve(rival, model, workers, counts):
+    """Bytes unique to the first n workers, for each n of `counts`."""
+    totals = []
+    with shared(rival, model) as handle:
+        for count, worker in enumerate(workers, 1):
+            ray.get(worker.keep.remote((rival, handle)))
+            if count in counts:
+                totals.append(sum(ray.get([w.growth.remote() for w in workers[:count]])))
+        ray.get([worker.drop.remote() for worker in workers])
+    return totals
+
+
+def first_call(worker):
+    case = bert_base()
+    contenders = [rival for rival in (*CONTENDERS, Prefaulted()) if rival.name != FLOOR]
+    entries, _ = enlist(contenders, case.model)
+    warm, first = ray.get(worker.time_first_calls.remote(entries, case.kwargs, 6))
+    for rival, handle in entries:
+        rival.withdraw(handle)
+    rows = [["a warm private copy", "", ms(warm), "1.00 x"]] + [
+        [bold(name), ms(load), ms(call), times(call / warm)] for name, (load, call) in first.items()
+    ]
+    return section(
+        "The first call",
+        "BERT-base, one sequence: the load, and the first forward after it, beside the forward of "
+        "a private copy that has run before.",
+        table(["", "load, ms", "first forward, ms", "x warm"], rows),
+    )
+
+
+def traits():
+    contenders = [rival for rival in CONTENDERS if rival.name != FLOOR]
+    rows = [
+        [trait, *("yes" if obeys(rival, *models_and_law) else "**no**" for rival in contenders)]
+        for trait, models_and_law in TRAITS.items()
+    ]
+    return section(
+        "What comes back as it went in",
+        "Tried with one small model a row.",
+        table(["", *(rival.name for rival in contenders)], rows),
+        "\n".join(f"- {rival.name} loses {rival.loses}." for rival in CONTENDERS),
+    )
+
+
+def importing():
+    program = """
+import ray, torch, time
+start = time.perf_counter()
+import ray_zerocopy
+print(time.perf_counter() - start)"""
+    seconds = [
+        float(
+            subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+        )
+        for _ in range(3)
+    ]
+    return section(
+        "Import", f"`import ray_zerocopy` after ray and torch: {ms(median(seconds))} ms."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The ways people share a model between Ray workers, each behind the same four verbs.
+
+    prepare(model) -> ready      what is not timed
+    publish(ready) -> handle     once, in the process that has the model
+    load(handle)   -> model      in every worker; a handle holds ObjectRefs and travels in a list
+    withdraw(handle)             what Ray's reference counting does not do
+
+Every load is written the fastest way its makers document, so that a rival loses on its merits.
+"""
+
+import copy
+import uuid
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+ALIGN = 64
+FILES = Path("/dev/shm")  # a file in memory: the kindest place for what loads from files
+
+
+class Rival:
+    """One way to share a model; `loses` says what comes back other than it went in."""
+
+    name: str
+    loses: str
+
+    def prepare(self, model):
+        return model
+
+    def publish(self, ready):
+        raise NotImplementedError
+
+    def load(self, handle):
+        raise NotImplementedError
+
+    def withdraw(self, handle):
+        """Objects go with their last reference; files need more."""
+
+
+class Floor(Rival):
+    """No model at all: one ready array in the store, one bare Parameter a tensor in return."""
+
+    name = "floor"
+    loses = "everything but the weights: it returns a list of Parameters"
+
+    def prepare(self, model):
+        tensors = [*model.parameters(), *model.buffers()]
+        offsets = np.cumsum([0] + [-(-t.nbytes // ALIGN) * ALIGN for t in tensors]).tolist()
+        flat = np.zeros(offsets[-1], np.uint8)
+        spans = []
+        for offset, tensor in zip(offsets, tensors, strict=False):
+            plain = tensor.detach().contiguous()
+            flat[offset : offset + plain.nbytes] = plain.reshape(-1).view(torch.uint8).numpy()
+            # bfloat16 is unknown to numpy and goes through an integer of its width
+            via = torch.int16 if plain.dtype == torch.bfloat16 else plain.dtype
+            dtype = plain.view(via).numpy().dtype
+            retype = None if via == plain.dtype else plain.dtype
+            spans.append((offset, tuple(plain.shape), dtype, retype, tensor.requires_grad))
+        return flat, spans
+
+    def publish(self, ready):
+        flat, spans = ready
+        return ray.put(flat), spans
+
+    def load(self, handle):
+        ref, spans = handle
+        flat = ray.get(ref)
+        parameters = []
+        for offset, shape, dtype, retype, requires_grad in spans:
+            tensor = torch.from_numpy(np.ndarray(shape, dtype, flat, offset))
+            if retype is not None:
+                tensor = tensor.view(retype)
+            parameters.append(nn.Parameter(tensor, requires_grad))
+        return parameters
+
+
+class Ours(Rival):
+    name = "ray_zerocopy"
+    loses = "nothing known that pickle keeps"
+
+    def publish(self, ready):
+        import ray_zerocopy as rzc
+
+        return rzc.put(ready)
+
+    def load(self, handle):
+        return ray.get(handle)
+
+
+class Prefaulted(Ours):
+    name = "ray_zerocopy, prefault"
+
+    def load(self, handle):
+        import ray_zerocopy as rzc
+
+        return rzc.get(handle, prefault=True)
+
+
+class PlainRay(Rival):
+    name = "Ray"
+    loses = "memory (each worker has a copy of its own), shared storages"
+
+    def publish(self, ready):
+        return ray.put(ready)
+
+    def load(self, handle):
+        return ray.get(handle)
+
+
+class RayFlag(Rival):
+    """Ray started with RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1.
+
+    The flag does one thing: when a worker starts, it registers a reducer for `torch.Tensor`.
+    Registering it around the put gives the same bytes in a session that has the flag off.
+    """
+
+    name = "Ray's flag"
+    loses = "isolation, strides, shared storages"
+
+    def publish(self, ready):
+        with ray_flag_on():
+            return ray.put(ready)
+
+    def load(self, handle):
+        return ray.get(handle)
+
+
+@contextmanager
+def ray_flag_on():
+    from ray._private import tensor_serialization_utils as flag
+
+    context = ray._private.worker.global_worker.get_serialization_context()
+    context._register_cloudpickle_reducer(torch.Tensor, flag.zero_copy_tensors_reducer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", flag.ZeroCopyTensorsWarning)
+            yield
+    finally:
+        context._unregister_cloudpickle_reducer(torch.Tensor)
+
+
+class ZeroCopy(Rival):
+    """IBM's package of 2022, `pip install zerocopy`."""
+
+    name = "zerocopy"
+    loses = "isolation, ties, shared storages, autograd, flags; has no bfloat16"
+
+    def publish(self, ready):
+        import zerocopy
+
+        return ray.put(zerocopy.extract_tensors(ready))
+
+    def load(self, handle):
+        import zerocopy
+
+        skeleton, tensors = ray.get(handle)
+        zerocopy.replace_tensors(skeleton, tensors)
+        return skeleton
+
+
+class TorchMmap(Rival):
+    name = "torch.load(mmap)"
+    loses = "reach: a file on this node, that someone must place and remove"
+
+    def publish(self, ready):
+        path = new_file(".pt")
+        torch.save(ready, path)
+        return path
+
+    def load(self, handle):
+        return torch.load(handle, mmap=True, weights_only=False)
+
+    def withdraw(self, handle):
+        handle.unlink()
+
+
+class Safetensors(Rival):
+    """The weights in a safetensors file, the model without them, on `meta`, in the store.
+
+    `safetensors.torch.load_model` would copy; `assign=True` takes the mapped tensors as they are.
+    """
+
+    name = "safetensors"
+    loses = "reach (a file on this node), ties, strides, shared storages"
+
+    def publish(self, ready):
+        from safetensors.torch import save_model
+
+        path = new_file(".safetensors")
+        save_model(ready, str(path))
+        state = ready.state_dict(keep_vars=True)
+        return ray.put(without_weights(ready, state)), path, aliases(state)
+
+    def load(self, handle):
+        from safetensors.torch import load_file
+
+        skeleton, path, tied = ray.get(handle[0]), *handle[1:]
+        state = load_file(path)
+        for names in tied:
+            kept = next(state[name] for name in names if name in state)
+            state |= dict.fromkeys(names, kept)
+        skeleton.load_state_dict(state, assign=True)
+        return skeleton
+
+    def withdraw(self, handle):
+        handle[1].unlink()
+
+
+def without_weights(model, state):
+    """A copy of the model with what `state` holds on `meta`; no weight is copied on the way."""
+    on_meta = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else t.to("meta")
+        for t in state.values()
+    }
+    return copy.deepcopy(model, on_meta)
+
+
+def aliases(state):
+    """The groups of names under which the state dict holds the same tensor more than once."""
+    names = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def new_file(suffix):
+    return FILES / f"ray-zerocopy-bench-{uuid.uuid4().hex}{suffix}"
+
+
+RIVALS = (PlainRay(), RayFlag(), ZeroCopy(), TorchMmap(), Safetensors())
+CONTENDERS = (Floor(), Ours(), *RIVALS)

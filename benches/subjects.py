@@ -1,0 +1,103 @@
+"""The models that are measured: seeded, built on demand, fetched from nowhere."""
+
+import torch
+from models import bert_base  # tests/models.py
+from torch import nn
+
+
+def bert_large():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+        )
+    )
+
+
+def llama():
+    """1 GiB of bfloat16, the output layer tied to the embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1536,
+        intermediate_size=5120,
+        num_hidden_layers=15,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def conv_net():
+    """504 small tensors: 84 blocks of a convolution and a BatchNorm."""
+    blocks = ((nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(84))
+    return nn.Sequential(*(layer for block in blocks for layer in block))
+
+
+def deep_net():
+    """1,440 tiny tensors in 160 layers."""
+    return nn.Sequential(*(DeepLayer() for _ in range(160)))
+
+
+class DeepLayer(nn.Module):
+    """Nine tensors in five modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.norm = nn.LayerNorm(16, bias=False)
+
+    def forward(self, x):
+        return self.norm(x + self.out(self.query(x) * self.key(x) + self.value(x)))
+
+
+SUBJECTS = {
+    "BERT-base": lambda: bert_base().model,
+    "BERT-large": bert_large,
+    "Llama-like, bf16, tied": llama,
+    "conv net": conv_net,
+    "160 layers": deep_net,
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return SUBJECTS[name]().eval()
+
+
+def linears(count, width):
+    """`count` Linears: two tensors a module."""
+    return in_blocks(nn.Linear(width, width) for _ in range(count))
+
+
+def one_module(tensors):
+    """`tensors` tiny parameters in a single module."""
+    return nn.ParameterList(torch.randn(4) for _ in range(tensors))
+
+
+def bare_modules(count):
+    """`count` modules without a tensor, beside one that has some."""
+    return nn.Sequential(nn.Linear(64, 64), in_blocks(nn.ReLU() for _ in range(count)))
+
+
+def in_blocks(layers):
+    """Layers in blocks of 50, as models are built: `load_state_dict` is quadratic in a flat row."""
+    layers = list(layers)
+    return nn.Sequential(
+        *(nn.Sequential(*layers[start : start + 50]) for start in range(0, len(layers), 50))
+    )
+
+
+def nbytes(model):
+    """Bytes of the storages the model's tensors lie in, each counted once."""
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def count_tensors(model):
+    return len([*model.parameters(), *model.buffers()])
