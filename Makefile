@@ -25,7 +25,7 @@ test: build
 bench: build
 	$(BIN)/pip install --quiet --editable ".[bench]" --no-build-isolation
 	cargo bench
-	$(BIN)/pytest benches --benchmark-only --benchmark-disable-gc
+	$(BIN)/pytest benches --benchmark-only
 	$(BIN)/python benches/report.py
 
 # Everything that Python needs, once; then the extension, whenever Rust changes.

@@ -12,7 +12,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
 )
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112  workers that yield to all make us wait
+os.environ.setdefault("RAY_worker_niceness", "0")  # at 15 they wait for all
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch.set_num_threads(1)  # as in Ray's workers: how a sum is split decides its last bits
 
