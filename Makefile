@@ -20,7 +20,7 @@ test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: build
 	$(BIN)/pip install --quiet --editable ".[bench]" --no-build-isolation
