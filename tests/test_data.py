@@ -12,10 +12,8 @@ from models import large, simple
 from ray_zerocopy.data import Predictor, map_batches
 from ray_zerocopy.wrappers import ModelWrapper
 from test_memory_footprint import (
-    MODEL_NBYTES,
     WORKERS,
-    assert_costs_nothing,
-    print_table,
+    assert_each_costs_nothing,
     unique_set_size,
 )
 from torch import nn
@@ -142,15 +140,7 @@ def test_actors_share_one_model(start):
         growths[count] = [
             [int(found[moment][own].max()) for own in each] for moment in ("loaded", "called")
         ]
-    heads = ["worst load", "worst batch", "sum after batches"]
-    table = {
-        f"{count} data actor{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
-        for count, (loaded, called) in growths.items()
-    }
-    print_table("Unique set size of each data actor grows by", heads, table)
-    for count, (loaded, called) in growths.items():
-        assert_costs_nothing(loaded, called)
-        assert sum(called) < 0.05 * MODEL_NBYTES * count
+    assert_each_costs_nothing("data actor", "batch", growths)
 
 
 # --- one predictor --------------------------------------------------------------------------------

@@ -19,10 +19,8 @@ from models import large, simple
 from ray import serve
 from ray_zerocopy.serve import Loading, Replica, app, load, multiplexed
 from test_memory_footprint import (
-    MODEL_NBYTES,
     WORKERS,
-    assert_costs_nothing,
-    print_table,
+    assert_each_costs_nothing,
     unique_set_size,
 )
 from torch import nn
@@ -141,15 +139,7 @@ def test_replicas_share_one_block(url):
             asked = [handle.growth.remote(batch) for _ in range(2 * count)]
             found.update((pid, growth) for pid, *growth in (each.result() for each in asked))
         growths[count] = [list(moment) for moment in zip(*found.values(), strict=True)]
-    heads = ["worst load", "worst request", "sum after requests"]
-    table = {
-        f"{count} replica{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
-        for count, (loaded, called) in growths.items()
-    }
-    print_table("Unique set size of each replica grows by", heads, table)
-    for count, (loaded, called) in growths.items():
-        assert_costs_nothing(loaded, called)
-        assert sum(called) < 0.05 * MODEL_NBYTES * count
+    assert_each_costs_nothing("replica", "request", growths)
     serve.delete("measured")
 
 
