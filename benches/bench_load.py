@@ -6,17 +6,8 @@ turns, which a busy machine needs.
 
 import pytest
 import subjects
-from duel import enlist, session, silence, touch_store
+from duel import enlist, silence
 from rivals import CONTENDERS
-
-GIB = 1 << 30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    with session(4 * GIB):
-        touch_store(4 * GIB)
-        yield
 
 
 @pytest.fixture(scope="module", params=["BERT-base", "conv net", "160 layers"])

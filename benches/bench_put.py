@@ -5,17 +5,8 @@ Into pages of the store written to before, each publish after the one before it 
 
 import pytest
 import subjects
-from duel import session, settle, touch_store
+from duel import settle
 from rivals import CONTENDERS
-
-GIB = 1 << 30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    with session(4 * GIB):
-        touch_store(4 * GIB)
-        yield
 
 
 @pytest.fixture(scope="module", params=["BERT-base", "conv net", "160 layers"])
