@@ -406,8 +406,7 @@ impl Torch {
 /// What `torch.nn.Module.__init__` gives every module, of which most stays as it was: of 17
 /// attributes a module of BERT has about 14.
 struct Defaults {
-    attributes: Py<PyDict>,
-    /// The same, each with what makes it.
+    /// Each attribute's name and what makes it.
     kinds: Vec<(Py<PyString>, Default)>,
     ordered_dict: Py<PyType>,
     /// Makes an empty one without `__init__`, which has nothing to do there: half the time.
@@ -450,7 +449,6 @@ impl Defaults {
                 return Err(PyErr::fetch(py));
             }
             Ok(Defaults {
-                attributes: attributes.unbind(),
                 kinds,
                 ordered_dict: ordered_dict.unbind(),
                 // SAFETY: the slot of this number holds a function of this type.
@@ -466,6 +464,24 @@ impl Defaults {
         let new = unsafe { (self.new_ordered_dict)(kind.cast(), no_arguments, ptr::null_mut()) };
         // SAFETY: a new reference, or null with an exception set.
         unsafe { Bound::from_owned_ptr_or_err(py, new) }
+    }
+
+    /// Gives a module's state the defaults, then what differs from them.
+    fn fill<'py>(
+        &self,
+        state: &Bound<'py, PyDict>,
+        differing: &Bound<'py, PyDict>,
+    ) -> PyResult<()> {
+        let py = state.py();
+        for (name, default) in &self.kinds {
+            match default {
+                Default::Dict => state.set_item(name, PyDict::new(py))?,
+                Default::OrderedDict => state.set_item(name, self.new_ordered_dict(py)?)?,
+                Default::Set => state.set_item(name, PySet::empty(py)?)?,
+                Default::Constant(constant) => state.set_item(name, constant)?,
+            }
+        }
+        differing.iter().try_for_each(|(name, value)| state.set_item(name, value))
     }
 
     /// Whether a module's attribute is as it was made.
@@ -509,19 +525,21 @@ fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDi
 /// The whole state of a module, its defaults fresh; the inverse of `differing`.
 #[pyfunction]
 fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
-    let py = differing.py();
-    let defaults = Defaults::get(py)?;
-    let state = defaults.attributes.bind(py).copy()?;
-    for (name, default) in &defaults.kinds {
-        match default {
-            Default::Dict => state.set_item(name, PyDict::new(py))?,
-            Default::Set => state.set_item(name, PySet::empty(py)?)?,
-            Default::OrderedDict => state.set_item(name, defaults.new_ordered_dict(py)?)?,
-            Default::Constant(_) => {}
-        }
-    }
-    state.update(differing.as_mapping())?;
+    let state = PyDict::new(differing.py());
+    Defaults::get(differing.py())?.fill(&state, differing)?;
     Ok(state)
+}
+
+/// Gives a bare module its whole state, as `nn.Module.__setstate__` would.
+///
+/// In place: to set `__dict__` instead would make the interpreter build the old one first.
+#[pyfunction]
+fn restore_module<'py>(module: &Bound<'py, PyAny>, differing: &Bound<'py, PyDict>) -> PyResult<()> {
+    // SAFETY: an object of this interpreter; without a dict there is an exception instead.
+    let state = unsafe { ffi::PyObject_GenericGetDict(module.as_ptr(), ptr::null_mut()) };
+    // SAFETY: a new reference, or null with an exception set.
+    let state = unsafe { Bound::from_owned_ptr_or_err(module.py(), state) }?;
+    Defaults::get(module.py())?.fill(state.cast()?, differing)
 }
 
 /// Picks the tensors out of all that a pickler asks about: its `persistent_id`.
@@ -553,16 +571,6 @@ impl TensorIds {
         }
         Ok(py.None().into_bound(py))
     }
-}
-
-/// Makes `module_state` the `__dict__` of a bare module, as `nn.Module.__setstate__` would.
-#[pyfunction]
-fn restore_module(module: &Bound<'_, PyAny>, differing: &Bound<'_, PyDict>) -> PyResult<()> {
-    let state = module_state(differing)?;
-    // SAFETY: both are objects of this interpreter; the setter checks that a dict is taken.
-    let status =
-        unsafe { ffi::PyObject_GenericSetDict(module.as_ptr(), state.as_ptr(), ptr::null_mut()) };
-    if status == 0 { Ok(()) } else { Err(PyErr::fetch(module.py())) }
 }
 
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
