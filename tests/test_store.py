@@ -1,7 +1,9 @@
 """Where a block may lie, how long it lives, and what is refused."""
 
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import ray
@@ -242,3 +244,29 @@ def test_ray_client_is_told_what_to_do_instead():
         ray.util.disconnect()
         serving.stop(0)
         ray.shutdown()
+
+
+# --- the cyclic collector -------------------------------------------------------------------------
+
+
+def test_a_loaded_model_is_old_to_the_collector_and_young_garbage_is_gone(cluster):
+    ref = rzc.put(simple().model)
+    garbage = nn.ReLU()
+    garbage.itself = garbage
+    alive = weakref.ref(garbage)
+    del garbage
+    model = rzc.get(ref)
+    assert alive() is None
+    assert gc.isenabled()
+    assert any(old is model for old in gc.get_objects(generation=2))
+
+
+def test_what_someone_froze_stays_frozen(cluster):
+    ref = rzc.put(simple().model)
+    frozen = []
+    gc.freeze()
+    try:
+        rzc.get(ref)
+        assert all(seen is not frozen for seen in gc.get_objects())
+    finally:
+        gc.unfreeze()
