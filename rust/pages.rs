@@ -10,10 +10,17 @@
 //! process on the node. The same file mapped privately reads the same physical pages, and copies
 //! the one page that is written.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::layout::Piece;
+
+/// What is filled of a page table before anyone is asked whether to go on: half a millisecond.
+const FILLED_AT_ONCE: usize = 16 << 20;
 
 /// A block mapped into this process.
 #[derive(Debug)]
@@ -61,11 +68,50 @@ impl Pages {
         Ok(Pages::Private { map, source })
     }
 
-    /// Fills the page table in one go (`MADV_POPULATE_READ`), so that the first reads do not fault.
+    /// Starts to fill the page table, so that the first reads do not fault.
     ///
-    /// Where the kernel is too old for it, reads one byte of every page.
-    pub fn prefault(&self) {
-        system::prefault(self.piece());
+    /// # Safety
+    /// The pages outlive what is returned.
+    pub unsafe fn prefault(&self) -> Prefault {
+        let piece = self.piece();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let fill = move || {
+            for start in (0..piece.nbytes).step_by(FILLED_AT_ONCE) {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                let nbytes = FILLED_AT_ONCE.min(piece.nbytes - start);
+                system::prefault(Piece { address: piece.address + start, nbytes });
+            }
+        };
+        // without a thread the first reads fault, as they would have
+        Prefault { stop, thread: thread::Builder::new().spawn(fill).ok() }
+    }
+}
+
+/// The filling of a page table (`MADV_POPULATE_READ`), on a thread of its own.
+///
+/// Dropped, it stops within half a millisecond, and the pages may go.
+#[derive(Debug)]
+pub struct Prefault {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Prefault {
+    /// Waits until all is filled.
+    pub fn wait(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // filled or not, the bytes are what they were
+        }
+    }
+}
+
+impl Drop for Prefault {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.wait();
     }
 }
 
@@ -233,6 +279,8 @@ mod system {
         Ok((map.map_err(|error| unsupported(format!("{}: {error}", source.name)))?, source))
     }
 
+    /// Fills the page table for a piece whose pages the caller holds; where the kernel is too old
+    /// (before 5.14), reads one byte of every page.
     pub fn prefault(piece: Piece) {
         // SAFETY: sysconf only reads a number.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
@@ -335,7 +383,8 @@ mod tests {
         let mut one = Pages::private(part).unwrap();
         let other = Pages::private(part).unwrap();
         assert_eq!(read(&one), &store[4160..40_000]);
-        one.prefault();
+        // SAFETY: done before the pages go.
+        unsafe { one.prefault() }.wait();
         write(&mut one, 7, 99);
         assert_eq!(read(&one)[7], 99);
         assert_eq!(read(&other)[7], 4167_usize as u8);

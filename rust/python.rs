@@ -2,6 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::{mem, ptr};
 
 use pyo3::buffer::PyUntypedBuffer;
@@ -15,7 +16,7 @@ use crate::block;
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::layout::{Layout, Piece, Segment as Run, used};
-use crate::pages::{self, Pages, Source};
+use crate::pages::{self, Pages, Prefault, Source};
 use crate::table::{Table, fingerprint};
 use crate::view::{Flags, View};
 
@@ -169,7 +170,8 @@ unsafe fn fill_buffer(
 /// ```
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 struct Block {
-    // dropped in this order: first the pages, then what lies beneath them
+    // dropped in this order: what reads the pages, the pages, what lies beneath them
+    prefault: OnceLock<Prefault>,
     pages: Pages,
     _buffers: Vec<PyUntypedBuffer>,
     table: Table,
@@ -245,7 +247,7 @@ impl Block {
         if let Pages::Private { source: found, .. } = &pages {
             source = Some(found.clone());
         }
-        Ok(Block { pages, _buffers: buffers, table, source, fallback })
+        Ok(Block { prefault: OnceLock::new(), pages, _buffers: buffers, table, source, fallback })
     }
 
     /// How the bytes are held: "private", "shared" or "copied".
@@ -282,9 +284,10 @@ impl Block {
         self.table.views.iter().map(view).collect()
     }
 
-    /// Fills this process's page table for the whole block.
-    fn prefault(&self, py: Python<'_>) {
-        py.detach(|| self.pages.prefault());
+    /// Fills this process's page table for the whole block, while the caller goes on.
+    fn prefault(&self) {
+        // SAFETY: the block drops it before the pages.
+        self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
     }
 
     /// Clears what lies between the spans of a shared block; false where it may not be written.

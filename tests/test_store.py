@@ -3,7 +3,9 @@
 import gc
 import pickle
 import threading
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import ray
@@ -160,6 +162,41 @@ def test_prefault_changes_nothing_but_the_page_table(cluster):
     ref = rzc.put(model)
     assert_exact(model, rzc.get(ref, prefault=True))
     assert_exact(model, rzc.get(ref, prefault=True, isolation="shared"))
+
+
+def test_prefault_fills_the_page_table_while_the_caller_goes_on(cluster):
+    ref = rzc.put(torch.zeros(16, 2**20))
+    first_touched = rzc.get(ref)
+    assert resident(first_touched) < first_touched.nbytes / 100
+    filled = rzc.get(ref, prefault=True)
+    deadline = time.monotonic() + 30
+    while resident(filled) < filled.nbytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_is_dropped_while_prefault_fills_its_pages_is_gone(cluster):
+    ref = rzc.put(torch.zeros(16, 2**20))
+    for _ in range(100):
+        address = rzc.get(ref, prefault=True).data_ptr()
+    assert resident_at(address) is None
+
+
+def resident(tensor):
+    return resident_at(tensor.data_ptr())
+
+
+def resident_at(address):
+    """Bytes in memory of the private file mapping that holds this address; None if none does."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            start, end = (int(bound, 16) for bound in name.split("-"))
+            found = start <= address < end and values[0].endswith("p") and values[3] != "0"
+        elif found and name == "Rss:":
+            return int(values[0]) * 1024
+    return None
 
 
 def test_another_device_takes_every_tensor_along(cluster):

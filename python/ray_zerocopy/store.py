@@ -83,7 +83,8 @@ def get(
         isolation: `"private"`, as with `ray.get`: reads share the store's pages, a write copies
             the one page for this process. `"shared"`: plain views; a write changes the weights of
             every process on the node. `"copy"`: private memory of the model's size.
-        prefault: fill the page table now, so that the first forward does not.
+        prefault: fill the page table, so that the first forward does not. A thread does it while
+            the caller goes on, from the first tensor to the last.
         device: copy the tensors there instead of leaving them on the CPU.
         timeout: seconds to wait for the object, as for `ray.get`.
 
