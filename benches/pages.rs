@@ -1,0 +1,58 @@
+//! Mapping a block privately: what a load pays, and what filling its page table pays, against the
+//! faults of a first touch and a copy.
+#![allow(missing_docs, unsafe_code)] // the macros of criterion; the store is named by address
+#![cfg(target_os = "linux")]
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::path::Path;
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use memmap2::MmapMut;
+use ray_zerocopy::layout::Piece;
+use ray_zerocopy::pages::Pages;
+
+const NBYTES: usize = 64 << 20;
+const PAGE: usize = 4096;
+
+/// A file as Ray has it: deleted, in shared memory, mapped shared and written to.
+fn store() -> MmapMut {
+    let path = Path::new("/dev/shm").join(format!("rzc-bench-{}", std::process::id()));
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    file.set_len(NBYTES as u64).unwrap();
+    // SAFETY: the file is this process's own.
+    let mut map = unsafe { MmapMut::map_mut(&file) }.unwrap();
+    fs::remove_file(&path).unwrap();
+    map.fill(7);
+    map
+}
+
+fn touch(pages: &Pages) {
+    // SAFETY: the store lives, and nobody writes.
+    let bytes = unsafe { pages.piece().bytes() };
+    bytes.iter().step_by(PAGE).for_each(|byte| {
+        black_box(*byte);
+    });
+}
+
+fn mapping(c: &mut Criterion) {
+    let store = store();
+    let piece = Piece { address: store.as_ptr() as usize, nbytes: store.len() };
+    let map = || Pages::private(piece).unwrap();
+    c.bench_function("pages/map", |b| b.iter(map));
+
+    let mut group = c.benchmark_group("pages/fill");
+    group.sample_size(20).throughput(Throughput::Bytes(NBYTES as u64));
+    // SAFETY: waited for, so done before the pages go.
+    let prefault = |pages: &mut Pages| unsafe { pages.prefault() }.wait();
+    group.bench_function("prefault", |b| {
+        b.iter_batched_ref(map, prefault, BatchSize::PerIteration);
+    });
+    group.bench_function("first touch", |b| {
+        b.iter_batched_ref(map, |pages| touch(pages), BatchSize::PerIteration);
+    });
+    group.bench_function("copy", |b| b.iter(|| store.to_vec()));
+}
+
+criterion_group!(benches, mapping);
+criterion_main!(benches);
