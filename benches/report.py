@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import subjects  # noqa: E402
+from bench_call import CALL, HOME, TASK, time_calls  # noqa: E402
 from duel import (  # noqa: E402
     Worker,
     enlist,
@@ -53,8 +54,10 @@ def quick():
     with session(4 * GIB):
         touch_store(4 * GIB)
         race = Race(Worker.remote(), "BERT-base", load_seconds=15, publish_seconds=25)
-    print_times("load", race.load, {"zerocopy": 0.8, "Ray's flag": 0.6})
-    print_times("publish", race.publish, {FLOOR: 1.8})
+        calls = time_calls(seconds=30)
+    print_times("load", race.load, {FLOOR: 2.0, "zerocopy": 0.8, "Ray's flag": 0.6})
+    print_times("publish", race.publish, {FLOOR: 1.4})
+    print_calls(calls)
     for name, reason in race.refusals.items():
         print(f"{name} cannot: {reason}")
 
@@ -69,6 +72,18 @@ def print_times(verb, seconds, bars):
         )
     for rival, bar in bars.items():
         print(f"→ {ratio(seconds, OURS, rival):.2f} x {rival}; the bar is {bar}")
+
+
+def print_calls(seconds):
+    print(f"\n{'call':32} {'median ms':>10} {'x parts':>8}")
+    for name, samples in seconds.items():
+        print(f"{name:32} {1e3 * median(samples):10.2f} {to_parts(seconds, name):8.2f}")
+    print(f"→ {to_parts(seconds, CALL.name):.2f} x an empty task and a forward; the bar is 1.1")
+
+
+def to_parts(seconds, name):
+    """How a way of calling compares to the sum of an empty task and a forward at home."""
+    return median(seconds[name]) / (median(seconds[TASK.name]) + median(seconds[HOME.name]))
 
 
 def ratio(seconds, name, to=FLOOR):
@@ -106,7 +121,7 @@ def report():
         touch_store(8 * GIB)
         worker = Worker.remote()
         sections += [step(write, worker) for write in (models, over_tensors, first_call)]
-        sections += [step(over_bytes)]
+        sections += [step(write) for write in (calls, over_bytes)]
     with session(2 * GIB):
         touch_store(2 * GIB)
         sections += [step(write) for write in (publish_memory, memory, traits, importing)]
@@ -178,26 +193,31 @@ def subject_table(worker, name, load_seconds, publish_seconds):
 
 
 def over_tensors(worker):
-    counts = (250, 1000, 2500)
+    counts = (250, 1000, 2500, 5000)
+    halves = [count // 2 for count in counts]
     shapes = {
-        "a tensor": subjects.one_module,
-        "a module": subjects.bare_modules,
-        "a Linear": lambda count: subjects.linears(count, 16),
+        "a tensor": (subjects.one_module, counts),
+        "a module": (subjects.bare_modules, counts),
+        "a Linear": (lambda count: subjects.linears(count, 16), halves),
     }
-    curves = {unit: load_curves(worker, shape, counts) for unit, shape in shapes.items()}
+    curves = {unit: load_curves(worker, *shape) for unit, shape in shapes.items()}
+    slopes = {
+        unit: {name: 1e6 * slope(shapes[unit][1], seconds) for name, seconds in curve.items()}
+        for unit, curve in curves.items()
+    }
     rows = [
-        [bold(rival.name), *(f"{1e6 * slope(counts, curves[u][rival.name]):.2f}" for u in shapes)]
+        [bold(rival.name), *(f"{slopes[unit][rival.name]:.2f}" for unit in shapes)]
         for rival in CONTENDERS
     ]
     lines = {
-        name: ([2 * count for count in counts], [1e3 * seconds for seconds in curve])
+        name: (counts, [1e3 * seconds for seconds in curve])
         for name, curve in curves["a Linear"].items()
     }
     return section(
         "Load over tensors",
         "What one more costs, in microseconds: a tensor in a module that is there anyway, a module "
         "without tensors, a `Linear(16, 16)` with its weight and bias. Slopes of straight lines "
-        f"through {', '.join(f'{count:,}' for count in counts)} of them.",
+        f"through {', '.join(f'{count:,}' for count in counts)} of them, of Linears half as many.",
         table(["", *(f"{unit}, µs" for unit in shapes)], rows),
         plot(
             "load_over_tensors",
@@ -312,6 +332,21 @@ def first_call(worker):
         "BERT-base, one sequence: the load, and the first forward after it, beside the forward of "
         "a private copy that has run before.",
         table(["", "load, ms", "first forward, ms", "x warm"], rows),
+    )
+
+
+def calls():
+    seconds = time_calls(seconds=25)
+    ours = {CALL.name: f"**{CALL.name}**"}
+    rows = [
+        [ours.get(name, name), ms(median(samples)), times(to_parts(seconds, name))]
+        for name, samples in seconds.items()
+    ]
+    return section(
+        "A call as a task",
+        "BERT-base, two sequences of 7 tokens, one thread: beside the sum of what a call cannot do "
+        "without, an empty task and a forward in the caller's own process.",
+        table(["", "ms", "x both parts"], rows),
     )
 
 
