@@ -126,7 +126,7 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
             flags |= _core.NEG
         return self._take_view(
             tensor,
-            self._take_storage(tensor.untyped_storage()),
+            self._take_storage(tensor),
             str(tensor.dtype).removeprefix("torch."),
             flags,
             tensor.storage_offset(),
@@ -139,12 +139,13 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         self.parts.views.append(view)
         return len(self.parts.views) - 1
 
-    def _take_storage(self, storage: torch.UntypedStorage) -> int:
+    def _take_storage(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
         index = self._storages.get(storage._cdata)
         if index is None:
             index = self._storages[storage._cdata] = len(self.parts.storages)
             host = storage
-            if storage.device.type != "cpu":
+            if not tensor.is_cpu:
                 host = storage.cpu()
                 message = f"tensors on {storage.device} are copied to the host and load on the CPU"
                 warnings.warn(f"{message}; see rzc.get(device=...)", HostCopyWarning, stacklevel=2)

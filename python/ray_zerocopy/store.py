@@ -228,31 +228,31 @@ def _load(skeleton: bytes, buffers: list[int], table: bytes, *segments: Any) -> 
         return block.clear()
     if reading.prefault:
         block.prefault()
-    with _quiet_collector(tenure=True):
+    with _quiet_collector():
         tensors = views.tensors(block, reading.device)
         return join(skeleton, tensors, views.buffers(block, buffers))
 
 
 @contextlib.contextmanager
-def _quiet_collector(*, tenure: bool = False) -> Iterator[None]:
+def _quiet_collector() -> Iterator[None]:
     """Keep the cyclic collector out of a walk over thousands of objects that all live.
 
-    A full collection takes 200 ms in a process with torch and transformers. With `tenure`, what
-    is made in here goes straight to the oldest generation, where it would end up: a young
-    collection of it, at the next allocation, takes as long as half of the load. Young garbage of
-    others is collected before, so that none of it goes along.
+    A full collection takes 200 ms in a process with torch and transformers. What is made in here
+    goes straight to the oldest generation, where it would end up: a young collection of a model, at
+    the next allocation, takes as long as half of its load. Young garbage of others is collected
+    before, so that none of it goes along.
     """
     if not gc.isenabled():
         yield
         return
-    tenure = tenure and not gc.get_freeze_count()  # what someone froze is to stay frozen
-    if tenure:
+    thaws = not gc.get_freeze_count()  # what someone froze is to stay frozen
+    if thaws:
         gc.collect(1)
     gc.disable()
     try:
         yield
     finally:
-        if tenure:
+        if thaws:
             gc.freeze()
             gc.unfreeze()
         gc.enable()
