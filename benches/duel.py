@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import psutil
 import ray
+import subjects
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,10 +193,13 @@ def trim():
 
 @ray.remote(num_cpus=0)
 class Worker:
-    """A process that loads; every rival has loaded in it before a clock starts."""
+    """A process that loads, each rival once before a clock starts, or one that publishes."""
 
     def time_loads(self, entries, seconds):
         return time_loads(entries, seconds)
+
+    def time_publishes(self, rivals, subject, seconds):
+        return time_publishes(rivals, subjects.build(subject), seconds)
 
     def time_first_calls(self, entries, kwargs, rounds):
         """(seconds of a warm private copy's forward, {rival: (load, first forward)}), medians."""

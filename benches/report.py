@@ -26,7 +26,6 @@ from duel import (  # noqa: E402
     session,
     settle,
     shared,
-    time_publishes,
     timed,
     touch_store,
 )
@@ -92,13 +91,13 @@ def ratio(seconds, name, to=FLOOR):
 
 
 class Race:
-    """One subject: loads in a warm worker, publishes here, and who could not and why."""
+    """One subject: loads in a warm worker, publishes in a new one, and who could not and why."""
 
     def __init__(self, worker, subject, load_seconds, publish_seconds):
         self.model = subjects.build(subject)
         self.load, self.refusals = race_loads(worker, self.model, load_seconds)
         able = [rival for rival in CONTENDERS if rival.name in self.load]
-        self.publish = time_publishes(able, self.model, publish_seconds)
+        self.publish = race_publishes(able, subject, publish_seconds)
 
 
 def race_loads(worker, model, seconds):
@@ -111,6 +110,18 @@ def race_loads(worker, model, seconds):
             rival.withdraw(handle)
 
 
+def race_publishes(rivals, subject, seconds):
+    """{rival: [seconds]}, in a process that has done nothing but build the model.
+
+    How storages lie in memory decides the speed, and that the allocator decides by what was before.
+    """
+    worker = Worker.remote()
+    try:
+        return ray.get(worker.time_publishes.remote(rivals, subject, seconds))
+    finally:
+        ray.kill(worker)
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -121,7 +132,7 @@ def report():
         touch_store(8 * GIB)
         worker = Worker.remote()
         sections += [step(write, worker) for write in (models, over_tensors, first_call)]
-        sections += [step(write) for write in (calls, over_bytes)]
+        sections += [step(write) for write in (calls, over_bytes, layouts_in_memory)]
     with session(2 * GIB):
         touch_store(2 * GIB)
         sections += [step(write) for write in (publish_memory, memory, traits, importing)]
@@ -136,6 +147,11 @@ def step(write, *arguments):
     return text
 
 
+def figures(seconds, name):
+    """Two cells: milliseconds, and times the floor."""
+    return ms(median(seconds[name])), times(ratio(seconds, name))
+
+
 def first_publish():
     model = subjects.build("BERT-base")
     ready = [(rival, rival.prepare(model)) for rival in (Floor(), Ours(), RayFlag())]
@@ -145,10 +161,7 @@ def first_publish():
             elapsed, handle = timed(rival.publish, subject)
             seconds[rival.name].append(elapsed)
             kept.append(handle)
-    rows = [
-        [bold(name), ms(median(samples)), times(ratio(seconds, name))]
-        for name, samples in seconds.items()
-    ]
+    rows = [[bold(name), *figures(seconds, name)] for name in seconds]
     return section(
         "The first publish",
         "BERT-base into parts of the store that nobody has written to: the kernel finds and clears "
@@ -167,8 +180,23 @@ def models(worker):
     }
     return section(
         "Load and publish",
-        "A warm worker loads; the driver publishes into pages of the store written to before.",
+        "A warm worker loads; a process that has just built the model publishes, into pages of the "
+        "store written to before.",
         *(step(subject_table, worker, name, *each) for name, each in seconds.items()),
+    )
+
+
+def layouts_in_memory():
+    rivals = (Floor(), Ours(), RayFlag())
+    together = race_publishes(rivals, subjects.TOGETHER, seconds=5)
+    scattered = race_publishes(rivals, subjects.SCATTERED, seconds=5)
+    rows = [[bold(name), *figures(together, name), *figures(scattered, name)] for name in together]
+    return section(
+        "Publish from memory in pieces",
+        "44 storages of 9 MiB: together, as in a model just made or loaded, or with holes between "
+        "them, as an allocator leaves them that has served others before. Ray copies one large "
+        "buffer faster than many.",
+        table(["", "together, ms", "x floor", "scattered, ms", "x floor"], rows),
     )
 
 
@@ -177,8 +205,8 @@ def subject_table(worker, name, load_seconds, publish_seconds):
     rows = [
         [
             bold(rival.name),
-            *(ms(median(race.load[rival.name])), times(ratio(race.load, rival.name))),
-            *(ms(median(race.publish[rival.name])), times(ratio(race.publish, rival.name))),
+            *figures(race.load, rival.name),
+            *figures(race.publish, rival.name),
         ]
         if rival.name in race.load
         else [rival.name, race.refusals[rival.name], *[""] * 3]
@@ -242,13 +270,9 @@ def slope(across, up):
 
 
 def over_bytes():
-    counts = (4, 16, 64, 256)
-    curves = {rival.name: [] for rival in CONTENDERS}
-    for count in counts:
-        publish = time_publishes(CONTENDERS, subjects.linears(count, 1024), seconds=2)
-        for name, curve in curves.items():
-            curve.append(median(publish[name]))
-    sizes = [4 * count for count in counts]
+    races = [race_publishes(CONTENDERS, row, seconds=2) for row in subjects.ROWS]
+    curves = {rival.name: [median(race[rival.name]) for race in races] for rival in CONTENDERS}
+    sizes = [4 * count for count in subjects.ROWS.values()]
     rows = [
         [bold(name), *map(ms, curve), f"{curve[-1] and sizes[-1] / 1024 / curve[-1]:.1f}"]
         for name, curve in curves.items()
@@ -256,7 +280,7 @@ def over_bytes():
     return section(
         "Publish over bytes",
         "A row of `Linear(1024, 1024)`, 4 MiB each; milliseconds, and the speed at the largest.",
-        table(["", *(f"{size:,} MiB" for size in sizes), "GiB/s"], rows),
+        table(["", *subjects.ROWS, "GiB/s"], rows),
         plot(
             "publish_over_bytes",
             {name: (sizes, [1e3 * seconds for seconds in curve]) for name, curve in curves.items()},

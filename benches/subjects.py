@@ -64,10 +64,24 @@ SUBJECTS = {
     "160 layers": deep_net,
 }
 
+# BERT-base's bytes in 44 storages: side by side in memory, or with holes of their size between.
+TOGETHER, SCATTERED = "together", "scattered"
+# Rows of `Linear(1024, 1024)`, 4 MiB each, by how many.
+ROWS = {f"{4 * count:,} MiB": count for count in (4, 16, 64, 256)}
+
 
 def build(name):
     torch.manual_seed(0)
+    if name in ROWS:
+        return linears(ROWS[name], 1024)
+    if name in (TOGETHER, SCATTERED):
+        return in_pieces(44, step=1 if name == TOGETHER else 2)
     return SUBJECTS[name]().eval()
+
+
+def in_pieces(count, step):
+    """`count` tensors of 9 MiB: each `step`th of many made one after the other."""
+    return nn.ParameterList([torch.ones(9 << 18) for _ in range(count * step)][::step])
 
 
 def linears(count, width):
