@@ -8,5 +8,5 @@ from page import GIB
 @pytest.fixture(scope="module", autouse=True)
 def ray_session():
     with session(4 * GIB):
-        touch_store(4 * GIB)
+        touch_store()
         yield

@@ -51,7 +51,7 @@ def main():
 
 def quick():
     with session(4 * GIB):
-        touch_store(4 * GIB)
+        touch_store()
         race = Race(Worker.remote(), "BERT-base", load_seconds=15, publish_seconds=25)
         calls = time_calls(seconds=30)
     print_times("load", race.load, {FLOOR: 2.0, "zerocopy": 0.8, "Ray's flag": 0.6})
@@ -129,12 +129,12 @@ def report():
     """Write the page; needs 15 GiB of memory to itself, and some minutes."""
     with session(8 * GIB):
         sections = [step(first_publish)]  # needs a store never written to
-        touch_store(8 * GIB)
+        touch_store()
         worker = Worker.remote()
         sections += [step(write, worker) for write in (models, over_tensors, first_call)]
         sections += [step(write) for write in (calls, over_bytes, layouts_in_memory)]
     with session(2 * GIB):
-        touch_store(2 * GIB)
+        touch_store()
         sections += [step(write) for write in (publish_memory, memory, traits, importing)]
     (ROOT / "BENCHMARKS.md").write_text("\n".join((heading(), *sections)))
 
