@@ -203,8 +203,9 @@ class Worker:
         return time_loads(entries, seconds)
 
     def time_publishes(self, rivals, subject, seconds):
+        model = subjects.build(subject)  # first, as in a process that does nothing else
         touch_store()
-        return time_publishes(rivals, subjects.build(subject), seconds)
+        return time_publishes(rivals, model, seconds)
 
     def time_first_calls(self, entries, kwargs, rounds):
         """(seconds of a warm private copy's forward, {rival: (load, first forward)}), medians."""
