@@ -19,7 +19,7 @@ use memmap2::MmapMut;
 use crate::error::{Error, Result};
 use crate::layout::Piece;
 
-/// What is filled of a page table before anyone is asked whether to go on: half a millisecond.
+/// What is filled of a page table before anyone is asked whether to go on: about a millisecond.
 const FILLED_AT_ONCE: usize = 16 << 20;
 
 /// A block mapped into this process.
@@ -92,7 +92,7 @@ impl Pages {
 
 /// The filling of a page table (`MADV_POPULATE_READ`), on a thread of its own.
 ///
-/// Dropped, it stops within half a millisecond, and the pages may go.
+/// Dropped, it stops within about a millisecond, and the pages may go.
 #[derive(Debug)]
 pub struct Prefault {
     stop: Arc<AtomicBool>,
