@@ -57,8 +57,10 @@ def arguments():
     """What every way takes; threads at home as in a task of one CPU."""
     case, threads = bert_base(), torch.get_num_threads()
     torch.set_num_threads(1)
-    yield case, rzc.put(case.model), ray.put(case.model)
-    torch.set_num_threads(threads)
+    try:
+        yield case, rzc.put(case.model), ray.put(case.model)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def time_calls(seconds):

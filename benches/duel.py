@@ -5,11 +5,8 @@ second can be compared, so every round times each rival once, and ratios are bet
 """
 
 import copy
-import ctypes
-import gc
 import os
 import random
-import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -17,10 +14,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
 import ray
 import subjects
 import torch
+from footprint import trim, unique_set_size, with_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_RATIO = 8  # times the fastest; what takes longer sits out four rounds of five
@@ -158,41 +155,9 @@ def shared(rival, model):
 def publish_growth(rival, model):
     """By how many bytes private memory (RssAnon) of this process grows, at most, in a publish."""
     ready = rival.prepare(model)
-    trim()
-    before = peak = rss_anon()
-    done = threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, rss_anon())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        handle = rival.publish(ready)
-    finally:
-        done.set()
-        watcher.join()
+    handle, growth = with_peak(lambda: rival.publish(ready))
     rival.withdraw(handle)
-    return peak - before
-
-
-def rss_anon():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status tells no RssAnon")
-
-
-def unique_set_size():
-    return psutil.Process().memory_full_info().uss
-
-
-def trim():
-    """Give free memory back to the kernel, so that what is used next shows as growth."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    return growth
 
 
 @ray.remote(num_cpus=0)
@@ -226,7 +191,6 @@ class Worker:
         rival, handle = entry
         with silence():
             rival.load(handle)  # what is imported on the way is not counted
-            trim()
             self.before = unique_set_size()
             self.kept = rival.load(handle)
         for tensor in self.kept if isinstance(self.kept, list) else self.kept.state_dict().values():
@@ -234,7 +198,6 @@ class Worker:
 
     def growth(self):
         """Bytes of unique set size gained since just before the load; free heap is not counted."""
-        trim()
         return unique_set_size() - self.before
 
     def drop(self):

@@ -11,11 +11,7 @@ import torch
 from models import large, simple
 from ray_zerocopy.data import Predictor, map_batches
 from ray_zerocopy.wrappers import ModelWrapper
-from test_memory_footprint import (
-    WORKERS,
-    assert_each_costs_nothing,
-    unique_set_size,
-)
+from test_memory_footprint import WORKERS, Growing, assert_each_costs_nothing
 from torch import nn
 
 ROWS = 64
@@ -50,24 +46,17 @@ class Gate:
         return len(self.pids)
 
 
-class Together(Predictor):
+class Together(Growing, Predictor):
     """A predictor whose actors begin together, and tell their process and what it grew by."""
 
     def __init__(self, model, gate, actors):
-        case = large()
-        case.run(case.model[:2])
-        case.model = None
-        super().__init__(rzc.put(simple().model))
-        self.before = unique_set_size()
         super().__init__(model)
-        self.loaded = unique_set_size() - self.before
         while ray.get(gate.arrive.remote(os.getpid())) < actors:
             time.sleep(0.05)
 
     def __call__(self, batch):
         batch, count = super().__call__(batch), len(batch["data"])
-        grown = unique_set_size() - self.before
-        tell = {"pid": os.getpid(), "loaded": self.loaded, "called": grown}
+        tell = {"pid": os.getpid(), "loaded": self.loaded, "called": self.grown()}
         return batch | {name: np.full(count, value) for name, value in tell.items()}
 
 

@@ -7,35 +7,16 @@ left out by keeping them to kilobytes, and what a first forward costs any proces
 its scratch memory, by having each worker make one on a private layer of the same shape before.
 """
 
-import ctypes
-import gc
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import ray_zerocopy as rzc
+from footprint import anonymous_memory, trim, unique_set_size, with_peak
 from models import large, simple
 
 MODEL_NBYTES = sum(parameter.nbytes for parameter in large().model.parameters())
 WORKERS = (1, 2, 4)
-
-
-def settle():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def unique_set_size() -> int:
-    settle()
-    return psutil.Process().memory_full_info().uss
-
-
-def anonymous_memory() -> int:
-    """RssAnon of this process: its private memory, without what is mapped from files."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def mappings():
@@ -63,6 +44,22 @@ def print_table(title, heads, rows):
     for name, values in rows.items():
         cells = (f"{value / 2**20:.2f} MiB {value / MODEL_NBYTES:7.2%}" for value in values)
         print(f"{name:34}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+class Growing:
+    """Mixed into what loads a model: knows by how much its process has grown since just before."""
+
+    def __init__(self, model):
+        case = large()
+        case.run(case.model[:2])
+        case.model = None
+        super().__init__(rzc.put(simple().model))
+        self.before = unique_set_size()
+        super().__init__(model)
+        self.loaded = self.grown()
+
+    def grown(self):
+        return unique_set_size() - self.before
 
 
 class Worker:
@@ -103,23 +100,13 @@ class Worker:
     def publish(self, put):
         """The most private memory that publishing took at any moment, and what stays of it."""
         model = large().model
-        settle()
-        before, peak, done = anonymous_memory(), 0, threading.Event()
-
-        def sample():
-            nonlocal peak
-            while not done.wait(0.001):
-                peak = max(peak, anonymous_memory())
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        ref = put(model)
-        done.set()
-        sampler.join()
-        settle()
+        trim()
+        before = anonymous_memory()
+        ref, peak = with_peak(lambda: put(model))
+        trim()
         stays = anonymous_memory() - before
         del ref
-        return peak - before, stays
+        return peak, stays
 
 
 @pytest.fixture(scope="module")

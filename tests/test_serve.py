@@ -18,11 +18,7 @@ import torch
 from models import large, simple
 from ray import serve
 from ray_zerocopy.serve import Loading, Replica, app, load, multiplexed
-from test_memory_footprint import (
-    WORKERS,
-    assert_each_costs_nothing,
-    unique_set_size,
-)
+from test_memory_footprint import WORKERS, Growing, assert_each_costs_nothing
 from torch import nn
 
 SMALL = {"ray_actor_options": {"num_cpus": 0.1}}
@@ -110,22 +106,13 @@ def test_replicas_answer_and_take_new_weights(url):
     serve.delete("model")
 
 
-class Measured(Replica):
+class Measured(Growing, Replica):
     """Tells its process and what that has grown by."""
-
-    def __init__(self, model):
-        case = large()
-        case.run(case.model[:2])
-        case.model = None
-        super().__init__(rzc.put(simple().model))
-        self.before = unique_set_size()
-        super().__init__(model)
-        self.loaded = unique_set_size() - self.before
 
     async def growth(self, batch):
         await self.predict(batch)
         await asyncio.sleep(0.2)  # so that those who ask together ask others, too
-        return os.getpid(), self.loaded, unique_set_size() - self.before
+        return os.getpid(), self.loaded, self.grown()
 
 
 def test_replicas_share_one_block(url):
