@@ -17,7 +17,7 @@ fn packing(c: &mut Criterion) {
     for count in [100, 1_500] {
         let storages = vec![vec![7; 3_072]; count];
         let pieces = pieces(&storages);
-        let layout = Layout::plan(&pieces, false).unwrap();
+        let layout = Layout::plan(&pieces).unwrap();
         group.throughput(Throughput::Bytes(layout.nbytes));
         group.bench_function(BenchmarkId::from_parameter(count), |b| {
             // SAFETY: the storages live and are only read.

@@ -21,7 +21,7 @@ fn plan(c: &mut Criterion) {
         let storages = storages(count);
         group.throughput(Throughput::Elements(count as u64));
         group.bench_with_input(BenchmarkId::from_parameter(count), &storages, |b, storages| {
-            b.iter(|| Layout::plan(black_box(storages), true));
+            b.iter(|| Layout::plan(black_box(storages)));
         });
     }
 }

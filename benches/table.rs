@@ -11,7 +11,7 @@ use ray_zerocopy::view::{Flags, View};
 
 fn table(count: usize) -> Table {
     let storages = vec![Piece { address: 0, nbytes: 4 * 768 * 768 }; count];
-    let layout = Layout::plan(&storages, false).unwrap();
+    let layout = Layout::plan(&storages).unwrap();
     let view = |span| View {
         span,
         dtype: Dtype::Float32,

@@ -3,19 +3,23 @@
 //! A block starts with a header of 64 bytes: magic `RZCB`, version (4), bytes in the block (8), the
 //! fingerprint of its table (8), zeros.
 
-use std::ops::Range;
 use std::slice;
+use std::sync::atomic::{self, Ordering};
 use std::thread;
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Piece, Segment, Span, align_up};
+use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Piece, Segment, align_up};
 
 const MAGIC: &[u8; 8] = b"RZCB\x01\0\0\0";
 
 /// Below this a second thread costs more than it saves.
 const COPY_ALONE: usize = 8 << 20;
+
+/// Below this the caches are the better way.
+#[cfg(target_arch = "x86_64")]
+const STREAM_FROM: usize = 64 << 10;
 
 impl Piece {
     /// The bytes.
@@ -59,15 +63,26 @@ pub unsafe fn pack(layout: &Layout, storages: &[Piece], fingerprint: u64) -> Vec
     let Some(Segment::Packed { spans, nbytes }) = layout.segments.first() else {
         return Vec::new();
     };
+    let small = spans.iter().map(|&span| (layout.spans[span].offset, storages[span]));
     let mut packed = vec![0; *nbytes as usize];
+    // SAFETY: the caller's promise for each storage.
+    unsafe { place(small.collect(), &mut packed) };
     packed[..HEADER_NBYTES as usize].copy_from_slice(&header(layout.nbytes, fingerprint));
-    for &span in spans {
-        // SAFETY: the caller's promise for each storage.
-        let bytes = unsafe { storages[span].bytes() };
-        let start = layout.spans[span].offset as usize;
-        packed[start..start + bytes.len()].copy_from_slice(bytes);
-    }
     packed
+}
+
+/// The whole block, each storage at its span; the rest of `target` is cleared.
+///
+/// The header comes last: whoever finds it finds all the rest.
+///
+/// # Safety
+/// Each storage is readable, and nobody writes it meanwhile.
+pub unsafe fn write(layout: &Layout, storages: &[Piece], fingerprint: u64, target: &mut [u8]) {
+    let spans = layout.spans.iter().map(|span| span.offset);
+    // SAFETY: the caller's promise.
+    unsafe { place(spans.zip(storages.iter().copied()).collect(), target) };
+    atomic::fence(Ordering::Release);
+    target[..HEADER_NBYTES as usize].copy_from_slice(&header(layout.nbytes, fingerprint));
 }
 
 /// Whether the pieces lie as the layout has them: each at the next aligned address after the one
@@ -95,50 +110,98 @@ pub fn is_contiguous(pieces: &[Piece], nbytes: u64) -> Result<bool> {
 pub unsafe fn copy(pieces: &[Piece], nbytes: u64) -> Result<MmapMut> {
     let mut block = MmapMut::map_anon(nbytes as usize)
         .map_err(|error| Error::Unsupported { reason: format!("{nbytes} bytes: {error}") })?;
-    let mut rest: &mut [u8] = &mut block;
+    let mut end = 0;
+    let mut placed = Vec::with_capacity(pieces.len());
     for piece in pieces {
-        // SAFETY: the caller's promise for each piece.
-        let bytes = unsafe { piece.bytes() };
-        let padded = rest.len().min(bytes.len().next_multiple_of(ALIGN as usize));
-        let (target, next) = rest.split_at_mut(padded);
-        copy_parallel(&mut target[..bytes.len()], bytes);
-        rest = next;
+        let start = align_up(end)?;
+        placed.push((start, *piece));
+        end = start + piece.nbytes as u64;
     }
+    // SAFETY: the caller's promise.
+    unsafe { place(placed, &mut block) };
     Ok(block)
 }
 
-/// The ranges of a block that belong to no span and are not its header, in order.
-pub fn between(spans: &[Span], nbytes: u64) -> Vec<Range<u64>> {
-    let mut spans: Vec<_> = spans.iter().map(|span| (span.offset, span.nbytes)).collect();
-    spans.sort_unstable();
-    let mut end = HEADER_NBYTES;
-    let mut between = Vec::new();
-    for (offset, length) in spans.into_iter().chain([(nbytes, 0)]) {
-        if offset > end {
-            between.push(end..offset);
-        }
-        end = end.max(offset + length);
-    }
-    between
-}
-
-/// Copies with as many threads as there are cores, where that pays.
-pub fn copy_parallel(target: &mut [u8], source: &[u8]) {
-    let threads = match source.len() {
+/// Copies pieces to their offsets, which do not overlap, and clears what lies between.
+///
+/// With as many threads as there are cores, where that pays, whatever the pieces' sizes.
+///
+/// # Safety
+/// The pieces are readable, and nobody writes them meanwhile.
+unsafe fn place(mut pieces: Vec<(u64, Piece)>, target: &mut [u8]) {
+    pieces.retain(|(_, piece)| piece.nbytes > 0);
+    pieces.sort_unstable_by_key(|&(offset, _)| offset);
+    let threads = match target.len() {
         0..COPY_ALONE => 1,
         _ => thread::available_parallelism().map_or(1, usize::from).min(8),
     };
-    let share = source.len().div_ceil(threads).max(1);
+    let share = target.len().div_ceil(threads).next_multiple_of(ALIGN as usize);
     thread::scope(|scope| {
-        let mut shares = target.chunks_mut(share).zip(source.chunks(share));
+        let mut shares = target.chunks_mut(share.max(1)).enumerate();
         let own = shares.next();
-        for (target, source) in shares {
-            scope.spawn(|| target.copy_from_slice(source));
+        let pieces = &pieces;
+        for (index, part) in shares {
+            // SAFETY: the caller's promise.
+            scope.spawn(move || unsafe { place_part(pieces, index * share, part) });
         }
-        if let Some((target, source)) = own {
-            target.copy_from_slice(source);
+        if let Some((_, part)) = own {
+            // SAFETY: the caller's promise.
+            unsafe { place_part(pieces, 0, part) };
         }
     });
+}
+
+/// The part of [`place`] that starts at this offset.
+///
+/// # Safety
+/// As for `place`.
+unsafe fn place_part(pieces: &[(u64, Piece)], start: usize, target: &mut [u8]) {
+    let begins = |&(offset, _): &(u64, Piece)| offset as usize;
+    let ends = |placed: &(u64, Piece)| begins(placed) + placed.1.nbytes;
+    let stop = start + target.len();
+    let mut end = start;
+    let first = pieces.partition_point(|placed| ends(placed) <= start);
+    for placed in pieces[first..].iter().take_while(|placed| begins(placed) < stop) {
+        let (from, to) = (begins(placed).max(start), ends(placed).min(stop));
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { placed.1.bytes() };
+        target[end - start..from - start].fill(0);
+        let bytes = &bytes[from - begins(placed)..to - begins(placed)];
+        copy_bytes(&mut target[from - start..to - start], bytes);
+        end = to;
+    }
+    target[end - start..].fill(0);
+}
+
+/// Copies, past the caches where there is much of it.
+///
+/// A streaming store does not first read what it overwrites: a third less of memory's work. The
+/// C library's `memcpy` streams too, but only what is longer than most storages (48 MiB on one
+/// machine): 396 MiB by two threads 29 ms streaming, 44 not.
+fn copy_bytes(target: &mut [u8], source: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if source.len() >= STREAM_FROM && target.as_ptr().addr().is_multiple_of(ALIGN as usize) {
+        return stream(target, source);
+    }
+    target.copy_from_slice(source);
+}
+
+/// Copies with streaming stores; the target starts at a multiple of [`ALIGN`].
+#[cfg(target_arch = "x86_64")]
+fn stream(target: &mut [u8], source: &[u8]) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+
+    let (lines, rest) = target.as_chunks_mut::<16>();
+    let (source_lines, source_rest) = source.as_chunks::<16>();
+    for (line, source) in lines.iter_mut().zip(source_lines) {
+        // SAFETY: 16 bytes that can be read, at any alignment.
+        let bytes = unsafe { _mm_loadu_si128(source.as_ptr().cast::<__m128i>()) };
+        // SAFETY: 16 bytes that can be written; they lie a multiple of 16 after an aligned start.
+        unsafe { _mm_stream_si128(line.as_mut_ptr().cast::<__m128i>(), bytes) };
+    }
+    rest.copy_from_slice(source_rest);
+    // SAFETY: every processor of this architecture has it. Streaming stores are ordered by it alone.
+    unsafe { _mm_sfence() };
 }
 
 #[cfg(test)]
@@ -156,7 +219,7 @@ mod tests {
             storages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..20),
         ) {
             let pieces: Vec<_> = storages.iter().map(|bytes| piece(bytes)).collect();
-            let layout = Layout::plan(&pieces, false).unwrap();
+            let layout = Layout::plan(&pieces).unwrap();
             // SAFETY: the storages live and are only read.
             let packed = unsafe { pack(&layout, &pieces, 42) };
             prop_assert_eq!(check_header(&packed, 42), Ok(()));
@@ -185,19 +248,25 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_between_spans_is_all_but_them_and_the_header() {
-        let span = |offset, nbytes| Span { offset, nbytes };
-        let spans = [span(256, 10), span(64, 64), span(320, 0), span(320, 64)];
-        assert_eq!(between(&spans, 400), [128..256, 266..320, 384..400]);
-        assert_eq!(between(&[], 64), []);
-    }
-
-    #[test]
-    fn a_large_copy_is_the_same_as_a_small_one() {
-        let source: Vec<u8> = (0..COPY_ALONE + 12345).map(|i| (i % 251) as u8).collect();
-        let mut target = vec![0; source.len()];
-        copy_parallel(&mut target, &source);
-        assert!(target == source);
+    fn a_whole_block_has_every_storage_at_its_span_and_zeros_between() {
+        let sizes = [COPY_ALONE, 100, 0, STREAM_FROM + 1, 12_345, STREAM_FROM - 1];
+        let storage = |(i, &nbytes): (usize, &usize)| {
+            (0..nbytes).map(|j| ((i + j) % 251) as u8 + 1).collect::<Vec<u8>>()
+        };
+        let storages: Vec<_> = sizes.iter().enumerate().map(storage).collect();
+        let pieces: Vec<_> = storages.iter().map(|bytes| piece(bytes)).collect();
+        let layout = Layout::plan(&pieces).unwrap();
+        let mut expected = vec![0; layout.nbytes as usize + 100];
+        expected[..64].copy_from_slice(&header(layout.nbytes, 42));
+        for (span, bytes) in layout.spans.iter().zip(&storages) {
+            expected[span.offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        }
+        for shift in [0, 64, 1] {
+            let mut memory = vec![7; expected.len() + shift];
+            // SAFETY: the storages live and are only read.
+            unsafe { write(&layout, &pieces, 42, &mut memory[shift..]) };
+            assert!(memory[shift..] == expected);
+        }
     }
 
     #[test]

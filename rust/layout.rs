@@ -1,14 +1,14 @@
 //! The layout: where each storage lies in the block, and how the bytes travel there.
 //!
 //! ```text
-//!           ┌ packed ───────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ─────────┐
-//!  block    │ header │ span 1 │ span 3 │ pad ││ span 0 ..  .. span 0 ││ span 4 ║ span 2 │
-//!           0        64                                                            nbytes
+//!           ┌ packed ───────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ──┐
+//!  block    │ header │ span 1 │ span 3 │ pad ││ span 0 ..  .. span 0 ││ span 2  │
+//!           0        64                                                      nbytes
 //! ```
 //!
-//! Small storages come first, copied into one packed segment. Ray copies the others straight from
-//! the model: a storage as one piece or as several, or as here spans 4 and 2, storages that lie side
-//! by side in memory, as one.
+//! Small storages come first. `put` writes the block as it is drawn. Where Ray is to write it, as it
+//! does what a task returns, it travels in segments: the small storages packed into one, the others
+//! copied straight from the model, in one piece or several.
 
 use std::ops::Range;
 
@@ -32,9 +32,6 @@ const PIECE: usize = 1 << 20;
 /// ... which pays from here on. Measured on 418 MiB: pieces of 1 MiB 42 ms, of 2 MiB 75 ms, of
 /// 8 MiB 42 ms, one piece 31 ms.
 const WHOLE_FROM: usize = 8 << 20;
-
-/// No page is smaller.
-const PAGE: usize = 4096;
 
 /// Where one storage lies in the block, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +61,7 @@ pub enum Segment {
         /// Its length, padding included.
         nbytes: u64,
     },
-    /// Memory of the model: a part of a storage, a whole one, or several that adjoin.
+    /// Memory of the model: a storage, or a part of one.
     Piece(Piece),
 }
 
@@ -77,8 +74,6 @@ pub struct Layout {
     pub segments: Vec<Segment>,
     /// Bytes in the whole block.
     pub nbytes: u64,
-    /// Whether any segment holds storages that adjoin, and what lies between them.
-    pub adjoins: bool,
 }
 
 /// The next multiple of [`ALIGN`].
@@ -95,13 +90,8 @@ pub fn used(extents: impl IntoIterator<Item = Range<u64>>) -> Range<u64> {
 }
 
 impl Layout {
-    /// Lays storages out, each once.
-    ///
-    /// With `adjoin`, large storages that lie side by side in memory stay side by side in the
-    /// block, and travel as one segment together with the allocator's few bytes between them, which
-    /// whoever writes the block has to clear. Ray copies one long segment at twice the speed of many
-    /// short ones. Models that were loaded or made in one go are two or three such runs.
-    pub fn plan(storages: &[Piece], adjoin: bool) -> Result<Layout> {
+    /// Lays storages out, each once, the small ones first.
+    pub fn plan(storages: &[Piece]) -> Result<Layout> {
         let span = |piece: &Piece| Span { offset: 0, nbytes: piece.nbytes as u64 };
         let mut spans: Vec<_> = storages.iter().map(span).collect();
         let (small, large): (Vec<_>, Vec<_>) =
@@ -113,17 +103,12 @@ impl Layout {
         }
         end = align_up(end)?.max(MIN_SEGMENT);
         let mut segments = vec![Segment::Packed { spans: small, nbytes: end }];
-        let runs = runs(storages, large, adjoin);
-        let adjoins = runs.iter().any(|run| run.len() > 1);
-        for run in runs {
-            let (start, address) = (align_up(end)?, storages[run[0]].address);
-            for span in run {
-                spans[span].offset = start + (storages[span].address - address) as u64;
-                end = spans[span].end()?;
-            }
-            segments.extend(pieces(Piece { address, nbytes: (end - start) as usize }));
+        for span in large {
+            spans[span].offset = align_up(end)?;
+            end = spans[span].end()?;
+            segments.extend(pieces(storages[span]));
         }
-        Ok(Layout { spans, segments, nbytes: end, adjoins })
+        Ok(Layout { spans, segments, nbytes: end })
     }
 
     /// Bytes of the block that belong to no storage: the header and what alignment costs.
@@ -139,38 +124,15 @@ impl Span {
     }
 }
 
-/// Groups storages that can travel together.
-fn runs(storages: &[Piece], mut large: Vec<usize>, adjoin: bool) -> Vec<Vec<usize>> {
-    if !adjoin {
-        return large.into_iter().map(|span| vec![span]).collect();
-    }
-    large.sort_by_key(|&span| storages[span].address);
-    let follows = |&a: &usize, &b: &usize| storages[b].adjoins(storages[a]);
-    large.chunk_by(follows).map(<[usize]>::to_vec).collect()
-}
-
-impl Piece {
-    /// Whether this storage can travel with the one `before`.
-    ///
-    /// Every page between the two holds bytes of one or the other, so that what lies between can be
-    /// read for as long as both live; and both have the same alignment.
-    fn adjoins(self, before: Piece) -> bool {
-        let last = before.address + before.nbytes - 1; // a large storage is not empty
-        self.address > last
-            && self.address / PAGE - last / PAGE <= 1
-            && (self.address - before.address).is_multiple_of(ALIGN as usize)
-    }
-}
-
-/// Cuts a run as Ray's copier likes it: whole, or evenly, so that no piece is small.
-fn pieces(run: Piece) -> impl Iterator<Item = Segment> {
-    let nbytes = run.nbytes;
+/// Cuts a storage as Ray's copier likes it: whole, or evenly, so that no piece is small.
+fn pieces(storage: Piece) -> impl Iterator<Item = Segment> {
+    let nbytes = storage.nbytes;
     let count = if nbytes < WHOLE_FROM { nbytes.div_ceil(PIECE) } else { 1 };
     let size =
         if count > 1 { nbytes.div_ceil(count).next_multiple_of(ALIGN as usize) } else { nbytes };
     (0..count).map(move |i| {
         let start = i * size;
-        Segment::Piece(Piece { address: run.address + start, nbytes: size.min(nbytes - start) })
+        Segment::Piece(Piece { address: storage.address + start, nbytes: size.min(nbytes - start) })
     })
 }
 
@@ -192,7 +154,7 @@ mod tests {
 
     #[test]
     fn an_empty_model_is_one_header() {
-        let layout = Layout::plan(&[], true).unwrap();
+        let layout = Layout::plan(&[]).unwrap();
         assert_eq!(layout.segments, [Segment::Packed { spans: vec![], nbytes: MIN_SEGMENT }]);
         assert_eq!(layout.nbytes, MIN_SEGMENT);
     }
@@ -200,7 +162,7 @@ mod tests {
     #[test]
     fn small_storages_are_packed_and_large_ones_travel_by_themselves() {
         let storages = storages(&[(0, 3 << 20), (0, 100), (0, 64 << 20), (0, 7)]);
-        let layout = Layout::plan(&storages, false).unwrap();
+        let layout = Layout::plan(&storages).unwrap();
         assert_eq!(layout.spans[1], Span { offset: 64, nbytes: 100 });
         assert_eq!(layout.spans[3], Span { offset: 192, nbytes: 7 });
         assert_eq!(layout.spans[0], Span { offset: MIN_SEGMENT, nbytes: 3 << 20 });
@@ -208,20 +170,10 @@ mod tests {
     }
 
     #[test]
-    fn storages_side_by_side_travel_together() {
-        let storages = storages(&[(0, 3 << 20), (128, 9 << 20), (4096, 2 << 20), (9000, 1 << 20)]);
-        let layout = Layout::plan(&storages, true).unwrap();
-        let first = storages[0].address;
-        assert_eq!(layout.spans[2].offset, MIN_SEGMENT + (storages[2].address - first) as u64);
-        assert_eq!(layout.segments.len(), 1 + 1 + 1, "the last is a page too far");
-        assert_eq!(layout.padding(), MIN_SEGMENT + 128 + 4096);
-    }
-
-    #[test]
     fn what_overflows_is_refused() {
         let huge = Piece { address: 0, nbytes: usize::MAX };
-        assert!(Layout::plan(&[huge], false).is_err());
-        assert!(Layout::plan(&[huge, huge], true).is_err());
+        assert!(Layout::plan(&[huge]).is_err());
+        assert!(Layout::plan(&[huge, huge]).is_err());
     }
 
     #[test]
@@ -239,10 +191,10 @@ mod tests {
     proptest! {
         #[test]
         fn spans_are_aligned_and_apart_and_segments_tile_the_block(
-            gaps_and_sizes in gaps_and_sizes(), adjoin: bool,
+            gaps_and_sizes in gaps_and_sizes(),
         ) {
             let storages = storages(&gaps_and_sizes);
-            let layout = Layout::plan(&storages, adjoin).unwrap();
+            let layout = Layout::plan(&storages).unwrap();
             let mut spans: Vec<_> = layout.spans.iter().filter(|span| span.nbytes > 0).collect();
             spans.sort_by_key(|span| span.offset);
             prop_assert!(layout.spans.iter().all(|span| span.offset % ALIGN == 0));

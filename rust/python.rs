@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::{mem, ptr};
+use std::{mem, ptr, slice};
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
@@ -15,7 +15,7 @@ use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyString, PyTuple, PyType};
 use crate::block;
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::layout::{Layout, Piece, Segment as Run, used};
+use crate::layout::{HEADER_NBYTES, Layout, Piece, Segment as Run, used};
 use crate::pages::{self, Pages, Prefault, Source};
 use crate::table::{Table, fingerprint};
 use crate::view::{Flags, View};
@@ -49,12 +49,7 @@ struct Gather {
 #[pymethods]
 impl Gather {
     #[new]
-    fn new(
-        py: Python<'_>,
-        storages: Vec<Storage>,
-        views: Vec<Geometry>,
-        adjoin: bool,
-    ) -> PyResult<Gather> {
+    fn new(py: Python<'_>, storages: Vec<Storage>, views: Vec<Geometry>) -> PyResult<Gather> {
         let mut views: Vec<View> = views
             .into_iter()
             .map(|(span, dtype, flags, offset, shape, stride)| {
@@ -79,8 +74,7 @@ impl Gather {
             (Piece { address: address + used.start as usize, nbytes }, owner)
         };
         let (storages, _owners): (Vec<_>, _) = storages.into_iter().zip(used).map(piece).unzip();
-        // only where `Block.clear` can find the mapping again
-        let layout = Layout::plan(&storages, adjoin && cfg!(target_os = "linux"))?;
+        let layout = Layout::plan(&storages)?;
         let table = Table::new(&layout, views)?.encode();
         Ok(Gather { layout, storages, _owners, table: PyBytes::new(py, &table).unbind() })
     }
@@ -111,10 +105,31 @@ impl Gather {
         self.layout.nbytes
     }
 
-    /// Whether storages travel together with what lies between them, which is to be cleared.
-    #[getter]
-    fn adjoins(&self) -> bool {
-        self.layout.adjoins
+    /// Writes the whole block where `anchor` starts, and clears what is left of `room`.
+    fn write(
+        &self,
+        py: Python<'_>,
+        anchor: &Bound<'_, PyAny>,
+        room: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (anchor, room) = (PyUntypedBuffer::get(anchor)?, PyUntypedBuffer::get(room)?);
+        let start = anchor.buf_ptr() as usize;
+        let end = room.buf_ptr() as usize + room.len_bytes();
+        let nbytes = self.layout.nbytes;
+        let fits =
+            (room.buf_ptr() as usize..end).contains(&start) && nbytes <= (end - start) as u64;
+        if room.readonly() || !fits {
+            return Err(PyBufferError::new_err(format!("no room for a block of {nbytes} bytes")));
+        }
+        let fingerprint = fingerprint(self.table.as_bytes(py));
+        py.detach(|| {
+            // SAFETY: within the room, which can be written and is held; nobody else has the
+            // object's reference yet, so nobody reads or writes it.
+            let target = unsafe { slice::from_raw_parts_mut(start as *mut u8, end - start) };
+            // SAFETY: as for `segments`.
+            unsafe { block::write(&self.layout, &self.storages, fingerprint, target) };
+        });
+        Ok(())
     }
 }
 
@@ -184,29 +199,37 @@ struct Block {
 #[pymethods]
 impl Block {
     /// Checks the buffers against the table and maps them.
+    ///
+    /// An anchored block is one buffer that is only the block's header: the rest follows it in the
+    /// memory that the buffer keeps, as `Gather.write` has left it.
     #[new]
+    #[pyo3(signature = (table, buffers, isolation, anchored=false))]
     fn new(
         py: Python<'_>,
         table: &Bound<'_, PyBytes>,
         buffers: Vec<Bound<'_, PyAny>>,
         isolation: &str,
+        anchored: bool,
     ) -> PyResult<Block> {
         let fingerprint = fingerprint(table.as_bytes());
         let table = Table::decode(table.as_bytes())?;
         let buffers = buffers.iter().map(PyUntypedBuffer::get).collect::<PyResult<Vec<_>>>()?;
-        let pieces: Vec<_> = buffers
+        let mut pieces: Vec<_> = buffers
             .iter()
             .map(|buffer| Piece { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
             .collect();
-        let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
-        let whole = pieces
-            .first()
-            .map(|first| Piece { address: first.address, nbytes: table.nbytes as usize });
         let first = pieces.first().map_or(&[] as &[u8], |first| {
             // SAFETY: the buffer is held; objects of the store are sealed before they are read.
             unsafe { first.bytes() }
         });
+        if let (true, [anchor]) = (anchored, &mut pieces[..]) {
+            anchor.nbytes = table.nbytes as usize;
+        }
+        let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
         block::check_header(first, fingerprint)?;
+        let whole = pieces
+            .first()
+            .map(|first| Piece { address: first.address, nbytes: table.nbytes as usize });
         let copy = || {
             // SAFETY: the buffers are held; objects of the store are sealed before they are read;
             // the length was checked.
@@ -288,26 +311,6 @@ impl Block {
     fn prefault(&self) {
         // SAFETY: the block drops it before the pages.
         self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
-    }
-
-    /// Clears what lies between the spans of a shared block; false where it may not be written.
-    ///
-    /// For whoever has just put it: what `Gather` let adjoin came with a few bytes of the
-    /// publisher's allocator.
-    fn clear(&self) -> PyResult<bool> {
-        let (Pages::Shared(piece), Some(source)) = (&self.pages, &self.source) else {
-            return Ok(false);
-        };
-        if !source.writable {
-            return Ok(false);
-        }
-        for range in block::between(&self.table.spans, self.table.nbytes) {
-            let start = (piece.address + range.start as usize) as *mut u8;
-            // SAFETY: within the block, whose mapping can be written; nobody else has the object's
-            // reference yet, so nobody reads it.
-            unsafe { ptr::write_bytes(start, 0, (range.end - range.start) as usize) };
-        }
-        Ok(true)
     }
 
     /// A tensor for each view that has a span for itself; None for the others.
@@ -600,6 +603,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(restore_module, module)?)?;
     module.add_function(wrap_pyfunction!(source_of, module)?)?;
     module.add_function(wrap_pyfunction!(dtypes, module)?)?;
+    module.add("HEADER_NBYTES", HEADER_NBYTES)?;
     module.add("REQUIRES_GRAD", Flags::REQUIRES_GRAD.0)?;
     module.add("PARAMETER", Flags::PARAMETER.0)?;
     module.add("CONJ", Flags::CONJ.0)?;

@@ -193,7 +193,7 @@ mod tests {
         (prop::collection::vec(0u64..100_000, 1..20), views).prop_map(|(nbytes, views)| {
             let pieces: Vec<_> =
                 nbytes.iter().map(|&n| Piece { address: 0, nbytes: n as usize }).collect();
-            let layout = Layout::plan(&pieces, false).unwrap();
+            let layout = Layout::plan(&pieces).unwrap();
             let views = views.into_iter().map(|(index, offset, dtype)| {
                 let span = index.index(nbytes.len());
                 let dtype = Dtype::from_code(dtype).unwrap();
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn a_fingerprint_changes_with_any_byte() {
         let storages = [5, 70].map(|nbytes| Piece { address: 0, nbytes });
-        let layout = Layout::plan(&storages, false).unwrap();
+        let layout = Layout::plan(&storages).unwrap();
         let table = Table::new(&layout, vec![]).unwrap().encode();
         for at in 0..table.len() {
             let mut other = table.clone();

@@ -1,8 +1,6 @@
 """The Rust core from Python, with `bytes` as the oracle, and its stub."""
 
-import ctypes
 import gc
-import mmap
 import random
 import subprocess
 import sys
@@ -11,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import ray_zerocopy as rzc
 import torch
 from ray_zerocopy import _core
@@ -22,7 +19,7 @@ def gather(*parts):
     arrays = [np.frombuffer(part, np.uint8) for part in parts]
     storages = [(array.ctypes.data, array.nbytes, array) for array in arrays]
     views = [(i, "uint8", 0, 0, (array.nbytes,), (1,)) for i, array in enumerate(arrays)]
-    return _core.Gather(storages, views, False)
+    return _core.Gather(storages, views)
 
 
 def rejoined(block):
@@ -86,22 +83,44 @@ def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
     assert np.array_equal(tensors[0].numpy(), expected)
 
 
-def test_what_lies_between_adjoining_storages_is_cleared(cluster):
-    """They travel in one go, with what the allocator keeps between them, and that is no model's."""
-    memory = mmap.mmap(-1, 4 * 2**20)
-    memory.write(b"\7" * len(memory))
-    places = [(0, 2**20), (2**20 + 64, 30_000), (2**20 + 32_768, 2**20), (2**21 + 65_536, 2**20)]
-    tensors = [torch.frombuffer(memory, dtype=torch.uint8, offset=o, count=n) for o, n in places]
-    ref = rzc.put(tensors)
-    info = rzc.inspect(ref)
-    offsets = [offset for offset, _ in info.spans]
-    assert np.diff(offsets)[:2].tolist() == np.diff([o for o, _ in places])[:2].tolist()
+def test_a_block_is_written_whole_into_room_that_was_used_before():
+    parts = [bytes(range(1, 101)), bytes([7]) * 2**20, b"", bytes([9]) * 9 * 2**20]
+    gathered = gather(*parts)
+    room = np.full(gathered.nbytes + 300, 255, np.uint8)
+    room = room[-room.ctypes.data % 64 :]
+    anchor = room[128:192]
+    gathered.write(anchor, room)
+    assert (room[:128] == 255).all(), "what lies before the anchor is Ray's"
+    for isolation in ("private", "shared", "copy"):
+        block = _core.Block(gathered.table, [anchor], isolation, anchored=True)
+        assert rejoined(block) == parts
+    zeros = len(room) - 128 - np.count_nonzero(room[128:])
+    padding = gathered.nbytes - sum(map(len, parts)) - np.count_nonzero(room[128:192])
+    assert zeros == padding + len(room) - 128 - gathered.nbytes
 
-    loaded = ray.get(ref)
-    assert all(torch.equal(*pair) for pair in zip(loaded, tensors, strict=True))
-    block = ctypes.string_at(loaded[0].data_ptr() - offsets[0], info.nbytes)
-    assert block.count(7) == sum(nbytes for _, nbytes in places)
-    assert not any(block[offsets[0] + 2**20 : offsets[1]])
+
+def test_no_room_no_block():
+    gathered = gather(bytes(30_000))
+    room = np.zeros(40_000, np.uint8)
+    for anchor, memory in (
+        (room[20_000:], room),
+        (room, room[64:]),
+        (room[-1:], room[:100]),
+        (room, bytes(room)),
+    ):
+        with pytest.raises(BufferError, match=f"no room for a block of {gathered.nbytes} bytes"):
+            gathered.write(anchor, memory)
+    assert not room.any()
+    room.flags.writeable = False
+    with pytest.raises(BufferError, match="no room"):
+        gathered.write(room, room)
+
+
+def test_a_block_that_nobody_wrote_is_refused():
+    gathered = gather(bytes(30_000))
+    room = np.zeros(40_000, np.uint8)
+    with pytest.raises(rzc.BlockError):
+        _core.Block(gathered.table, [room[:64]], "private", anchored=True)
 
 
 def refused(match, table, buffers):
@@ -136,11 +155,11 @@ def test_a_view_beyond_its_storage_is_refused_with_the_numbers():
     array = np.zeros(16, np.uint8)
     storages = [(array.ctypes.data, 16, array)]
     with pytest.raises(rzc.BlockError, match="ends at byte 20, its span has 16"):
-        _core.Gather(storages, [(0, "float32", 0, 1, (4,), (1,))], False)
+        _core.Gather(storages, [(0, "float32", 0, 1, (4,), (1,))])
     with pytest.raises(rzc.BlockError, match="view 0 lies in span 1, the table has 1"):
-        _core.Gather(storages, [(1, "float32", 0, 0, (4,), (1,))], False)
+        _core.Gather(storages, [(1, "float32", 0, 0, (4,), (1,))])
     with pytest.raises(rzc.BlockError, match="dtype float7 is not known"):
-        _core.Gather(storages, [(0, "float7", 0, 0, (4,), (1,))], False)
+        _core.Gather(storages, [(0, "float7", 0, 0, (4,), (1,))])
 
 
 def test_every_dtype_of_torch_is_known():

@@ -8,6 +8,7 @@ from typing_extensions import Buffer
 
 __all__ = [
     "CONJ",
+    "HEADER_NBYTES",
     "NEG",
     "PARAMETER",
     "REQUIRES_GRAD",
@@ -22,6 +23,7 @@ __all__ = [
     "source_of",
 ]
 
+HEADER_NBYTES: Final[int]
 REQUIRES_GRAD: Final[int]
 PARAMETER: Final[int]
 CONJ: Final[int]
@@ -35,19 +37,17 @@ class Gather:
         cls,
         storages: Sequence[tuple[int, int, Any]],
         views: Sequence[tuple[int, str, int, int, Sequence[int], Sequence[int]]],
-        adjoin: bool,
     ) -> Gather: ...
     @property
     def table(self) -> bytes: ...
     @property
     def nbytes(self) -> int: ...
-    @property
-    def adjoins(self) -> bool: ...
     def segments(self) -> list[Segment]: ...
+    def write(self, anchor: Buffer, room: Buffer) -> None: ...
 
 @final
 class Segment(Buffer):
-    """A run of the block on its way: a read-only buffer."""
+    """A part of the block on its way: a read-only buffer."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -55,7 +55,9 @@ class Segment(Buffer):
 class Block(Buffer):
     """A block in this process, with its table: writable memory over the store's buffer."""
 
-    def __new__(cls, table: bytes, buffers: Sequence[Buffer], isolation: str) -> Block: ...
+    def __new__(
+        cls, table: bytes, buffers: Sequence[Buffer], isolation: str, anchored: bool = False
+    ) -> Block: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def fallback(self) -> str | None: ...
@@ -67,7 +69,6 @@ class Block(Buffer):
     def spans(self) -> list[tuple[int, int]]: ...
     @property
     def views(self) -> list[tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]]: ...
-    def clear(self) -> bool: ...
     def prefault(self) -> None: ...
     def tensors(self) -> list[torch.Tensor | None]: ...
 

@@ -13,26 +13,27 @@ from ray_zerocopy.skeleton import Split
 Isolation = Literal["private", "shared", "copy"]
 
 
-def gather(parts: Split, adjoin: bool = False) -> _core.Gather:
-    """Plan the block: its offset table, and its segments, buffers that still lie in the model.
+def gather(parts: Split) -> _core.Gather:
+    """Plan the block: its offset table, and where in the model its bytes still lie.
 
-    Whoever writes the segments one after the other, each at a multiple of 64 bytes, has the block:
-    Ray does so, straight into shared memory. Only storages below 16 KiB are copied before.
-
-    With `adjoin`, storages that lie side by side in memory travel as one segment, with the
-    allocator's few bytes between them: BERT-base as 3 segments instead of 175. Ray copies these at
-    twice the speed, and they are cleared with `Block.clear` before anyone else has the reference.
+    `Gather.write` writes it whole. Where Ray is to do so, `Gather.segments` gives it as buffers:
+    written one after the other, each at a multiple of 64 bytes, they are the block. Only storages
+    below 16 KiB are copied before.
     """
-    return _core.Gather(parts.storages, parts.views, adjoin)
+    return _core.Gather(parts.storages, parts.views)
 
 
-def open_block(table: bytes, buffers: Sequence[Any], isolation: Isolation) -> _core.Block:
+def open_block(
+    table: bytes, buffers: Sequence[Any], isolation: Isolation, anchored: bool = False
+) -> _core.Block:
     """Map a block from the buffers that came out of the store.
+
+    They are all of it, or with `anchored` only its header, which the rest follows in memory.
 
     Raises `BlockError` where the buffers are not the block of this table, and warns with
     `IsolationWarning` where private pages were asked for and shared ones are all there is.
     """
-    block = _core.Block(table, buffers, isolation)
+    block = _core.Block(table, buffers, isolation, anchored)
     if block.held == "shared" and isolation == "private":
         message = f"{block.fallback}: a write into these weights changes every process on the node"
         warnings.warn(message, IsolationWarning, stacklevel=2)

@@ -1,7 +1,7 @@
 """Put an object into Ray's store once, and get it in any process over the same bytes.
 
-model ─ split ─▶ skeleton + storages ─ gather ─▶ block ═ ray.put ═▶ object store
-model ◀─ join ── skeleton + tensors ◀── open ─── block ◀═ ray.get ══════╝
+model ─ split ─▶ skeleton + storages ─ gather ─▶ block ═ room.put ═▶ object store
+model ◀─ join ── skeleton + tensors ◀── open ─── block ◀═ ray.get ═══════╝
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import torch
 
-from ray_zerocopy import views
+from ray_zerocopy import _core, room, views
 from ray_zerocopy.block import Isolation, gather, open_block
 from ray_zerocopy.errors import (
     ClientError,
@@ -54,11 +54,14 @@ def put(obj: object) -> ray.ObjectRef:
     _refuse_client()
     if isinstance(obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
-    shared = Shared(obj, adjoin=True)
+    shared = _Anchored(obj)
     try:
-        ref = ray.put(shared)
-        if shared.adjoins and not _clear(ref):
-            ref = ray.put(Shared(obj))
+        with _reading(Reading(anchor=True)):
+            placed = room.put(shared, lambda: shared.block.nbytes)
+        if placed is None:
+            return ray.put(Shared(obj))
+        ref, anchor, memory = placed
+        shared.block.write(anchor, memory)
         return ref
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         raise StoreFullError(
@@ -175,23 +178,34 @@ class Shared:
     `put` wraps in it. A task may return one, so that Ray can make the block again from lineage.
     """
 
-    def __init__(self, obj: object, *, adjoin: bool = False) -> None:
+    def __init__(self, obj: object) -> None:
         self.obj = obj
         self.nbytes = 0
-        self.adjoins = adjoin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         try:
             with _quiet_collector():
                 parts = split(self.obj)
-                block = gather(parts, adjoin=self.adjoins)
-                buffers = [pickle.PickleBuffer(segment) for segment in block.segments()]
+                block = gather(parts)
+                anchored, buffers = self._buffers(block)
         except Exception as error:
             raise PublishError(f"{_blame(self.obj)} cannot be published: {error}") from error
         self.nbytes = len(parts.skeleton) + block.nbytes
-        self.adjoins = block.adjoins
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
-        return _load, (parts.skeleton, parts.buffers, block.table, *segments)
+        return _load, (parts.skeleton, parts.buffers, block.table, anchored, *segments)
+
+    def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
+        return False, [pickle.PickleBuffer(segment) for segment in block.segments()]
+
+
+class _Anchored(Shared):
+    """One that leaves its block to `put`: its only buffer is where the block is to start."""
+
+    block: _core.Gather
+
+    def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
+        self.block = block
+        return True, [pickle.PickleBuffer(bytes(_core.HEADER_NBYTES))]
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class Reading:
     prefault: bool = False
     device: torch.device | str | None = None
     inspect: bool = False
-    clear: bool = False
+    anchor: bool = False
 
 
 _AS_RAY_GET = Reading()
@@ -218,14 +232,14 @@ def _reading(reading: Reading) -> Iterator[None]:
         _READING.reset(token)
 
 
-def _load(skeleton: bytes, buffers: list[int], table: bytes, *segments: Any) -> Any:
+def _load(skeleton: bytes, buffers: list[int], table: bytes, anchored: bool, *segments: Any) -> Any:
     """Build the object over its block; called by the unpickling of a `Shared`."""
     reading = _READING.get()
-    block = open_block(table, segments, reading.isolation)
+    if reading.anchor:
+        return segments[0]
+    block = open_block(table, segments, reading.isolation, anchored)
     if reading.inspect:
         return _info(block, len(skeleton))
-    if reading.clear:
-        return block.clear()
     if reading.prefault:
         block.prefault()
     with _quiet_collector():
@@ -256,12 +270,6 @@ def _quiet_collector() -> Iterator[None]:
             gc.freeze()
             gc.unfreeze()
         gc.enable()
-
-
-def _clear(ref: ray.ObjectRef) -> bool:
-    """Clear what came along between storages that adjoin; false where the store is read-only."""
-    with _reading(Reading("shared", clear=True)):
-        return bool(ray.get(ref))
 
 
 def _info(block: Any, skeleton_nbytes: int) -> Info:

@@ -1,0 +1,67 @@
+"""Room in Ray's store: what of an object Ray writes, and what is left to us."""
+
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from ray_zerocopy import room, store
+
+
+def test_room_is_the_objects_own_memory_and_can_be_written(cluster):
+    ref, loaded, memory = room.put({"what": "Ray writes"}, lambda: 1_000_000)
+    assert loaded == {"what": "Ray writes"}
+    assert memory.nbytes >= 1_000_000
+    assert not memory.readonly
+    memory[-1_000_000:] = bytes([7]) * 1_000_000
+    assert ray.get(ref) == {"what": "Ray writes"}
+
+
+def test_references_inside_stay_alive(cluster):
+    ref = rzc.put([ray.put(torch.arange(3)), torch.ones(100_000)])
+    inner, _ = ray.get(ref)
+    assert ray.get(inner).tolist() == [0, 1, 2]
+
+
+def test_what_was_never_written_is_refused(cluster):
+    """As if Ray had moved the object to disk in the moment before it was written."""
+    anchored = store._Anchored(torch.ones(100_000))
+    with store._reading(store.Reading(anchor=True)):
+        ref, anchor, _ = room.put(anchored, lambda: anchored.block.nbytes)
+    assert not any(memoryview(anchor)[:4])
+    with pytest.raises(rzc.BlockError):
+        rzc.get(ref)
+
+
+@pytest.mark.parametrize("internals", ["put_object", "readonly", "size"])
+def test_without_room_ray_writes_the_block(cluster, monkeypatch, internals):
+    """Another Ray than the one whose inside is known: the same block, put more slowly."""
+    core = ray._private.worker.global_worker.core_worker
+
+    class OtherCore:
+        def put_object(self, serialized, **options):
+            if internals == "put_object":
+                raise TypeError("unexpected keyword argument")
+            return core.put_object(serialized, **options)
+
+        def get_objects(self, refs, timeout):
+            ((found, *rest),) = core.get_objects(refs, timeout)
+            memory = memoryview(found)
+            return [(memory.toreadonly() if internals == "readonly" else memory[:-64], *rest)]
+
+    class OtherWorker:
+        core_worker = OtherCore()
+
+        def __getattr__(self, name):
+            return getattr(ray._private.worker.global_worker, name)
+
+    class OtherModule:
+        global_worker = OtherWorker()
+
+    model = {"weight": torch.randn(1000, 100), "bias": torch.randn(10)}
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "worker", OtherModule)
+        assert room.put(model, lambda: 64) is None
+        ref = rzc.put(model)
+    loaded = ray.get(ref)
+    assert all(torch.equal(loaded[name], model[name]) for name in model)
+    assert (rzc.inspect(ref).where, rzc.inspect(ref).held) == ("store", "private")
