@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `table`,
-//! `block`, `pages`, and with the feature `python` the edge towards Python.
+//! `block`, `pages`, `dlpack`, and with the feature `python` the edge towards Python.
 
 pub mod error;
 
@@ -23,6 +23,9 @@ pub mod block;
 
 #[allow(unsafe_code)] // maps memory
 pub mod pages;
+
+#[allow(unsafe_code)] // a C structure, and what it keeps
+pub mod dlpack;
 
 #[cfg(feature = "python")]
 #[allow(unsafe_code)] // the buffer protocol

@@ -1,6 +1,6 @@
 //! The edge towards Python, and the only file that knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::{mem, ptr, slice};
@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyString, PyTuple, PyType};
 
 use crate::block;
+use crate::dlpack::{self, ManagedTensor};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::layout::{HEADER_NBYTES, Layout, Piece, Segment as Run, used};
@@ -181,7 +182,7 @@ unsafe fn fill_buffer(
 /// A block in this process, with its table: writable memory that keeps the store's buffer alive.
 ///
 /// ```text
-///  tensor ─▶ ndarray ─▶ Block ─▶ pages ─▶ Ray's buffer ─▶ object in the store
+///  tensor ─▶ Block ─▶ pages ─▶ Ray's buffer ─▶ object in the store
 /// ```
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 struct Block {
@@ -313,7 +314,8 @@ impl Block {
         self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
     }
 
-    /// A tensor for each view that has a span for itself; None for the others.
+    /// A tensor for each view that has a span for itself, and a dtype that DLPack has; None for the
+    /// others.
     fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
         let torch = Torch::get(py)?;
@@ -323,11 +325,9 @@ impl Block {
         let tensors = PyList::empty(py);
         for view in &table.views {
             let plain = !view.flags.contains(Flags::CONJ) && !view.flags.contains(Flags::NEG);
-            if views_on[view.span] == 1 && plain && view.extent()?.is_some() {
-                tensors.append(torch.tensor(slf, table.spans[view.span].offset, view)?)?;
-            } else {
-                tensors.append(py.None())?;
-            }
+            let alone = views_on[view.span] == 1 && plain && view.extent()?.is_some();
+            let offset = table.spans[view.span].offset;
+            tensors.append(if alone { torch.tensor(slf, offset, view)? } else { None })?;
         }
         Ok(tensors)
     }
@@ -345,59 +345,40 @@ impl Block {
     }
 }
 
-/// What of torch and numpy makes a tensor, looked up once.
+/// What of torch makes a tensor, looked up once.
 struct Torch {
-    ndarray: Py<PyAny>,
-    from_numpy: Py<PyAny>,
+    from_dlpack: Py<PyAny>,
     parameter: Py<PyAny>,
-    /// For each dtype by code: numpy's carrier, and torch's own where it differs.
-    dtypes: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
 }
 
 impl Torch {
     fn get(py: Python<'_>) -> PyResult<&Torch> {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
         TORCH.get_or_try_init(py, || {
-            let (torch, numpy) = (py.import("torch")?, py.import("numpy")?);
-            let dtype = |dtype: &Dtype| {
-                let carrier = numpy.getattr("dtype")?.call1((dtype.carrier(),))?.unbind();
-                let own = (dtype.carrier() != dtype.name())
-                    .then(|| torch.getattr_opt(dtype.name()))
-                    .transpose()?
-                    .flatten();
-                Ok((carrier, own.map(Bound::unbind)))
-            };
+            let torch = py.import("torch")?;
             Ok(Torch {
-                ndarray: numpy.getattr("ndarray")?.unbind(),
-                from_numpy: torch.getattr("from_numpy")?.unbind(),
+                // what `torch.from_dlpack` calls, which first asks ten questions of an exporter
+                from_dlpack: torch.getattr("_C")?.getattr("_from_dlpack")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
-                dtypes: Dtype::ALL.iter().map(dtype).collect::<PyResult<_>>()?,
             })
         })
     }
 
-    /// A tensor with a storage of its own over a part of the block.
+    /// A tensor with a storage of its own over a part of the block; `None` where DLPack has no
+    /// such dtype.
     fn tensor<'py>(
         &self,
         block: &Bound<'py, Block>,
         span: u64,
         view: &View,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = block.py();
-        let itemsize = view.dtype.itemsize();
-        let (carrier, own) = &self.dtypes[view.dtype as usize];
-        let shape = PyTuple::new(py, &view.shape)?;
-        let offset = span + view.offset * itemsize;
-        let array = if view.is_contiguous() {
-            self.ndarray.bind(py).call1((shape, carrier, block, offset))?
-        } else {
-            let strides = PyTuple::new(py, view.stride.iter().map(|stride| stride * itemsize))?;
-            self.ndarray.bind(py).call1((shape, carrier, block, offset, strides))?
+        let start = (span + view.offset * view.dtype.itemsize()) as usize;
+        let data = (block.get().pages.piece().address + start) as *mut c_void;
+        let Some(loan) = dlpack::lend(data, view, Lender(Some(block.clone().unbind()))) else {
+            return Ok(None);
         };
-        let mut tensor = self.from_numpy.bind(py).call1((array,))?;
-        if let Some(dtype) = own {
-            tensor = tensor.call_method1(pyo3::intern!(py, "view"), (dtype,))?;
-        }
+        let tensor = self.from_dlpack.bind(py).call1((capsule(py, loan)?,))?;
         if view.flags.contains(Flags::PARAMETER) {
             // as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor, 2 us more
             tensor.setattr(pyo3::intern!(py, "__class__"), &self.parameter)?;
@@ -405,8 +386,37 @@ impl Torch {
         if view.flags.contains(Flags::REQUIRES_GRAD) {
             tensor.setattr(pyo3::intern!(py, "requires_grad"), true)?;
         }
-        Ok(tensor)
+        Ok(Some(tensor))
     }
+}
+
+/// The block on loan to torch, which may give it back on any thread, or after the interpreter.
+struct Lender(Option<Py<Block>>);
+
+impl Drop for Lender {
+    fn drop(&mut self) {
+        let mut block = mem::ManuallyDrop::new(self.0.take());
+        Python::try_attach(|_| drop(block.take()));
+    }
+}
+
+const LENT: &CStr = c"dltensor";
+
+/// A loan as Python hands it on; whoever takes it renames the capsule.
+fn capsule<'py>(py: Python<'py>, loan: *mut ManagedTensor) -> PyResult<Bound<'py, PyAny>> {
+    unsafe extern "C" fn end(capsule: *mut ffi::PyObject) {
+        // SAFETY: called by the interpreter with the capsule that goes.
+        if unsafe { ffi::PyCapsule_IsValid(capsule, LENT.as_ptr()) } == 1 {
+            // SAFETY: valid under this name, so nobody has taken it.
+            let loan = unsafe { ffi::PyCapsule_GetPointer(capsule, LENT.as_ptr()) };
+            // SAFETY: the loan, which nobody has taken and nobody can any more.
+            unsafe { dlpack::give_back(loan.cast()) };
+        }
+    }
+    // SAFETY: the pointer is not null, and the name is static.
+    let capsule = unsafe { ffi::PyCapsule_New(loan.cast(), LENT.as_ptr(), Some(end)) };
+    // SAFETY: a new reference, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(py, capsule) }
 }
 
 /// What `torch.nn.Module.__init__` gives every module, of which most stays as it was: of 17

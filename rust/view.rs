@@ -73,16 +73,6 @@ impl View {
             _ => Ok(()),
         }
     }
-
-    /// Whether its elements lie one after the other in row-major order.
-    pub fn is_contiguous(&self) -> bool {
-        let mut expected = 1;
-        self.shape.iter().zip(&self.stride).rev().all(|(&n, &step)| {
-            let fits = step == expected;
-            expected = expected.saturating_mul(n);
-            fits
-        })
-    }
 }
 
 #[cfg(test)]
@@ -141,7 +131,6 @@ mod tests {
             stride in prop::collection::vec(any::<u64>(), 0..5), nbytes: u64,
         ) {
             let view = view(Dtype::Complex128, offset, &shape, &stride);
-            let _ = view.is_contiguous();
             if view.check(nbytes).is_ok() && !shape.contains(&0) {
                 prop_assert!(view.extent().unwrap().unwrap().end <= nbytes);
             }

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import re
 import subprocess
 import sys
 import weakref
@@ -121,6 +122,24 @@ def test_a_block_that_nobody_wrote_is_refused():
     room = np.zeros(40_000, np.uint8)
     with pytest.raises(rzc.BlockError):
         _core.Block(gathered.table, [room[:64]], "private", anchored=True)
+
+
+@pytest.mark.parametrize("name", _core.dtypes())
+def test_a_tensor_of_every_dtype_that_dlpack_has(name):
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        return  # a dtype of another torch
+    numbers = np.arange(96, dtype=np.uint8)
+    shape, stride = (2, 3), (1, 2)
+    storage = (numbers.ctypes.data, 6 * dtype.itemsize, numbers)
+    gathered = _core.Gather([storage], [(0, name, 0, 0, shape, stride)])
+    (tensor,) = _core.Block(gathered.table, laid_out(gathered.segments()), "shared").tensors()
+    if tensor is None:
+        less_than_a_byte = re.fullmatch(r"u?int[1-7]", name)
+        assert less_than_a_byte or name.startswith(("q", "bits", "float4", "bcomplex"))
+        return
+    assert (tensor.dtype, tensor.shape, tensor.stride()) == (dtype, shape, stride)
+    assert bytes(tensor.untyped_storage()) == numbers[: 6 * dtype.itemsize].tobytes()
 
 
 def refused(match, table, buffers):

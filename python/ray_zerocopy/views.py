@@ -24,14 +24,15 @@ def tensors(block: _core.Block, device: torch.device | str | None = None) -> lis
             device = "cpu"
         else:
             made = [None] * len(block.views)
+        missing = [index for index, tensor in enumerate(made) if tensor is None]
+        views = block.views if missing else []
         storages: dict[int, torch.UntypedStorage] = {}
-        for index, view in enumerate(block.views):
-            if made[index] is None:
-                span = view[0]
-                if span not in storages:
-                    whole = torch.from_numpy(_bytes(block, span)).to(device)
-                    storages[span] = whole.untyped_storage()
-                made[index] = _strided(storages[span], view)
+        for index in missing:
+            span = views[index][0]
+            if span not in storages:
+                whole = torch.from_numpy(_bytes(block, span)).to(device)
+                storages[span] = whole.untyped_storage()
+            made[index] = _strided(storages[span], views[index])
     return made
 
 
@@ -40,7 +41,7 @@ def buffers(block: _core.Block, indices: list[int]) -> list[np.ndarray]:
 
     They can be written where the block is this process's own, not where it is shared.
     """
-    views = block.views
+    views = block.views if indices else []
     arrays = [_bytes(block, views[index][0]) for index in indices]
     if block.held == "shared":
         for array in arrays:
@@ -54,7 +55,7 @@ def _bytes(block: _core.Block, span: int) -> np.ndarray:
 
 
 def _strided(storage: torch.UntypedStorage, view: View) -> torch.Tensor:
-    """Build a view that shares its span, or that numpy cannot express."""
+    """Build a view that shares its span, or that DLPack cannot express."""
     _, name, flags, offset, shape, stride = view
     dtype = getattr(torch, name)
     tensor = torch.empty(0, dtype=dtype, device=storage.device)

@@ -1,0 +1,133 @@
+//! DLPack: memory that somebody else keeps, lent as a tensor.
+//!
+//! ```text
+//!  torch's storage ─▶ ManagedTensor ─▶ owner        `deleter` drops the owner with the storage
+//! ```
+//!
+//! As laid down in `dlpack.h` (<https://dmlc.github.io/dlpack/latest/c_api.html>), the structure
+//! without a version, which every torch reads.
+
+use std::ffi::c_void;
+
+use crate::view::View;
+
+const CPU: i32 = 1;
+
+/// `DLTensor`: where the elements lie, and how.
+#[repr(C)]
+#[derive(Debug)]
+struct Tensor {
+    data: *mut c_void,
+    device_type: i32,
+    device_id: i32,
+    ndim: i32,
+    code: u8,
+    bits: u8,
+    lanes: u16,
+    shape: *mut i64,
+    strides: *mut i64,
+    byte_offset: u64,
+}
+
+/// `DLManagedTensor`: a tensor, and what to call when nobody needs it any more.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ManagedTensor {
+    tensor: Tensor,
+    manager_ctx: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
+}
+
+/// What a loan holds: the tensor first, so that a pointer to it is one to all.
+#[repr(C)]
+struct Loan<Owner> {
+    managed: ManagedTensor,
+    /// Shape, then strides.
+    _dimensions: Vec<i64>,
+    _owner: Owner,
+}
+
+/// Lends the elements of a view that start at `data`; `None` for a dtype that DLPack lacks.
+///
+/// Whoever takes it calls [`give_back`] in the end, on whatever thread, which drops the owner.
+pub fn lend<Owner>(data: *mut c_void, view: &View, owner: Owner) -> Option<*mut ManagedTensor> {
+    let code = view.dtype.dlpack()?;
+    let mut dimensions: Vec<_> =
+        view.shape.iter().chain(&view.stride).map(|&n| n.cast_signed()).collect();
+    let (shape, strides) = dimensions.split_at_mut(view.shape.len());
+    let tensor = Tensor {
+        data,
+        device_type: CPU,
+        device_id: 0,
+        ndim: view.shape.len() as i32,
+        code,
+        bits: (8 * view.dtype.itemsize()) as u8,
+        lanes: 1,
+        shape: shape.as_mut_ptr(),
+        strides: strides.as_mut_ptr(),
+        byte_offset: 0,
+    };
+    let manager_ctx = std::ptr::null_mut();
+    let managed = ManagedTensor { tensor, manager_ctx, deleter: Some(end::<Owner>) };
+    let loan = Loan { managed, _dimensions: dimensions, _owner: owner };
+    Some(Box::into_raw(Box::new(loan)).cast())
+}
+
+/// Ends a loan, as the one who took it does.
+///
+/// # Safety
+/// It comes from [`lend`], and nobody uses it or its elements from now on.
+pub unsafe fn give_back(managed: *mut ManagedTensor) {
+    // SAFETY: alive until its deleter is called, by the caller's promise.
+    if let Some(deleter) = unsafe { (*managed).deleter } {
+        // SAFETY: the caller's promise.
+        unsafe { deleter(managed) };
+    }
+}
+
+/// # Safety
+/// `managed` is the start of a `Loan<Owner>` that `lend` boxed, and nobody uses it from now on.
+unsafe extern "C" fn end<Owner>(managed: *mut ManagedTensor) {
+    // SAFETY: the caller's promise.
+    drop(unsafe { Box::from_raw(managed.cast::<Loan<Owner>>()) });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::view::Flags;
+    use std::slice;
+    use std::sync::Arc;
+
+    fn view(dtype: Dtype) -> View {
+        let flags = Flags::default();
+        View { span: 0, dtype, flags, offset: 0, shape: vec![2, 3], stride: vec![1, 2] }
+    }
+
+    #[test]
+    fn a_loan_describes_the_view_and_keeps_its_owner_until_it_ends() {
+        let owner = Arc::new([1_u16, 2, 3, 4, 5, 6]);
+        let data = owner.as_ptr().cast_mut().cast();
+        let loan = lend(data, &view(Dtype::Bfloat16), Arc::clone(&owner)).unwrap();
+        // SAFETY: not given back yet.
+        let tensor = unsafe { &(*loan).tensor };
+        assert_eq!((tensor.data, tensor.ndim, tensor.byte_offset), (data, 2, 0));
+        assert_eq!((tensor.code, tensor.bits, tensor.lanes), (4, 16, 1));
+        // SAFETY: as many as there are dimensions.
+        assert_eq!(unsafe { slice::from_raw_parts(tensor.shape, 2) }, [2, 3]);
+        // SAFETY: as many as there are dimensions.
+        assert_eq!(unsafe { slice::from_raw_parts(tensor.strides, 2) }, [1, 2]);
+        assert_eq!(Arc::strong_count(&owner), 2);
+        // SAFETY: lent above, and not used below.
+        unsafe { give_back(loan) };
+        assert_eq!(Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn a_dtype_that_dlpack_lacks_is_not_lent() {
+        let owner = Arc::new(());
+        assert!(lend(std::ptr::null_mut(), &view(Dtype::Quint8), Arc::clone(&owner)).is_none());
+        assert_eq!(Arc::strong_count(&owner), 1);
+    }
+}
