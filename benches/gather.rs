@@ -1,10 +1,11 @@
-//! Moving bytes: packing small storages, and copying a block that came in pieces, against `memcpy`.
+//! Moving bytes: writing a block from many storages, packing the small ones, and copying a block that
+//! came in pieces, against `memcpy`.
 #![allow(missing_docs, unsafe_code)] // the macros of criterion; the pieces are named by address
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::block::{copy, is_contiguous, pack};
+use ray_zerocopy::block::{copy, is_contiguous, pack, write};
 use ray_zerocopy::layout::{Layout, Piece};
 
 fn pieces(storages: &[Vec<u8>]) -> Vec<Piece> {
@@ -26,6 +27,29 @@ fn packing(c: &mut Criterion) {
     }
 }
 
+fn writing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("gather/write");
+    group.sample_size(20);
+    let storages = vec![vec![7; 1 << 20]; 128];
+    let pieces = pieces(&storages);
+    let layout = Layout::plan(&pieces).unwrap();
+    let mut block = vec![0; layout.nbytes as usize + 64];
+    let start = block.as_ptr().align_offset(64);
+    group.throughput(Throughput::Bytes(layout.nbytes));
+    group.bench_function("block", |b| {
+        // SAFETY: the storages live and are only read.
+        b.iter(|| unsafe { write(black_box(&layout), &pieces, 1, &mut block[start..]) });
+    });
+    let mut flat = vec![0; 128 << 20];
+    group.bench_function("memcpy", |b| {
+        b.iter(|| {
+            for (target, source) in flat.chunks_mut(1 << 20).zip(black_box(&storages)) {
+                target.copy_from_slice(source);
+            }
+        });
+    });
+}
+
 fn copying(c: &mut Criterion) {
     let mut group = c.benchmark_group("gather/copy");
     group.sample_size(20);
@@ -41,5 +65,5 @@ fn copying(c: &mut Criterion) {
     group.bench_function("memcpy", |b| b.iter(|| black_box(&storages).concat()));
 }
 
-criterion_group!(benches, packing, copying);
+criterion_group!(benches, writing, packing, copying);
 criterion_main!(benches);

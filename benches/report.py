@@ -193,9 +193,8 @@ def layouts_in_memory():
     rows = [[bold(name), *figures(together, name), *figures(scattered, name)] for name in together]
     return section(
         "Publish from memory in pieces",
-        "44 storages of 9 MiB: together, as in most processes that have just made or loaded a "
-        "model, or with holes between them. Ray copies one large buffer faster than many. Where a "
-        "process puts its storages is partly chance, so the figures above lie between these two.",
+        "44 storages of 9 MiB: side by side, as in a process that has just made a model, or with "
+        "holes between them. Ray copies one large buffer faster than many.",
         table(["", "together, ms", "x floor", "scattered, ms", "x floor"], rows),
     )
 
