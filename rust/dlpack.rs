@@ -42,35 +42,36 @@ pub struct ManagedTensor {
 #[repr(C)]
 struct Loan<Owner> {
     managed: ManagedTensor,
-    /// Shape, then strides.
-    _dimensions: Vec<i64>,
     _owner: Owner,
 }
 
 /// Lends the elements of a view that start at `data`; `None` for a dtype that DLPack lacks.
 ///
 /// Whoever takes it calls [`give_back`] in the end, on whatever thread, which drops the owner.
-pub fn lend<Owner>(data: *mut c_void, view: &View, owner: Owner) -> Option<*mut ManagedTensor> {
-    let code = view.dtype.dlpack()?;
-    let mut dimensions: Vec<_> =
-        view.shape.iter().chain(&view.stride).map(|&n| n.cast_signed()).collect();
-    let (shape, strides) = dimensions.split_at_mut(view.shape.len());
+///
+/// # Safety
+/// The owner keeps the elements and the view where they are.
+pub unsafe fn lend<Owner>(
+    data: *mut c_void,
+    view: &View,
+    owner: Owner,
+) -> Option<*mut ManagedTensor> {
     let tensor = Tensor {
         data,
         device_type: CPU,
         device_id: 0,
         ndim: view.shape.len() as i32,
-        code,
+        code: view.dtype.dlpack()?,
         bits: (8 * view.dtype.itemsize()) as u8,
         lanes: 1,
-        shape: shape.as_mut_ptr(),
-        strides: strides.as_mut_ptr(),
+        // only ever read; what is too large for an `i64` is negative to torch, which refuses it
+        shape: view.shape.as_ptr().cast_mut().cast(),
+        strides: view.stride.as_ptr().cast_mut().cast(),
         byte_offset: 0,
     };
     let manager_ctx = std::ptr::null_mut();
     let managed = ManagedTensor { tensor, manager_ctx, deleter: Some(end::<Owner>) };
-    let loan = Loan { managed, _dimensions: dimensions, _owner: owner };
-    Some(Box::into_raw(Box::new(loan)).cast())
+    Some(Box::into_raw(Box::new(Loan { managed, _owner: owner })).cast())
 }
 
 /// Ends a loan, as the one who took it does.
@@ -109,7 +110,9 @@ mod tests {
     fn a_loan_describes_the_view_and_keeps_its_owner_until_it_ends() {
         let owner = Arc::new([1_u16, 2, 3, 4, 5, 6]);
         let data = owner.as_ptr().cast_mut().cast();
-        let loan = lend(data, &view(Dtype::Bfloat16), Arc::clone(&owner)).unwrap();
+        let view = view(Dtype::Bfloat16);
+        // SAFETY: the view outlives the loan.
+        let loan = unsafe { lend(data, &view, Arc::clone(&owner)) }.unwrap();
         // SAFETY: not given back yet.
         let tensor = unsafe { &(*loan).tensor };
         assert_eq!((tensor.data, tensor.ndim, tensor.byte_offset), (data, 2, 0));
@@ -127,7 +130,9 @@ mod tests {
     #[test]
     fn a_dtype_that_dlpack_lacks_is_not_lent() {
         let owner = Arc::new(());
-        assert!(lend(std::ptr::null_mut(), &view(Dtype::Quint8), Arc::clone(&owner)).is_none());
+        let view = view(Dtype::Quint8);
+        // SAFETY: nothing is lent.
+        assert!(unsafe { lend(std::ptr::null_mut(), &view, Arc::clone(&owner)) }.is_none());
         assert_eq!(Arc::strong_count(&owner), 1);
     }
 }

@@ -375,7 +375,9 @@ impl Torch {
         let py = block.py();
         let start = (span + view.offset * view.dtype.itemsize()) as usize;
         let data = (block.get().pages.piece().address + start) as *mut c_void;
-        let Some(loan) = dlpack::lend(data, view, Lender(Some(block.clone().unbind()))) else {
+        let lender = Lender(Some(block.clone().unbind()));
+        // SAFETY: the view is of the block's table, and neither moves while there is the block.
+        let Some(loan) = (unsafe { dlpack::lend(data, view, lender) }) else {
             return Ok(None);
         };
         let tensor = self.from_dlpack.bind(py).call1((capsule(py, loan)?,))?;
