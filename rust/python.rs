@@ -484,22 +484,23 @@ impl Defaults {
         unsafe { Bound::from_owned_ptr_or_err(py, new) }
     }
 
-    /// Gives a module's state the defaults, then what differs from them.
-    fn fill<'py>(
+    /// Sets the defaults, then what differs from them.
+    fn set<'py>(
         &self,
-        state: &Bound<'py, PyDict>,
         differing: &Bound<'py, PyDict>,
+        set: impl Fn(&Bound<'py, PyAny>, &Bound<'py, PyAny>) -> PyResult<()>,
     ) -> PyResult<()> {
-        let py = state.py();
+        let py = differing.py();
         for (name, default) in &self.kinds {
-            match default {
-                Default::Dict => state.set_item(name, PyDict::new(py))?,
-                Default::OrderedDict => state.set_item(name, self.new_ordered_dict(py)?)?,
-                Default::Set => state.set_item(name, PySet::empty(py)?)?,
-                Default::Constant(constant) => state.set_item(name, constant)?,
-            }
+            let value = match default {
+                Default::Dict => PyDict::new(py).into_any(),
+                Default::OrderedDict => self.new_ordered_dict(py)?,
+                Default::Set => PySet::empty(py)?.into_any(),
+                Default::Constant(constant) => constant.bind(py).clone(),
+            };
+            set(name.bind(py), &value)?;
         }
-        differing.iter().try_for_each(|(name, value)| state.set_item(name, value))
+        differing.iter().try_for_each(|(name, value)| set(&name, &value))
     }
 
     /// Whether a module's attribute is as it was made.
@@ -544,20 +545,22 @@ fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDi
 #[pyfunction]
 fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
     let state = PyDict::new(differing.py());
-    Defaults::get(differing.py())?.fill(&state, differing)?;
+    Defaults::get(differing.py())?.set(differing, |name, value| state.set_item(name, value))?;
     Ok(state)
 }
 
 /// Gives a bare module its whole state, as `nn.Module.__setstate__` would.
 ///
-/// In place: to set `__dict__` instead would make the interpreter build the old one first.
+/// Attribute by attribute, as `__init__` does: until someone asks for its `__dict__`, a module then
+/// needs none.
 #[pyfunction]
 fn restore_module<'py>(module: &Bound<'py, PyAny>, differing: &Bound<'py, PyDict>) -> PyResult<()> {
-    // SAFETY: an object of this interpreter; without a dict there is an exception instead.
-    let state = unsafe { ffi::PyObject_GenericGetDict(module.as_ptr(), ptr::null_mut()) };
-    // SAFETY: a new reference, or null with an exception set.
-    let state = unsafe { Bound::from_owned_ptr_or_err(module.py(), state) }?;
-    Defaults::get(module.py())?.fill(state.cast()?, differing)
+    Defaults::get(module.py())?.set(differing, |name, value| {
+        let (module, name, value) = (module.as_ptr(), name.as_ptr(), value.as_ptr());
+        // SAFETY: three objects of this interpreter.
+        let status = unsafe { ffi::PyObject_GenericSetAttr(module, name, value) };
+        if status == 0 { Ok(()) } else { Err(PyErr::fetch(differing.py())) }
+    })
 }
 
 /// Picks the tensors out of all that a pickler asks about: its `persistent_id`.

@@ -370,6 +370,31 @@ class Slotted(nn.Module):
         super().__setstate__(state)
 
 
+class Shadowed(nn.Module):
+    """Properties of its class lie over what is in its dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.__dict__["scale"] = 3.0
+
+    @property
+    def scale(self):
+        return -self.__dict__["scale"]
+
+    @property
+    def training(self):
+        return self.__dict__["training"]
+
+    @training.setter
+    def training(self, mode):
+        self.__dict__["training"] = mode
+        self.__dict__["switched"] = self.__dict__.get("switched", 0) + 1
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
 class SelfReducing(nn.Module):
     """Says itself how it is made and what it is made with."""
 
@@ -388,6 +413,11 @@ class SelfReducing(nn.Module):
 @_difficult
 def custom_reduce():
     return Case(SelfReducing(8), (torch.randn(3, 8),))
+
+
+@_difficult
+def shadowed_state():
+    return Case(Shadowed(), (torch.randn(3, 8),))
 
 
 @_difficult

@@ -11,7 +11,7 @@ import copyreg
 import io
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +195,8 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         differing = _core.differing(state) if type(state) is dict else None
         if differing is None:
             return super().reducer_override(module)
+        if setter is _core.restore_module and _has_any(kind, differing):
+            setter = _restore_through_setstate
         return make, (kind,), differing, None, None, setter
 
 
@@ -229,9 +231,17 @@ def _module_setter(kind: Any) -> Any:
         return None
     if _refuses_to_pickle(kind):
         return _restore_parametrized
-    if kind.__setstate__ is torch.nn.Module.__setstate__:
-        return _core.restore_module
-    return _restore_through_setstate
+    if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_any(kind, _DEFAULTS):
+        return _restore_through_setstate
+    return _core.restore_module
+
+
+_DEFAULTS = tuple(vars(torch.nn.Module()))
+
+
+def _has_any(kind: type, names: Iterable[str]) -> bool:
+    """Whether the class has an attribute of such a name: a property, which would be set instead."""
+    return any(hasattr(kind, name) for name in names)
 
 
 def _refuses_to_pickle(kind: type) -> bool:
@@ -241,7 +251,7 @@ def _refuses_to_pickle(kind: type) -> bool:
 
 
 def _restore_through_setstate(module: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Restore a module whose class has a `__setstate__` of its own, such as a convolution."""
+    """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
     module.__setstate__(_core.module_state(state))
 
 
