@@ -29,14 +29,6 @@ macro_rules! dtypes {
                 match self { $(Dtype::$variant => $dlpack,)* }
             }
 
-            /// The dtype with this torch name.
-            pub fn from_name(name: &str) -> Result<Dtype> {
-                match name {
-                    $($name => Ok(Dtype::$variant),)*
-                    _ => Err(Error::UnknownDtype { name: name.to_owned() }),
-                }
-            }
-
             /// The dtype with this code in a table.
             pub fn from_code(code: u8) -> Result<Dtype> {
                 match code {
@@ -103,13 +95,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_codes_are_inverse() {
+    fn a_code_is_the_place_in_the_list() {
         for (code, &dtype) in Dtype::ALL.iter().enumerate() {
             assert_eq!(usize::from(dtype as u8), code);
             assert_eq!(Dtype::from_code(dtype as u8), Ok(dtype));
-            assert_eq!(Dtype::from_name(dtype.name()), Ok(dtype));
         }
         assert!(Dtype::from_code(u8::MAX).is_err());
-        assert!(Dtype::from_name("float7").is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! The edge towards Python, and the only file that knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
 
+use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -11,6 +12,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyString, PyTuple, PyType};
+use pyo3::{IntoPyObjectExt, intern};
 
 use crate::block;
 use crate::dlpack::{self, ManagedTensor};
@@ -29,11 +31,152 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A storage of the model: address, bytes, and the object that keeps it alive.
-type Storage = (usize, u64, Py<PyAny>);
+/// The tensors of an object graph as a pickler meets them: views over storages of the source.
+///
+/// `to_host` is called with each storage that does not lie in the host's memory, and gives one that
+/// does.
+#[pyclass(module = "ray_zerocopy._core")]
+struct Sources {
+    to_host: Py<PyAny>,
+    views: Vec<View>,
+    storages: Vec<(Piece, Py<PyAny>)>,
+    /// What the views describe. It keeps the tensors alive, so that none takes another's address.
+    #[pyo3(get)]
+    tensors: Py<PyList>,
+    /// The number of each tensor, by its own address.
+    tensor_ids: HashMap<usize, usize>,
+    /// The number of each storage, by the address of torch's `StorageImpl`.
+    storage_ids: HashMap<usize, usize>,
+}
 
-/// A tensor: its storage, dtype, flags, offset, shape and stride in elements.
-type Geometry = (usize, String, u8, u64, Vec<u64>, Vec<u64>);
+#[pymethods]
+impl Sources {
+    #[new]
+    fn new(py: Python<'_>, to_host: Py<PyAny>) -> Sources {
+        Sources {
+            to_host,
+            views: Vec::new(),
+            storages: Vec::new(),
+            tensors: PyList::empty(py).unbind(),
+            tensor_ids: HashMap::new(),
+            storage_ids: HashMap::new(),
+        }
+    }
+
+    /// Takes a plain tensor or parameter and gives its number; None for all else.
+    ///
+    /// A pickler's `persistent_id`, which it calls for every object, thousands of times a model: a
+    /// method, as a call of the object itself would take twice as long.
+    fn take(&mut self, object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+        let torch = Torch::get(object.py())?;
+        let kind = object.get_type();
+        let flags = if kind.is(&torch.parameter) {
+            Flags::PARAMETER
+        } else if kind.is(&torch.tensor) {
+            Flags::default()
+        } else {
+            return Ok(None);
+        };
+        if let Some(&known) = self.tensor_ids.get(&(object.as_ptr() as usize)) {
+            return Ok(Some(known));
+        }
+        if !has_plain_storage(object)?
+            || !object.getattr(intern!(object.py(), "__dict__"))?.is_empty()?
+        {
+            return Ok(None);
+        }
+        let view = self.view(torch, object, flags)?;
+        let index = self.push(object, view)?;
+        self.tensor_ids.insert(object.as_ptr() as usize, index);
+        Ok(Some(index))
+    }
+
+    /// Takes a buffer that is no tensor, such as numpy's, as a view of uint8; gives its number.
+    fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let bytes = PyUntypedBuffer::get(buffer)?;
+        let piece = Piece { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
+        let (flags, shape) = (Flags::default(), vec![piece.nbytes as u64]);
+        let view = View {
+            span: self.storages.len(),
+            dtype: Dtype::Uint8,
+            flags,
+            offset: 0,
+            shape,
+            stride: vec![1],
+        };
+        self.storages.push((piece, buffer.clone().unbind()));
+        self.push(buffer, view)
+    }
+}
+
+impl Sources {
+    fn push(&mut self, object: &Bound<'_, PyAny>, view: View) -> PyResult<usize> {
+        self.tensors.bind(object.py()).append(object)?;
+        self.views.push(view);
+        Ok(self.views.len() - 1)
+    }
+
+    fn view(
+        &mut self,
+        torch: &Torch,
+        tensor: &Bound<'_, PyAny>,
+        mut flags: Flags,
+    ) -> PyResult<View> {
+        let py = tensor.py();
+        let hooks = tensor.getattr(intern!(py, "_backward_hooks"))?;
+        if !hooks.is_none() {
+            torch.warn_if_has_hooks.call1(py, (tensor,))?;
+        }
+        for (flag, asked) in [
+            (Flags::REQUIRES_GRAD, tensor.getattr(intern!(py, "requires_grad"))?),
+            (Flags::CONJ, tensor.call_method0(intern!(py, "is_conj"))?),
+            (Flags::NEG, tensor.call_method0(intern!(py, "is_neg"))?),
+        ] {
+            if asked.is_truthy()? {
+                flags.0 |= flag.0;
+            }
+        }
+        Ok(View {
+            span: self.storage(tensor)?,
+            dtype: torch.dtype(&tensor.getattr(intern!(py, "dtype"))?)?,
+            flags,
+            offset: tensor.call_method0(intern!(py, "storage_offset"))?.extract()?,
+            shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
+            stride: tensor.call_method0(intern!(py, "stride"))?.extract()?,
+        })
+    }
+
+    fn storage(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let py = tensor.py();
+        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+        let id = storage.getattr(intern!(py, "_cdata"))?.extract()?;
+        if let Some(&known) = self.storage_ids.get(&id) {
+            return Ok(known);
+        }
+        let is_cpu = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let host = if is_cpu { &storage } else { &self.to_host.bind(py).call1((&storage,))? };
+        let address = host.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let nbytes = host.call_method0(intern!(py, "nbytes"))?.extract()?;
+        // the storage itself as well: as long as it lives, no other has its address
+        let owner = if is_cpu { storage.unbind() } else { (host, &storage).into_py_any(py)? };
+        self.storages.push((Piece { address, nbytes }, owner));
+        self.storage_ids.insert(id, self.storages.len() - 1);
+        Ok(self.storages.len() - 1)
+    }
+}
+
+/// Whether a storage, a dtype and strides are all there is to a tensor.
+#[pyfunction]
+fn has_plain_storage(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = tensor.py();
+    let torch = Torch::get(py)?;
+    let is = |name| tensor.getattr(name)?.is_truthy();
+    Ok(tensor.getattr(intern!(py, "layout"))?.is(&torch.strided)
+        && !is(intern!(py, "is_meta"))?
+        && !is(intern!(py, "is_quantized"))?
+        && !is(intern!(py, "is_nested"))?
+        && torch.has_storage.bind(py).call1((tensor,))?.is_truthy()?)
+}
 
 /// Storages and views on their way into a block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
@@ -50,19 +193,14 @@ struct Gather {
 #[pymethods]
 impl Gather {
     #[new]
-    fn new(py: Python<'_>, storages: Vec<Storage>, views: Vec<Geometry>) -> PyResult<Gather> {
-        let mut views: Vec<View> = views
-            .into_iter()
-            .map(|(span, dtype, flags, offset, shape, stride)| {
-                let dtype = Dtype::from_name(&dtype)?;
-                Ok(View { span, dtype, flags: Flags(flags), offset, shape, stride })
-            })
-            .collect::<Result<_, Error>>()?;
+    fn new(py: Python<'_>, sources: &Sources) -> PyResult<Gather> {
+        let Sources { storages, views, .. } = sources;
+        let mut views = views.clone();
         let mut extents = vec![Vec::new(); storages.len()];
         for (index, view) in views.iter().enumerate() {
             let (span, spans) = (view.span, storages.len());
             let no_such_span = Error::NoSuchSpan { view: index, span, spans };
-            view.check(storages.get(span).ok_or(no_such_span)?.1)?;
+            view.check(storages.get(span).ok_or(no_such_span)?.0.nbytes as u64)?;
             extents[span].extend(view.extent()?);
         }
         let used: Vec<_> = extents.into_iter().map(used).collect();
@@ -70,11 +208,11 @@ impl Gather {
             let start = used[view.span].start / view.dtype.itemsize();
             view.offset = if view.extent()?.is_some() { view.offset - start } else { 0 };
         }
-        let piece = |((address, _, owner), used): (Storage, Range<u64>)| {
+        let piece = |((whole, owner), used): (&(Piece, Py<PyAny>), Range<u64>)| {
             let nbytes = (used.end - used.start) as usize;
-            (Piece { address: address + used.start as usize, nbytes }, owner)
+            (Piece { address: whole.address + used.start as usize, nbytes }, owner.clone_ref(py))
         };
-        let (storages, _owners): (Vec<_>, _) = storages.into_iter().zip(used).map(piece).unzip();
+        let (storages, _owners): (Vec<_>, _) = storages.iter().zip(used).map(piece).unzip();
         let layout = Layout::plan(&storages)?;
         let table = Table::new(&layout, views)?.encode();
         Ok(Gather { layout, storages, _owners, table: PyBytes::new(py, &table).unbind() })
@@ -345,10 +483,16 @@ impl Block {
     }
 }
 
-/// What of torch makes a tensor, looked up once.
+/// What of torch a tensor is made of and asked about, looked up once.
 struct Torch {
     from_dlpack: Py<PyAny>,
+    has_storage: Py<PyAny>,
     parameter: Py<PyAny>,
+    strided: Py<PyAny>,
+    tensor: Py<PyAny>,
+    warn_if_has_hooks: Py<PyAny>,
+    /// torch has one object for each.
+    dtypes: Vec<(Py<PyAny>, Dtype)>,
 }
 
 impl Torch {
@@ -356,12 +500,32 @@ impl Torch {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
+            let core = torch.getattr("_C")?;
+            let dtypes = Dtype::ALL.iter().filter_map(|&dtype| {
+                let object = torch.getattr(dtype.name()).ok()?; // not every torch has every one
+                Some((object.unbind(), dtype))
+            });
             Ok(Torch {
                 // what `torch.from_dlpack` calls, which first asks ten questions of an exporter
-                from_dlpack: torch.getattr("_C")?.getattr("_from_dlpack")?.unbind(),
+                from_dlpack: core.getattr("_from_dlpack")?.unbind(),
+                has_storage: core.getattr("_has_storage")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
+                strided: torch.getattr("strided")?.unbind(),
+                tensor: torch.getattr("Tensor")?.unbind(),
+                warn_if_has_hooks: py
+                    .import("torch.utils.hooks")?
+                    .getattr("warn_if_has_hooks")?
+                    .unbind(),
+                dtypes: dtypes.collect(),
             })
         })
+    }
+
+    fn dtype(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Dtype> {
+        match self.dtypes.iter().find(|(object, _)| dtype.is(object)) {
+            Some((_, known)) => Ok(*known),
+            None => Err(Error::UnknownDtype { name: dtype.to_string() }.into()),
+        }
     }
 
     /// A tensor with a storage of its own over a part of the block; `None` where DLPack has no
@@ -383,10 +547,10 @@ impl Torch {
         let tensor = self.from_dlpack.bind(py).call1((capsule(py, loan)?,))?;
         if view.flags.contains(Flags::PARAMETER) {
             // as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor, 2 us more
-            tensor.setattr(pyo3::intern!(py, "__class__"), &self.parameter)?;
+            tensor.setattr(intern!(py, "__class__"), &self.parameter)?;
         }
         if view.flags.contains(Flags::REQUIRES_GRAD) {
-            tensor.setattr(pyo3::intern!(py, "requires_grad"), true)?;
+            tensor.setattr(intern!(py, "requires_grad"), true)?;
         }
         Ok(Some(tensor))
     }
@@ -516,6 +680,49 @@ impl Defaults {
     }
 }
 
+/// Reduces modules of one class, for a pickler, to the class and what differs from the defaults.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+struct ModuleReducer {
+    /// Makes a bare module ...
+    make: Py<PyAny>,
+    /// ... of this class ...
+    arguments: Py<PyTuple>,
+    /// ... and restores it from what differs.
+    restore: Py<PyAny>,
+    /// The class's own `__getstate__`, if it has one.
+    getstate: Option<Py<PyAny>>,
+}
+
+#[pymethods]
+impl ModuleReducer {
+    #[new]
+    fn new(kind: &Bound<'_, PyType>, make: Py<PyAny>, restore: Py<PyAny>) -> PyResult<Self> {
+        let py = kind.py();
+        let getstate = kind.getattr("__getstate__")?;
+        let inherited = py.import("torch.nn")?.getattr("Module")?.getattr("__getstate__")?;
+        let getstate = (!getstate.is(&inherited)).then(|| getstate.unbind());
+        let arguments = PyTuple::new(py, [kind])?.unbind();
+        Ok(ModuleReducer { make, arguments, restore, getstate })
+    }
+
+    fn reduce<'py>(&self, module: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = module.py();
+        let state = match &self.getstate {
+            Some(getstate) => getstate.bind(py).call1((module,))?,
+            None => module.getattr(intern!(py, "__dict__"))?,
+        };
+        let differing = match state.cast_exact::<PyDict>() {
+            Ok(state) => differing(state)?,
+            Err(_) => None,
+        };
+        let Some(differing) = differing else {
+            return Ok(py.NotImplemented().into_bound(py)); // as pickle does it, then
+        };
+        let none = py.None();
+        (&self.make, &self.arguments, differing, &none, &none, &self.restore).into_bound_py_any(py)
+    }
+}
+
 /// The attributes of a module that differ from the defaults of `torch.nn.Module`.
 ///
 /// None where `state` does not start with all of these, in their order, as it does in any module
@@ -536,7 +743,10 @@ fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDi
         }
     }
     for (name, value) in attributes {
-        differing.set_item(name, value)?;
+        // what a compiler made of it stays here, as in `Module.__getstate__`
+        if !name.eq(intern!(state.py(), "_compiled_call_impl"))? {
+            differing.set_item(name, value)?;
+        }
     }
     Ok(Some(differing))
 }
@@ -563,37 +773,6 @@ fn restore_module<'py>(module: &Bound<'py, PyAny>, differing: &Bound<'py, PyDict
     })
 }
 
-/// Picks the tensors out of all that a pickler asks about: its `persistent_id`.
-///
-/// `take` is called with plain tensors and parameters, and gives a number or None. A pickler asks
-/// once for every object, thousands of times a model; in Python that took half of a split.
-#[pyclass(frozen, module = "ray_zerocopy._core")]
-struct TensorIds {
-    tensor: Py<PyAny>,
-    parameter: Py<PyAny>,
-    take: Py<PyAny>,
-}
-
-#[pymethods]
-impl TensorIds {
-    #[new]
-    fn new(py: Python<'_>, take: Py<PyAny>) -> PyResult<TensorIds> {
-        let torch = py.import("torch")?;
-        let tensor = torch.getattr("Tensor")?.unbind();
-        let parameter = torch.getattr("nn")?.getattr("Parameter")?.unbind();
-        Ok(TensorIds { tensor, parameter, take })
-    }
-
-    fn __call__<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let py = object.py();
-        let kind = object.get_type();
-        if kind.is(&self.parameter) || kind.is(&self.tensor) {
-            return self.take.bind(py).call1((object,));
-        }
-        Ok(py.None().into_bound(py))
-    }
-}
-
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
 #[pyfunction]
 fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
@@ -612,7 +791,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Gather>()?;
     module.add_class::<Segment>()?;
     module.add_class::<Block>()?;
-    module.add_class::<TensorIds>()?;
+    module.add_class::<Sources>()?;
+    module.add_class::<ModuleReducer>()?;
+    module.add_function(wrap_pyfunction!(has_plain_storage, module)?)?;
     module.add_function(wrap_pyfunction!(differing, module)?)?;
     module.add_function(wrap_pyfunction!(module_state, module)?)?;
     module.add_function(wrap_pyfunction!(restore_module, module)?)?;

@@ -7,6 +7,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import ray_zerocopy as rzc
@@ -14,6 +15,7 @@ import torch
 from exact import assert_exact
 from fresh import run
 from models import large, simple
+from ray_zerocopy.store import Shared
 from torch import nn
 
 # --- inspect --------------------------------------------------------------------------------------
@@ -296,6 +298,40 @@ def test_a_loaded_model_is_old_to_the_collector_and_young_garbage_is_gone(cluste
     assert alive() is None
     assert gc.isenabled()
     assert any(old is model for old in gc.get_objects(generation=2))
+
+
+def _refused(model):
+    model.lock = threading.Lock()
+    with pytest.raises(rzc.PublishError):
+        rzc.put(model)
+
+
+@pytest.mark.parametrize("publish", [rzc.put, lambda model: ray.put(Shared(model)), _refused])
+def test_a_source_goes_with_its_last_name(cluster, publish):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model.array = np.zeros(10_000)  # travels out of band
+    alive = [weakref.ref(part) for part in (model, model[0].weight, model[1].running_mean)]
+    gc.disable()
+    try:
+        published = publish(model)
+        del model
+        assert [part() for part in alive] == [None, None, None]
+    finally:
+        gc.enable()
+    del published
+
+
+def test_a_loaded_model_goes_with_its_last_name(cluster):
+    ref = rzc.put(simple().model)
+    gc.disable()
+    try:
+        for isolation in ("private", "shared", "copy"):
+            model = rzc.get(ref, isolation=isolation, prefault=True)
+            alive = weakref.ref(model), weakref.ref(next(model.parameters()))
+            del model
+            assert [part() for part in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_what_someone_froze_stays_frozen(cluster):

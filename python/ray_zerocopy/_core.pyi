@@ -14,10 +14,12 @@ __all__ = [
     "REQUIRES_GRAD",
     "Block",
     "Gather",
+    "ModuleReducer",
     "Segment",
-    "TensorIds",
+    "Sources",
     "differing",
     "dtypes",
+    "has_plain_storage",
     "module_state",
     "restore_module",
     "source_of",
@@ -30,14 +32,22 @@ CONJ: Final[int]
 NEG: Final[int]
 
 @final
+class Sources:
+    """The tensors of an object graph as a pickler meets them: views over storages of the source."""
+
+    def __new__(
+        cls, to_host: Callable[[torch.UntypedStorage], torch.UntypedStorage]
+    ) -> Sources: ...
+    def take(self, object: object) -> int | None: ...  # noqa: A002 - as in Rust
+    def take_buffer(self, buffer: Buffer) -> int: ...
+    @property
+    def tensors(self) -> list[Any]: ...
+
+@final
 class Gather:
     """Storages and views on their way into a block."""
 
-    def __new__(
-        cls,
-        storages: Sequence[tuple[int, int, Any]],
-        views: Sequence[tuple[int, str, int, int, Sequence[int], Sequence[int]]],
-    ) -> Gather: ...
+    def __new__(cls, sources: Sources) -> Gather: ...
     @property
     def table(self) -> bytes: ...
     @property
@@ -73,13 +83,19 @@ class Block(Buffer):
     def tensors(self) -> list[torch.Tensor | None]: ...
 
 @final
-class TensorIds:
-    """Picks the tensors out of all that a pickler asks about: its `persistent_id`."""
+class ModuleReducer:
+    """Reduces modules of one class to the class and what differs from `nn.Module`'s defaults."""
 
-    def __new__(cls, take: Callable[[torch.Tensor], int | None]) -> TensorIds: ...
-    def __call__(self, obj: object, /) -> int | None: ...
+    def __new__(
+        cls,
+        kind: type,
+        make: Callable[[type], torch.nn.Module],
+        restore: Callable[[torch.nn.Module, dict[str, Any]], None],
+    ) -> ModuleReducer: ...
+    def reduce(self, module: torch.nn.Module) -> Any: ...
 
 def differing(state: dict[str, Any]) -> dict[str, Any] | None: ...
+def has_plain_storage(tensor: torch.Tensor) -> bool: ...
 def module_state(differing: dict[str, Any]) -> dict[str, Any]: ...
 def restore_module(module: torch.nn.Module, differing: dict[str, Any]) -> None: ...
 def source_of(address: int) -> tuple[str, int, int] | None: ...

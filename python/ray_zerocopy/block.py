@@ -20,7 +20,7 @@ def gather(parts: Split) -> _core.Gather:
     written one after the other, each at a multiple of 64 bytes, they are the block. Only storages
     below 16 KiB are copied before.
     """
-    return _core.Gather(parts.storages, parts.views)
+    return _core.Gather(parts.sources)
 
 
 def open_block(

@@ -63,8 +63,9 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     a hook's closure holds stays with the skeleton.
     """
     parts = split(model)
-    buffers = [parts.tensors[index].copy() for index in parts.buffers]
-    skeleton: torch.nn.Module = join(parts.skeleton, parts.tensors, buffers)
+    tensors = parts.sources.tensors
+    buffers = [bytearray(tensors[index]) for index in parts.buffers]
+    skeleton: torch.nn.Module = join(parts.skeleton, tensors, buffers)
     extracted = []
     for module, bare in zip(model.modules(), skeleton.modules(), strict=True):
         others = {name: value for name, value in module.__dict__.items() if _holds_tensors(value)}

@@ -8,14 +8,14 @@ hand. A pickler reaches every tensor wherever it hangs, and sees the same object
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import pickle
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from ray import cloudpickle
 from torch.nn.utils import parametrize
@@ -27,25 +27,17 @@ from ray_zerocopy.errors import HostCopyWarning
 # Buffers of numpy arrays and the like stay in the skeleton below one page.
 _BUFFER_NBYTES = 4096
 
-# (address, nbytes, owner)
-Storage = tuple[int, int, Any]
-# (index of the storage, dtype, flags, offset, shape, stride), counted in elements as in torch
-View = tuple[int, str, int, int, Sequence[int], Sequence[int]]
-
 
 @dataclass
 class Split:
-    """An object graph in parts: its skeleton, and views over storages that are still the source's.
+    """An object graph in parts: its skeleton, and its tensors where they still lie.
 
-    `tensors` are what the views describe. `buffers` names those views that are no tensors but
-    buffers, such as numpy's.
+    `buffers` names those of the sources that are no tensors but buffers, such as numpy's.
     """
 
-    skeleton: bytes = b""
-    storages: list[Storage] = field(default_factory=list)
-    views: list[View] = field(default_factory=list)
-    tensors: list[Any] = field(default_factory=list)
-    buffers: list[int] = field(default_factory=list)
+    skeleton: bytes
+    sources: _core.Sources
+    buffers: list[int]
 
 
 def split(obj: object) -> Split:
@@ -57,8 +49,7 @@ def split(obj: object) -> Split:
     file = io.BytesIO()
     splitter = _Splitter(file)
     splitter.dump(obj)
-    splitter.parts.skeleton = file.getvalue()
-    return splitter.parts
+    return Split(file.getvalue(), splitter.sources, splitter.buffers)
 
 
 def join(skeleton: bytes, tensors: Sequence[object], buffers: Sequence[object]) -> Any:
@@ -84,143 +75,93 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
     """
 
     def __init__(self, file: io.BytesIO) -> None:
-        self.persistent_id = _core.TensorIds(self._tensor_id)
-        super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
-        self.parts = Split()
-        self._tensors: dict[int, int] = {}  # index by id; the parts keep the tensors, so ids stay
-        self._storages: dict[int, int] = {}  # by the address of torch's own StorageImpl
-        self._module_setters: dict[type, Any] = {}
-
-    def _tensor_id(self, tensor: torch.Tensor) -> int | None:
-        """Give the number of a plain tensor or parameter; None for one that needs reducing."""
-        known = self._tensors.get(id(tensor))
-        if known is not None:
-            return known
-        if not _has_plain_storage(tensor) or tensor.__dict__:
-            return None
-        flags = _core.PARAMETER if type(tensor) is torch.nn.Parameter else 0
-        index = self._tensors[id(tensor)] = self._take_tensor(tensor, flags)
-        return index
+        self.sources = _core.Sources(_to_host)
+        self.persistent_id = self.sources.take
+        self.buffers: list[int] = []
+        # never a method of this object's: in a cycle, it would keep the model until a collection
+        take = functools.partial(_take_buffer, self.sources, self.buffers)
+        super().__init__(file, protocol=5, buffer_callback=take)
+        self._reducers: dict[type, Callable[[Any], Any] | None] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor):
-            return self._reduce_tensor(obj)
-        if isinstance(obj, torchscript.PROGRAMS):
-            return torchscript.reduce(obj)
-        if isinstance(obj, torch.nn.Module):
-            return self._reduce_module(obj)
-        if isinstance(obj, torch.UntypedStorage):
-            everything = torch.empty(0, dtype=torch.uint8, device=obj.device).set_(obj)
-            return torch.Tensor.untyped_storage, (everything,)
-        if isinstance(obj, torch.TypedStorage):
-            return _typed_storage, (obj._untyped_storage, obj.dtype)
-        return super().reducer_override(obj)
-
-    def _take_tensor(self, tensor: torch.Tensor, flags: int = 0) -> int:
-        warn_if_has_hooks(tensor)
-        if tensor.requires_grad:
-            flags |= _core.REQUIRES_GRAD
-        if tensor.is_conj():
-            flags |= _core.CONJ
-        if tensor.is_neg():
-            flags |= _core.NEG
-        return self._take_view(
-            tensor,
-            self._take_storage(tensor),
-            str(tensor.dtype).removeprefix("torch."),
-            flags,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-        )
-
-    def _take_view(self, tensor: Any, *view: Any) -> int:
-        self.parts.tensors.append(tensor)
-        self.parts.views.append(view)
-        return len(self.parts.views) - 1
-
-    def _take_storage(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        index = self._storages.get(storage._cdata)
-        if index is None:
-            index = self._storages[storage._cdata] = len(self.parts.storages)
-            host = storage
-            if not tensor.is_cpu:
-                host = storage.cpu()
-                message = f"tensors on {storage.device} are copied to the host and load on the CPU"
-                warnings.warn(f"{message}; see rzc.get(device=...)", HostCopyWarning, stacklevel=2)
-            self.parts.storages.append((host.data_ptr(), host.nbytes(), (host, storage)))
-        return index
-
-    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        """Take a buffer out of band; true leaves it in the skeleton, as pickle has it."""
-        array = np.frombuffer(buffer.raw(), dtype=np.uint8)
-        if array.nbytes < _BUFFER_NBYTES:
-            return True
-        self.parts.storages.append((array.ctypes.data, array.nbytes, array))
-        storage = len(self.parts.storages) - 1
-        view = (storage, "uint8", 0, 0, array.shape, (1,))
-        self.parts.buffers.append(self._take_view(array, *view))
-        return False
-
-    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
-        """Reduce what is more than a plain tensor: attributes, a class of its own, components."""
-        kind = type(tensor)
-        own = kind.__reduce_ex__ not in (
-            torch.Tensor.__reduce_ex__,
-            torch.nn.Parameter.__reduce_ex__,
-        )
-        dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        if own or dispatches or not _has_plain_storage(tensor):
-            return tensor.__reduce_ex__(5)
-        warn_if_has_hooks(tensor)
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = tensor.detach().as_subclass(torch.Tensor)
-        made = (_subclass_tensor, (kind, plain, tensor.requires_grad))
-        state = torch._utils._get_obj_state(tensor)
-        return (*made, state, None, None, torch._utils._set_obj_state) if state else made
-
-    def _reduce_module(self, module: torch.nn.Module) -> Any:
-        """Reduce a module to its class and what differs from `nn.Module`'s defaults."""
-        kind: Any = type(module)
-        if kind not in self._module_setters:
-            self._module_setters[kind] = _module_setter(kind)
-        setter = self._module_setters[kind]
-        if setter is None:
-            return super().reducer_override(module)
-        make = _new_object
-        if setter is _restore_parametrized:
-            kind, make = parametrize.type_before_parametrizations(module), _new_parametrized
-        state = kind.__getstate__(module)
-        differing = _core.differing(state) if type(state) is dict else None
-        if differing is None:
-            return super().reducer_override(module)
-        if setter is _core.restore_module and _has_any(kind, differing):
-            setter = _restore_through_setstate
-        return make, (kind,), differing, None, None, setter
+        kind = type(obj)
+        if kind not in self._reducers:
+            self._reducers[kind] = _reducer(obj)
+        reduce = self._reducers[kind] or super().reducer_override
+        return reduce(obj)
 
 
-def _has_plain_storage(tensor: torch.Tensor) -> bool:
-    """Whether a storage, a dtype and strides are all there is to it."""
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_meta
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and torch._C._has_storage(tensor)
+def _take_buffer(sources: _core.Sources, taken: list[int], buffer: pickle.PickleBuffer) -> bool:
+    """Take a buffer out of band; true leaves it in the skeleton, as pickle has it."""
+    raw = buffer.raw()
+    if raw.nbytes < _BUFFER_NBYTES:
+        return True
+    taken.append(sources.take_buffer(raw))
+    return False
+
+
+def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    message = f"tensors on {storage.device} are copied to the host and load on the CPU"
+    warnings.warn(f"{message}; see rzc.get(device=...)", HostCopyWarning, stacklevel=2)
+    return storage.cpu()
+
+
+def _reducer(obj: Any) -> Callable[[Any], Any] | None:
+    """Give what reduces objects of this one's class; None if that is cloudpickle's affair."""
+    if isinstance(obj, torch.Tensor):
+        return _reduce_tensor
+    if isinstance(obj, torchscript.PROGRAMS):
+        return torchscript.reduce
+    if isinstance(obj, torch.nn.Module):
+        return _module_reducer(obj)
+    if isinstance(obj, torch.UntypedStorage):
+        return _reduce_storage
+    if isinstance(obj, torch.TypedStorage):
+        return _reduce_typed_storage
+    return None
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
+    """Reduce what is more than a plain tensor: attributes, a class of its own, components."""
+    kind = type(tensor)
+    own = kind.__reduce_ex__ not in (
+        torch.Tensor.__reduce_ex__,
+        torch.nn.Parameter.__reduce_ex__,
     )
-
-
-def _typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+    dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own or dispatches or not _core.has_plain_storage(tensor):
+        return tensor.__reduce_ex__(5)
+    warn_if_has_hooks(tensor)
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.detach().as_subclass(torch.Tensor)
+    made = (_subclass_tensor, (kind, plain, tensor.requires_grad))
+    state = torch._utils._get_obj_state(tensor)
+    return (*made, state, None, None, torch._utils._set_obj_state) if state else made
 
 
 def _subclass_tensor(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     return torch.Tensor._make_subclass(kind, plain, requires_grad)
 
 
-def _module_setter(kind: Any) -> Any:
-    """Give the function that restores modules of this class; None if the class reduces itself."""
+def _reduce_storage(storage: torch.UntypedStorage) -> Any:
+    everything = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return torch.Tensor.untyped_storage, (everything,)
+
+
+def _reduce_typed_storage(storage: torch.TypedStorage) -> Any:
+    return _typed_storage, (storage._untyped_storage, storage.dtype)
+
+
+def _typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def _module_reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
+    """Give what reduces modules of this one's class to the class and what differs from defaults.
+
+    None if the class reduces itself.
+    """
+    kind: Any = type(module)
     reduces_by_default = (
         kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
@@ -230,18 +171,18 @@ def _module_setter(kind: Any) -> Any:
     if not reduces_by_default:
         return None
     if _refuses_to_pickle(kind):
-        return _restore_parametrized
-    if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_any(kind, _DEFAULTS):
-        return _restore_through_setstate
-    return _core.restore_module
+        base = parametrize.type_before_parametrizations(module)
+        return _core.ModuleReducer(base, _new_parametrized, _restore_parametrized).reduce
+    restore = _core.restore_module
+    if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_properties(kind):
+        restore = _restore_through_setstate
+    return _core.ModuleReducer(kind, _new_object, restore).reduce
 
 
-_DEFAULTS = tuple(vars(torch.nn.Module()))
-
-
-def _has_any(kind: type, names: Iterable[str]) -> bool:
-    """Whether the class has an attribute of such a name: a property, which would be set instead."""
-    return any(hasattr(kind, name) for name in names)
+def _has_properties(kind: type) -> bool:
+    """Whether the class may have to do with how attributes are set: not all are in the dict."""
+    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    return any(hasattr(value, "__set__") for base in own for value in vars(base).values())
 
 
 def _refuses_to_pickle(kind: type) -> bool:
@@ -250,9 +191,9 @@ def _refuses_to_pickle(kind: type) -> bool:
     return getstate is not None and getstate.__module__ == parametrize.__name__
 
 
-def _restore_through_setstate(module: torch.nn.Module, state: dict[str, Any]) -> None:
+def _restore_through_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
-    module.__setstate__(_core.module_state(state))
+    module.__setstate__(_core.module_state(differing))
 
 
 def _new_parametrized(kind: Any) -> Any:
@@ -260,12 +201,12 @@ def _new_parametrized(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
-def _restore_parametrized(module: torch.nn.Module, state: dict[str, Any]) -> None:
+def _restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module and the class that `parametrize` made for it.
 
     That class refuses to pickle; torch makes it anew, so that `parametrize.cached` still works.
     """
-    _restore_through_setstate(module, state)
+    _restore_through_setstate(module, differing)
     parametrize._inject_new_class(module)
     for name in module.parametrizations:
         parametrize._inject_property(module, name)
@@ -282,5 +223,4 @@ def make_picklable(module: torch.nn.Module) -> None:
 
 def _reduce_parametrized(module: torch.nn.Module, protocol: Any) -> Any:
     base = parametrize.type_before_parametrizations(module)
-    differing = _core.differing(base.__getstate__(module))
-    return _new_parametrized, (base,), differing, None, None, _restore_parametrized
+    return _core.ModuleReducer(base, _new_parametrized, _restore_parametrized).reduce(module)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 
 from ray_zerocopy import _core
-from ray_zerocopy.skeleton import View
+
+# (span, dtype, flags, offset, shape, stride), counted in elements as in torch
+View: TypeAlias = tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def tensors(block: _core.Block, device: torch.device | str | None = None) -> list[torch.Tensor]:
