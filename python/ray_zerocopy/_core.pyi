@@ -1,4 +1,4 @@
-"""The Rust core, as Python sees it (`rust/python.rs`)."""
+"""The Rust core, as Python sees it (`rust/python/`)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, final

@@ -1,0 +1,196 @@
+//! A block where it is read.
+
+use std::ffi::{c_int, c_void};
+use std::sync::OnceLock;
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyValueError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyTuple};
+
+use super::{buffer, loan};
+use crate::block;
+use crate::layout::Piece;
+use crate::pages::{self, Pages, Prefault, Source};
+use crate::table::{Table, fingerprint};
+use crate::view::{Flags, View};
+
+/// A block in this process, with its table: writable memory that keeps the store's buffer alive.
+///
+/// ```text
+///  tensor ─▶ Block ─▶ pages ─▶ Ray's buffer ─▶ object in the store
+/// ```
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+pub(super) struct Block {
+    // dropped in this order: what reads the pages, the pages, what lies beneath them
+    prefault: OnceLock<Prefault>,
+    pages: Pages,
+    _buffers: Vec<PyUntypedBuffer>,
+    table: Table,
+    source: Option<Source>,
+    /// Why the pages are not what was asked for, if they are not.
+    #[pyo3(get)]
+    fallback: Option<String>,
+}
+
+#[pymethods]
+impl Block {
+    /// Checks the buffers against the table and maps them.
+    ///
+    /// An anchored block is one buffer that is only the block's header: the rest follows it in the
+    /// memory that the buffer keeps, as `Gather.write` has left it.
+    #[new]
+    #[pyo3(signature = (table, buffers, isolation, anchored=false))]
+    fn new(
+        py: Python<'_>,
+        table: &Bound<'_, PyBytes>,
+        buffers: Vec<Bound<'_, PyAny>>,
+        isolation: &str,
+        anchored: bool,
+    ) -> PyResult<Block> {
+        let fingerprint = fingerprint(table.as_bytes());
+        let table = Table::decode(table.as_bytes())?;
+        let buffers = buffers.iter().map(PyUntypedBuffer::get).collect::<PyResult<Vec<_>>>()?;
+        let mut pieces: Vec<_> = buffers
+            .iter()
+            .map(|buffer| Piece { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
+            .collect();
+        let first = pieces.first().map_or(&[] as &[u8], |first| {
+            // SAFETY: the buffer is held; objects of the store are sealed before they are read.
+            unsafe { first.bytes() }
+        });
+        if let (true, [anchor]) = (anchored, &mut pieces[..]) {
+            anchor.nbytes = table.nbytes as usize;
+        }
+        let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
+        block::check_header(first, fingerprint)?;
+        let whole = pieces
+            .first()
+            .map(|first| Piece { address: first.address, nbytes: table.nbytes as usize });
+        let copy = || {
+            // SAFETY: the buffers are held; objects of the store are sealed before they are read;
+            // the length was checked.
+            py.detach(|| unsafe { block::copy(&pieces, table.nbytes) }).map(Pages::Copied)
+        };
+        let (mut source, mut fallback) = (None, None);
+        let pages = match (whole, isolation) {
+            (_, "copy") => copy()?,
+            (Some(whole), "private" | "shared") if contiguous => {
+                match (pages::source(whole), isolation) {
+                    (Ok(None), "private") => {
+                        fallback = Some("it lies in no shared file".to_owned());
+                        copy()?
+                    }
+                    (found, "shared") => {
+                        source = found.ok().flatten();
+                        Pages::Shared(whole)
+                    }
+                    (found, _) => match found.and_then(|_| Pages::private(whole)) {
+                        Ok(pages) => pages,
+                        Err(error) => {
+                            fallback = Some(error.to_string());
+                            Pages::Shared(whole)
+                        }
+                    },
+                }
+            }
+            (_, "private" | "shared") => {
+                fallback = Some(format!("its {} buffers do not adjoin", pieces.len()));
+                copy()?
+            }
+            _ => {
+                let message =
+                    format!("isolation is 'private', 'shared' or 'copy', not {isolation:?}");
+                return Err(PyValueError::new_err(message));
+            }
+        };
+        if let Pages::Private { source: found, .. } = &pages {
+            source = Some(found.clone());
+        }
+        Ok(Block { prefault: OnceLock::new(), pages, _buffers: buffers, table, source, fallback })
+    }
+
+    /// How the bytes are held: "private", "shared" or "copied".
+    #[getter]
+    fn held(&self) -> &'static str {
+        match self.pages {
+            Pages::Private { .. } => "private",
+            Pages::Shared(_) => "shared",
+            Pages::Copied(_) => "copied",
+        }
+    }
+
+    /// File name, inode and offset in bytes of the store's file beneath; None for other memory.
+    #[getter]
+    fn source(&self) -> Option<(String, u64, u64)> {
+        self.source.clone().map(|source| (source.name, source.inode, source.offset))
+    }
+
+    /// Offset and bytes of each span.
+    #[getter]
+    fn spans(&self) -> Vec<(u64, u64)> {
+        self.table.spans.iter().map(|span| (span.offset, span.nbytes)).collect()
+    }
+
+    /// Span, dtype, flags, offset, shape and stride of each view, in elements.
+    #[getter]
+    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let view = |view: &View| {
+            let shape = PyTuple::new(py, &view.shape)?;
+            let stride = PyTuple::new(py, &view.stride)?;
+            (view.span, view.dtype.name(), view.flags.0, view.offset, shape, stride)
+                .into_pyobject(py)
+        };
+        self.table.views.iter().map(view).collect()
+    }
+
+    /// Fills this process's page table for the whole block, while the caller goes on.
+    fn prefault(&self) {
+        // SAFETY: the block drops it before the pages.
+        self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
+    }
+
+    /// A tensor for each view that has a span for itself, and a dtype that DLPack has; None for the
+    /// others.
+    fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        let py = slf.py();
+        let table = &slf.get().table;
+        let mut views_on = vec![0_u32; table.spans.len()];
+        table.views.iter().for_each(|view| views_on[view.span] += 1);
+        let tensors = PyList::empty(py);
+        for view in &table.views {
+            let plain = !view.flags.contains(Flags::CONJ) && !view.flags.contains(Flags::NEG);
+            let alone = views_on[view.span] == 1 && plain && view.extent()?.is_some();
+            let made = if alone {
+                let start = table.spans[view.span].offset + view.offset * view.dtype.itemsize();
+                let data = (slf.get().pages.piece().address + start as usize) as *mut c_void;
+                // SAFETY: a view of the block's table; neither moves while there is the block.
+                unsafe { loan::tensor(data, view, slf) }?
+            } else {
+                None
+            };
+            tensors.append(made)?;
+        }
+        Ok(tensors)
+    }
+
+    /// # Safety
+    /// Called by the interpreter with a view to fill.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let piece = slf.get().pages.piece();
+        // SAFETY: the interpreter's view; the block, which holds the pages, is its object.
+        unsafe { buffer::fill(slf.into_any(), piece, false, view, flags) }
+    }
+}
+
+/// File name, inode and offset in bytes of the shared file mapping that holds an address.
+#[pyfunction]
+pub(super) fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
+    let source = pages::source(Piece { address, nbytes: 1 })?;
+    Ok(source.map(|source| (source.name, source.inode, source.offset)))
+}

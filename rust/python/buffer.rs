@@ -1,0 +1,31 @@
+//! Memory of ours for the buffer protocol.
+
+use std::ffi::{c_int, c_void};
+
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+use crate::layout::Piece;
+
+/// Fills a view with a piece.
+///
+/// # Safety
+/// `view` is the interpreter's to be filled, and `object` keeps the piece alive.
+pub(super) unsafe fn fill(
+    object: Bound<'_, PyAny>,
+    piece: Piece,
+    readonly: bool,
+    view: *mut ffi::Py_buffer,
+    flags: c_int,
+) -> PyResult<()> {
+    if view.is_null() {
+        return Err(PyBufferError::new_err("no view to fill"));
+    }
+    let (address, nbytes) = (piece.address as *mut c_void, piece.nbytes as ffi::Py_ssize_t);
+    // SAFETY: the view is not null; the bytes live as long as the object, which it will refer to.
+    let status = unsafe {
+        ffi::PyBuffer_FillInfo(view, object.as_ptr(), address, nbytes, c_int::from(readonly), flags)
+    };
+    if status == 0 { Ok(()) } else { Err(PyErr::fetch(object.py())) }
+}

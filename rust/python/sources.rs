@@ -1,0 +1,160 @@
+//! What is to be published, as a pickler meets it.
+
+use std::collections::HashMap;
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use pyo3::{IntoPyObjectExt, intern};
+
+use super::torch::Torch;
+use crate::dtype::Dtype;
+use crate::layout::Piece;
+use crate::view::{Flags, View};
+
+/// The tensors of an object graph as a pickler meets them: views over storages of the source.
+///
+/// `to_host` is called with each storage that does not lie in the host's memory, and gives one that
+/// does.
+#[pyclass(module = "ray_zerocopy._core")]
+pub(super) struct Sources {
+    to_host: Py<PyAny>,
+    pub(super) views: Vec<View>,
+    pub(super) storages: Vec<(Piece, Py<PyAny>)>,
+    /// What the views describe. It keeps the tensors alive, so that none takes another's address.
+    #[pyo3(get)]
+    tensors: Py<PyList>,
+    /// The number of each tensor, by its own address.
+    tensor_ids: HashMap<usize, usize>,
+    /// The number of each storage, by the address of torch's `StorageImpl`.
+    storage_ids: HashMap<usize, usize>,
+}
+
+#[pymethods]
+impl Sources {
+    #[new]
+    fn new(py: Python<'_>, to_host: Py<PyAny>) -> Sources {
+        Sources {
+            to_host,
+            views: Vec::new(),
+            storages: Vec::new(),
+            tensors: PyList::empty(py).unbind(),
+            tensor_ids: HashMap::new(),
+            storage_ids: HashMap::new(),
+        }
+    }
+
+    /// Takes a plain tensor or parameter and gives its number; None for all else.
+    ///
+    /// A pickler's `persistent_id`, which it calls for every object, thousands of times a model: a
+    /// method, as a call of the object itself would take twice as long.
+    fn take(&mut self, object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+        let torch = Torch::get(object.py())?;
+        let kind = object.get_type();
+        let flags = if kind.is(&torch.parameter) {
+            Flags::PARAMETER
+        } else if kind.is(&torch.tensor) {
+            Flags::default()
+        } else {
+            return Ok(None);
+        };
+        if let Some(&known) = self.tensor_ids.get(&(object.as_ptr() as usize)) {
+            return Ok(Some(known));
+        }
+        if !has_plain_storage(object)?
+            || !object.getattr(intern!(object.py(), "__dict__"))?.is_empty()?
+        {
+            return Ok(None);
+        }
+        let view = self.view(torch, object, flags)?;
+        let index = self.push(object, view)?;
+        self.tensor_ids.insert(object.as_ptr() as usize, index);
+        Ok(Some(index))
+    }
+
+    /// Takes a buffer that is no tensor, such as numpy's, as a view of uint8; gives its number.
+    fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let bytes = PyUntypedBuffer::get(buffer)?;
+        let piece = Piece { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
+        let (flags, shape) = (Flags::default(), vec![piece.nbytes as u64]);
+        let view = View {
+            span: self.storages.len(),
+            dtype: Dtype::Uint8,
+            flags,
+            offset: 0,
+            shape,
+            stride: vec![1],
+        };
+        self.storages.push((piece, buffer.clone().unbind()));
+        self.push(buffer, view)
+    }
+}
+
+impl Sources {
+    fn push(&mut self, object: &Bound<'_, PyAny>, view: View) -> PyResult<usize> {
+        self.tensors.bind(object.py()).append(object)?;
+        self.views.push(view);
+        Ok(self.views.len() - 1)
+    }
+
+    fn view(
+        &mut self,
+        torch: &Torch,
+        tensor: &Bound<'_, PyAny>,
+        mut flags: Flags,
+    ) -> PyResult<View> {
+        let py = tensor.py();
+        let hooks = tensor.getattr(intern!(py, "_backward_hooks"))?;
+        if !hooks.is_none() {
+            torch.warn_if_has_hooks.call1(py, (tensor,))?;
+        }
+        for (flag, asked) in [
+            (Flags::REQUIRES_GRAD, tensor.getattr(intern!(py, "requires_grad"))?),
+            (Flags::CONJ, tensor.call_method0(intern!(py, "is_conj"))?),
+            (Flags::NEG, tensor.call_method0(intern!(py, "is_neg"))?),
+        ] {
+            if asked.is_truthy()? {
+                flags.0 |= flag.0;
+            }
+        }
+        Ok(View {
+            span: self.storage(tensor)?,
+            dtype: torch.dtype(&tensor.getattr(intern!(py, "dtype"))?)?,
+            flags,
+            offset: tensor.call_method0(intern!(py, "storage_offset"))?.extract()?,
+            shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
+            stride: tensor.call_method0(intern!(py, "stride"))?.extract()?,
+        })
+    }
+
+    fn storage(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let py = tensor.py();
+        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+        let id = storage.getattr(intern!(py, "_cdata"))?.extract()?;
+        if let Some(&known) = self.storage_ids.get(&id) {
+            return Ok(known);
+        }
+        let is_cpu = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let host = if is_cpu { &storage } else { &self.to_host.bind(py).call1((&storage,))? };
+        let address = host.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let nbytes = host.call_method0(intern!(py, "nbytes"))?.extract()?;
+        // the storage itself as well: as long as it lives, no other has its address
+        let owner = if is_cpu { storage.unbind() } else { (host, &storage).into_py_any(py)? };
+        self.storages.push((Piece { address, nbytes }, owner));
+        self.storage_ids.insert(id, self.storages.len() - 1);
+        Ok(self.storages.len() - 1)
+    }
+}
+
+/// Whether a storage, a dtype and strides are all there is to a tensor.
+#[pyfunction]
+pub(super) fn has_plain_storage(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = tensor.py();
+    let torch = Torch::get(py)?;
+    let is = |name| tensor.getattr(name)?.is_truthy();
+    Ok(tensor.getattr(intern!(py, "layout"))?.is(&torch.strided)
+        && !is(intern!(py, "is_meta"))?
+        && !is(intern!(py, "is_quantized"))?
+        && !is(intern!(py, "is_nested"))?
+        && torch.has_storage.bind(py).call1((tensor,))?.is_truthy()?)
+}
