@@ -177,7 +177,7 @@ unsafe fn place_part(pieces: &[(u64, Piece)], start: usize, target: &mut [u8]) {
 ///
 /// A streaming store does not first read what it overwrites: a third less of memory's work. The
 /// C library's `memcpy` streams too, but only what is longer than most storages (48 MiB on one
-/// machine): 396 MiB by two threads 29 ms streaming, 44 not.
+/// machine). 400 MiB by two threads, in pieces of 1 MiB: 39 ms streaming, 67 with `memcpy`.
 fn copy_bytes(target: &mut [u8], source: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     if source.len() >= STREAM_FROM && target.as_ptr().addr().is_multiple_of(ALIGN as usize) {
@@ -189,15 +189,26 @@ fn copy_bytes(target: &mut [u8], source: &[u8]) {
 /// Copies with streaming stores; the target starts at a multiple of [`ALIGN`].
 #[cfg(target_arch = "x86_64")]
 fn stream(target: &mut [u8], source: &[u8]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    use std::arch::x86_64::{
+        __m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
+    };
+    const LINE: usize = 64;
+    // bytes; the processor's own prefetching falls behind: 48 ms without, 39 with 384 to 768
+    const AHEAD: usize = 512;
 
-    let (lines, rest) = target.as_chunks_mut::<16>();
-    let (source_lines, source_rest) = source.as_chunks::<16>();
+    let (lines, rest) = target.as_chunks_mut::<LINE>();
+    let (source_lines, source_rest) = source.as_chunks::<LINE>();
     for (line, source) in lines.iter_mut().zip(source_lines) {
-        // SAFETY: 16 bytes that can be read, at any alignment.
-        let bytes = unsafe { _mm_loadu_si128(source.as_ptr().cast::<__m128i>()) };
-        // SAFETY: 16 bytes that can be written; they lie a multiple of 16 after an aligned start.
-        unsafe { _mm_stream_si128(line.as_mut_ptr().cast::<__m128i>(), bytes) };
+        // SAFETY: a hint, which may be of any address.
+        unsafe { _mm_prefetch(source.as_ptr().wrapping_add(AHEAD).cast(), _MM_HINT_NTA) };
+        let (quarters, _) = line.as_chunks_mut::<16>();
+        let (source_quarters, _) = source.as_chunks::<16>();
+        for (quarter, source) in quarters.iter_mut().zip(source_quarters) {
+            // SAFETY: 16 bytes that can be read, at any alignment.
+            let bytes = unsafe { _mm_loadu_si128(source.as_ptr().cast::<__m128i>()) };
+            // SAFETY: 16 bytes that can be written, a multiple of 16 after an aligned start.
+            unsafe { _mm_stream_si128(quarter.as_mut_ptr().cast::<__m128i>(), bytes) };
+        }
     }
     rest.copy_from_slice(source_rest);
     // SAFETY: every processor of this architecture has it. Streaming stores are ordered by it alone.
