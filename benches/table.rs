@@ -17,8 +17,8 @@ fn table(count: usize) -> Table {
         dtype: Dtype::Float32,
         flags: Flags::PARAMETER,
         offset: 0,
-        shape: vec![768, 768],
-        stride: vec![768, 1],
+        shape: [768, 768][..].into(),
+        stride: [768, 1][..].into(),
     };
     Table::new(&layout, (0..count).map(view).collect()).unwrap()
 }

@@ -4,14 +4,22 @@
 //!  torch's storage ─▶ ManagedTensor ─▶ owner        `deleter` drops the owner with the storage
 //! ```
 //!
-//! As laid down in `dlpack.h` (<https://dmlc.github.io/dlpack/latest/c_api.html>), the structure
-//! without a version, which every torch reads.
+//! As laid down in `dlpack.h`, version 1 (<https://dmlc.github.io/dlpack/latest/c_api.html>).
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 
 use crate::view::View;
 
 const CPU: i32 = 1;
+const MAJOR_VERSION: u32 = 1;
+
+/// `DLPackVersion`; the layout of all that follows it depends on `major`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Version {
+    major: u32,
+    minor: u32,
+}
 
 /// `DLTensor`: where the elements lie, and how.
 #[repr(C)]
@@ -29,13 +37,37 @@ struct Tensor {
     byte_offset: u64,
 }
 
-/// `DLManagedTensor`: a tensor, and what to call when nobody needs it any more.
+/// `DLManagedTensorVersioned`: a tensor, and what to call when nobody needs it any more.
 #[repr(C)]
 #[derive(Debug)]
 pub struct ManagedTensor {
-    tensor: Tensor,
+    version: Version,
     manager_ctx: *mut c_void,
     deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
+    flags: u64,
+    tensor: Tensor,
+}
+
+/// Makes a Python object of a tensor that it takes over, and puts it where the second argument
+/// points; not 0 with a Python exception set.
+pub type ToPyObject = unsafe extern "C" fn(*mut ManagedTensor, *mut *mut c_void) -> c_int;
+
+/// `DLPackExchangeAPI`, up to what we call: a table that a library keeps for as long as it lives.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ExchangeApi {
+    version: Version,
+    previous: *const ExchangeApi,
+    allocate: *const c_void,
+    from_py_object: *const c_void,
+    to_py_object: ToPyObject,
+}
+
+impl ExchangeApi {
+    /// The library's function that takes a [`ManagedTensor`]; `None` if its DLPack is not ours.
+    pub fn to_py_object(&self) -> Option<ToPyObject> {
+        (self.version.major == MAJOR_VERSION).then_some(self.to_py_object)
+    }
 }
 
 /// What a loan holds: the tensor first, so that a pointer to it is one to all.
@@ -47,7 +79,7 @@ struct Loan<Owner> {
 
 /// Lends the elements of a view that start at `data`; `None` for a dtype that DLPack lacks.
 ///
-/// Whoever takes it calls [`give_back`] in the end, on whatever thread, which drops the owner.
+/// Whoever takes it calls its deleter in the end, on whatever thread, which drops the owner.
 ///
 /// # Safety
 /// The owner keeps the elements and the view where they are.
@@ -69,21 +101,14 @@ pub unsafe fn lend<Owner>(
         strides: view.stride.as_ptr().cast_mut().cast(),
         byte_offset: 0,
     };
-    let manager_ctx = std::ptr::null_mut();
-    let managed = ManagedTensor { tensor, manager_ctx, deleter: Some(end::<Owner>) };
+    let managed = ManagedTensor {
+        version: Version { major: MAJOR_VERSION, minor: 0 },
+        manager_ctx: std::ptr::null_mut(),
+        deleter: Some(end::<Owner>),
+        flags: 0,
+        tensor,
+    };
     Some(Box::into_raw(Box::new(Loan { managed, _owner: owner })).cast())
-}
-
-/// Ends a loan, as the one who took it does.
-///
-/// # Safety
-/// It comes from [`lend`], and nobody uses it or its elements from now on.
-pub unsafe fn give_back(managed: *mut ManagedTensor) {
-    // SAFETY: alive until its deleter is called, by the caller's promise.
-    if let Some(deleter) = unsafe { (*managed).deleter } {
-        // SAFETY: the caller's promise.
-        unsafe { deleter(managed) };
-    }
 }
 
 /// # Safety
@@ -103,7 +128,14 @@ mod tests {
 
     fn view(dtype: Dtype) -> View {
         let flags = Flags::default();
-        View { span: 0, dtype, flags, offset: 0, shape: vec![2, 3], stride: vec![1, 2] }
+        View {
+            span: 0,
+            dtype,
+            flags,
+            offset: 0,
+            shape: [2, 3][..].into(),
+            stride: [1, 2][..].into(),
+        }
     }
 
     #[test]
@@ -122,8 +154,10 @@ mod tests {
         // SAFETY: as many as there are dimensions.
         assert_eq!(unsafe { slice::from_raw_parts(tensor.strides, 2) }, [1, 2]);
         assert_eq!(Arc::strong_count(&owner), 2);
+        // SAFETY: not given back yet.
+        let deleter = unsafe { (*loan).deleter }.unwrap();
         // SAFETY: lent above, and not used below.
-        unsafe { give_back(loan) };
+        unsafe { deleter(loan) };
         assert_eq!(Arc::strong_count(&owner), 1);
     }
 

@@ -14,7 +14,7 @@
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Span};
-use crate::view::{Flags, View};
+use crate::view::{Dims, Flags, View};
 
 const MAGIC: &[u8; 4] = b"RZCT";
 const VERSION: u16 = 1;
@@ -160,7 +160,7 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    fn u64s(&mut self, n: u16) -> Result<Vec<u64>> {
+    fn dims(&mut self, n: u16) -> Result<Dims> {
         let bytes = self.bytes(8 * usize::from(n))?;
         let (words, _) = bytes.as_chunks();
         Ok(words.iter().map(|&word| u64::from_le_bytes(word)).collect())
@@ -176,7 +176,7 @@ impl<'a> Reader<'a> {
         let (dtype, flags) = (Dtype::from_code(dtype)?, Flags(flags));
         let dimensions = self.u16()?;
         let offset = self.u64()?;
-        let (shape, stride) = (self.u64s(dimensions)?, self.u64s(dimensions)?);
+        let (shape, stride) = (self.dims(dimensions)?, self.dims(dimensions)?);
         Ok(View { span, dtype, flags, offset, shape, stride })
     }
 }
@@ -198,7 +198,7 @@ mod tests {
                 let span = index.index(nbytes.len());
                 let dtype = Dtype::from_code(dtype).unwrap();
                 let n = (nbytes[span] / dtype.itemsize()).saturating_sub(offset);
-                let (shape, stride) = (vec![n / 2, 2], vec![2, 1]);
+                let (shape, stride) = (Dims::from_slice(&[n / 2, 2]), Dims::from_slice(&[2, 1]));
                 View { span, dtype, flags: Flags(dtype as u8 % 16), offset, shape, stride }
             });
             Table::new(&layout, views.collect()).unwrap()

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -25,6 +27,9 @@ impl Flags {
     }
 }
 
+/// A number for each dimension, up to four of them without memory of their own.
+pub type Dims = SmallVec<[u64; 4]>;
+
 /// A strided tensor over a span. Shape, stride and offset count elements, as in torch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
@@ -37,9 +42,9 @@ pub struct View {
     /// Elements between the start of the span and the first element.
     pub offset: u64,
     /// Elements in each dimension.
-    pub shape: Vec<u64>,
+    pub shape: Dims,
     /// Elements between neighbours in each dimension; 0 repeats, none is negative.
-    pub stride: Vec<u64>,
+    pub stride: Dims,
 }
 
 impl View {
@@ -81,7 +86,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn view(dtype: Dtype, offset: u64, shape: &[u64], stride: &[u64]) -> View {
-        let (shape, stride) = (shape.to_vec(), stride.to_vec());
+        let (shape, stride) = (Dims::from_slice(shape), Dims::from_slice(stride));
         View { span: 0, dtype, flags: Flags::default(), offset, shape, stride }
     }
 

@@ -161,7 +161,7 @@ impl Block {
         let tensors = PyList::empty(py);
         for view in &table.views {
             let plain = !view.flags.contains(Flags::CONJ) && !view.flags.contains(Flags::NEG);
-            let alone = views_on[view.span] == 1 && plain && view.extent()?.is_some();
+            let alone = views_on[view.span] == 1 && plain && !view.shape.contains(&0);
             let made = if alone {
                 let start = table.spans[view.span].offset + view.offset * view.dtype.itemsize();
                 let data = (slf.get().pages.piece().address + start as usize) as *mut c_void;

@@ -1,13 +1,13 @@
 //! Tensors over memory that a Python object keeps, lent to torch by DLPack.
 
-use std::ffi::{CStr, c_void};
-use std::mem;
+use std::ffi::c_void;
+use std::{mem, ptr};
 
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::{ffi, intern};
 
 use super::torch::Torch;
-use crate::dlpack::{self, ManagedTensor};
+use crate::dlpack;
 use crate::view::{Flags, View};
 
 /// A tensor with a storage of its own, whose first element is at `data`; `None` where DLPack has no
@@ -27,7 +27,13 @@ pub(super) unsafe fn tensor<'py>(
     let Some(loan) = (unsafe { dlpack::lend(data, view, lender) }) else {
         return Ok(None);
     };
-    let tensor = torch.from_dlpack.bind(py).call1((capsule(py, loan)?,))?;
+    let mut tensor = ptr::null_mut();
+    // SAFETY: a loan that torch takes over, and room for the tensor; `py` proves that we may.
+    if unsafe { (torch.to_py_object)(loan, &raw mut tensor) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    // SAFETY: a new reference.
+    let tensor = unsafe { Bound::from_owned_ptr_or_err(py, tensor.cast()) }?;
     if view.flags.contains(Flags::PARAMETER) {
         // as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor, 2 us more
         tensor.setattr(intern!(py, "__class__"), &torch.parameter)?;
@@ -47,23 +53,4 @@ impl Drop for Lender {
         let mut owner = mem::ManuallyDrop::new(self.0.take());
         Python::try_attach(|_| drop(owner.take()));
     }
-}
-
-const LENT: &CStr = c"dltensor";
-
-/// A loan as Python hands it on; whoever takes it renames the capsule.
-fn capsule<'py>(py: Python<'py>, loan: *mut ManagedTensor) -> PyResult<Bound<'py, PyAny>> {
-    unsafe extern "C" fn end(capsule: *mut ffi::PyObject) {
-        // SAFETY: called by the interpreter with the capsule that goes.
-        if unsafe { ffi::PyCapsule_IsValid(capsule, LENT.as_ptr()) } == 1 {
-            // SAFETY: valid under this name, so nobody has taken it.
-            let loan = unsafe { ffi::PyCapsule_GetPointer(capsule, LENT.as_ptr()) };
-            // SAFETY: the loan, which nobody has taken and nobody can any more.
-            unsafe { dlpack::give_back(loan.cast()) };
-        }
-    }
-    // SAFETY: the pointer is not null, and the name is static.
-    let capsule = unsafe { ffi::PyCapsule_New(loan.cast(), LENT.as_ptr(), Some(end)) };
-    // SAFETY: a new reference, or null with an exception set.
-    unsafe { Bound::from_owned_ptr_or_err(py, capsule) }
 }

@@ -10,7 +10,7 @@ use pyo3::{IntoPyObjectExt, intern};
 use super::torch::Torch;
 use crate::dtype::Dtype;
 use crate::layout::Piece;
-use crate::view::{Flags, View};
+use crate::view::{Dims, Flags, View};
 
 /// The tensors of an object graph as a pickler meets them: views over storages of the source.
 ///
@@ -76,14 +76,14 @@ impl Sources {
     fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let bytes = PyUntypedBuffer::get(buffer)?;
         let piece = Piece { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
-        let (flags, shape) = (Flags::default(), vec![piece.nbytes as u64]);
+        let (flags, shape) = (Flags::default(), Dims::from_slice(&[piece.nbytes as u64]));
         let view = View {
             span: self.storages.len(),
             dtype: Dtype::Uint8,
             flags,
             offset: 0,
             shape,
-            stride: vec![1],
+            stride: Dims::from_slice(&[1]),
         };
         self.storages.push((piece, buffer.clone().unbind()));
         self.push(buffer, view)

@@ -1,14 +1,17 @@
 //! What of torch a tensor is made of and asked about.
 
+use pyo3::exceptions::PyImportError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::dlpack::{ExchangeApi, ToPyObject};
 use crate::dtype::Dtype;
 use crate::error::Error;
 
 /// Looked up once.
 pub(super) struct Torch {
-    pub(super) from_dlpack: Py<PyAny>,
+    pub(super) to_py_object: ToPyObject,
     pub(super) has_storage: Py<PyAny>,
     pub(super) parameter: Py<PyAny>,
     pub(super) strided: Py<PyAny>,
@@ -29,8 +32,7 @@ impl Torch {
                 Some((object.unbind(), dtype))
             });
             Ok(Torch {
-                // what `torch.from_dlpack` calls, which first asks ten questions of an exporter
-                from_dlpack: core.getattr("_from_dlpack")?.unbind(),
+                to_py_object: importer(&torch.getattr("Tensor")?)?,
                 has_storage: core.getattr("_has_storage")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
                 strided: torch.getattr("strided")?.unbind(),
@@ -47,4 +49,18 @@ impl Torch {
             None => Err(Error::UnknownDtype { name: dtype.to_string() }.into()),
         }
     }
+}
+
+/// What `torch.from_dlpack` comes to in the end, after ten questions to an exporter.
+fn importer(tensor: &Bound<'_, PyAny>) -> PyResult<ToPyObject> {
+    let capsule = tensor.getattr("__dlpack_c_exchange_api__")?;
+    // SAFETY: an object, and a static name.
+    let api =
+        unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), c"dlpack_exchange_api".as_ptr()) };
+    // SAFETY: null with an exception set, or the table that the name promises, there for good.
+    let Some(api) = (unsafe { api.cast::<ExchangeApi>().as_ref() }) else {
+        return Err(PyErr::fetch(tensor.py()));
+    };
+    let other = "ray_zerocopy knows DLPack 1, and this torch has another: install torch 2.15";
+    api.to_py_object().ok_or_else(|| PyImportError::new_err(other))
 }
