@@ -21,7 +21,7 @@ from footprint import trim, unique_set_size, with_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_RATIO = 8  # times the fastest; what takes longer sits out four rounds of five
-MIN_ROUNDS = 6
+MIN_ROUNDS = 20
 
 
 @contextmanager

@@ -156,8 +156,9 @@ def first_publish():
     model = subjects.build("BERT-base")
     ready = [(rival, rival.prepare(model)) for rival in (Floor(), Ours(), RayFlag())]
     kept, seconds = [], {rival.name: [] for rival, _ in ready}
-    for turn in range(3):
-        for rival, subject in ready[turn:] + ready[:turn]:
+    for turn in range(5):
+        first = turn % len(ready)
+        for rival, subject in ready[first:] + ready[:first]:
             elapsed, handle = timed(rival.publish, subject)
             seconds[rival.name].append(elapsed)
             kept.append(handle)
@@ -236,6 +237,10 @@ def over_tensors(worker):
         [bold(rival.name), *(f"{slopes[unit][rival.name]:.2f}" for unit in shapes)]
         for rival in CONTENDERS
     ]
+    straightness = [
+        f"{np.corrcoef(shapes[unit][1], curve[OURS])[0, 1] ** 2:.3f}"
+        for unit, curve in curves.items()
+    ]
     lines = {
         name: (counts, [1e3 * seconds for seconds in curve])
         for name, curve in curves["a Linear"].items()
@@ -244,7 +249,8 @@ def over_tensors(worker):
         "Load over tensors",
         "What one more costs, in microseconds: a tensor in a module that is there anyway, a module "
         "without tensors, a `Linear(16, 16)` with its weight and bias. Slopes of straight lines "
-        f"through {', '.join(f'{count:,}' for count in counts)} of them, of Linears half as many.",
+        f"through {', '.join(f'{count:,}' for count in counts)} of them, of Linears half as many; "
+        f"ours are lines to r² = {', '.join(straightness)}.",
         table(["", *(f"{unit}, µs" for unit in shapes)], rows),
         plot(
             "load_over_tensors",
@@ -344,7 +350,7 @@ def first_call(worker):
     case = bert_base()
     contenders = [rival for rival in (*CONTENDERS, Prefaulted()) if rival.name != FLOOR]
     entries, _ = enlist(contenders, case.model)
-    warm, first = ray.get(worker.time_first_calls.remote(entries, case.kwargs, 6))
+    warm, first = ray.get(worker.time_first_calls.remote(entries, case.kwargs, rounds=12))
     for rival, handle in entries:
         rival.withdraw(handle)
     rows = [["a warm private copy", "", ms(warm), "1.00 x"]] + [
