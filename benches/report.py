@@ -8,6 +8,7 @@ import argparse
 import gc
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -133,9 +134,10 @@ def report():
         worker = Worker.remote()
         sections += [step(write, worker) for write in (models, over_tensors, first_call)]
         sections += [step(write) for write in (calls, over_bytes, layouts_in_memory)]
-    with session(2 * GIB):
+    with session(3 * GIB):
         touch_store()
-        sections += [step(write) for write in (publish_memory, memory, traits, importing)]
+        sections += [step(write) for write in (publish_memory, memory, memory_over_models)]
+        sections += [step(write) for write in (traits, importing)]
     (ROOT / "BENCHMARKS.md").write_text("\n".join((heading(), *sections)))
 
 
@@ -332,6 +334,35 @@ def memory():
             log=False,
         ),
     )
+
+
+def memory_over_models():
+    header = ["", *subjects.SUBJECTS]
+    grown = [unique_memory(name) for name in subjects.SUBJECTS]
+    rows = [
+        [bold(rival.name), *(mib(each[rival.name]) if rival.name in each else "" for each in grown)]
+        for rival in CONTENDERS
+    ]
+    return section(
+        "Memory over models",
+        "Two workers have a model and have read every weight: by how much the unique set size of "
+        "each grew, in MiB. The Python objects of a model are each worker's own.",
+        table(header, rows),
+    )
+
+
+def unique_memory(subject):
+    """{rival: bytes unique to each of two workers}."""
+    model = subjects.build(subject)
+    workers = [Worker.remote() for _ in range(2)]
+    grown = {}
+    for rival in CONTENDERS:
+        with suppress(TypeError):  # zerocopy has no bfloat16
+            (total,) = memory_curve(rival, model, workers, (len(workers),))
+            grown[rival.name] = total / len(workers)
+    for worker in workers:
+        ray.kill(worker)
+    return grown
 
 
 def memory_curve(rival, model, workers, counts):
