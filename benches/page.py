@@ -73,7 +73,7 @@ def ms(seconds):
 
 
 def mib(nbytes):
-    return f"{nbytes / MIB:,.1f}"
+    return f"{nbytes / MIB:z,.1f}"
 
 
 def times(value):

@@ -252,7 +252,8 @@ def over_tensors(worker):
         "What one more costs, in microseconds: a tensor in a module that is there anyway, a module "
         "without tensors, a `Linear(16, 16)` with its weight and bias. Slopes of straight lines "
         f"through {', '.join(f'{count:,}' for count in counts)} of them, of Linears half as many; "
-        f"ours are lines to r² = {', '.join(straightness)}.",
+        f"ours are lines to r² = {', '.join(straightness)}, bent where the last load's memory went "
+        "back to the kernel and page faults fetch it again.",
         table(["", *(f"{unit}, µs" for unit in shapes)], rows),
         plot(
             "load_over_tensors",
@@ -340,7 +341,10 @@ def memory_over_models():
     header = ["", *subjects.SUBJECTS]
     grown = [unique_memory(name) for name in subjects.SUBJECTS]
     rows = [
-        [bold(rival.name), *(mib(each[rival.name]) if rival.name in each else "" for each in grown)]
+        [
+            bold(rival.name),
+            *(mib(each[rival.name]) if rival.name in each else "cannot" for each in grown),
+        ]
         for rival in CONTENDERS
     ]
     return section(
