@@ -11,11 +11,15 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Piece, Segment, align_up};
+use crate::page_table::PageTable;
 
 const MAGIC: &[u8; 8] = b"RZCB\x01\0\0\0";
 
 /// Below this a second thread costs more than it saves.
 const COPY_ALONE: usize = 8 << 20;
+
+/// The part of a target whose pages are filled in at once, where they are not in the page table.
+const FILLED_AT_ONCE: usize = 1 << 20;
 
 /// Below this the caches are the better way.
 #[cfg(target_arch = "x86_64")]
@@ -136,17 +140,22 @@ unsafe fn place(mut pieces: Vec<(u64, Piece)>, target: &mut [u8]) {
         _ => thread::available_parallelism().map_or(1, usize::from).min(8),
     };
     let share = target.len().div_ceil(threads).next_multiple_of(ALIGN as usize);
+    let (page_table, pieces) = (&PageTable::open(), &pieces);
+    let place_share = |start: usize, share: &mut [u8]| {
+        for (index, part) in share.chunks_mut(FILLED_AT_ONCE).enumerate() {
+            page_table.fill_to_write(part);
+            // SAFETY: the caller's promise.
+            unsafe { place_part(pieces, start + index * FILLED_AT_ONCE, part) };
+        }
+    };
     thread::scope(|scope| {
         let mut shares = target.chunks_mut(share.max(1)).enumerate();
         let own = shares.next();
-        let pieces = &pieces;
         for (index, part) in shares {
-            // SAFETY: the caller's promise.
-            scope.spawn(move || unsafe { place_part(pieces, index * share, part) });
+            scope.spawn(move || place_share(index * share, part));
         }
         if let Some((_, part)) = own {
-            // SAFETY: the caller's promise.
-            unsafe { place_part(pieces, 0, part) };
+            place_share(0, part);
         }
     });
 }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `table`,
-//! `block`, `pages`, `dlpack`, and with the feature `python` the edge towards Python.
+//! `page_table`, `block`, `pages`, `dlpack`, and with the feature `python` the edge towards Python.
 
 pub mod error;
 
@@ -17,6 +17,9 @@ pub mod view;
 pub mod layout;
 
 pub mod table;
+
+#[allow(unsafe_code)] // asks the kernel
+pub mod page_table;
 
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod block;

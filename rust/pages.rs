@@ -18,6 +18,7 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::layout::Piece;
+use crate::page_table;
 
 /// What is filled of a page table before anyone is asked whether to go on: about a millisecond.
 const FILLED_AT_ONCE: usize = 16 << 20;
@@ -82,7 +83,9 @@ impl Pages {
                     break;
                 }
                 let nbytes = FILLED_AT_ONCE.min(piece.nbytes - start);
-                system::prefault(Piece { address: piece.address + start, nbytes });
+                let part = Piece { address: piece.address + start, nbytes };
+                // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
+                unsafe { page_table::fill_to_read(part) };
             }
         };
         // without a thread the first reads fault, as they would have
@@ -279,25 +282,6 @@ mod system {
         Ok((map.map_err(|error| unsupported(format!("{}: {error}", source.name)))?, source))
     }
 
-    /// Fills the page table for a piece whose pages the caller holds; where the kernel is too old
-    /// (before 5.14), reads one byte of every page.
-    pub fn prefault(piece: Piece) {
-        // SAFETY: sysconf only reads a number.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
-        let start = piece.address - piece.address % page;
-        let nbytes = piece.address + piece.nbytes - start;
-        // SAFETY: MADV_POPULATE_READ changes no byte and no right; a range that is not mapped
-        // gives ENOMEM.
-        let done = unsafe { libc::madvise(start as *mut _, nbytes, libc::MADV_POPULATE_READ) };
-        if done != 0 {
-            // SAFETY: whoever calls holds the pages, so they are readable.
-            let bytes = unsafe { piece.bytes() };
-            bytes.iter().step_by(page).for_each(|byte| {
-                std::hint::black_box(*byte);
-            });
-        }
-    }
-
     #[cfg(test)]
     mod tests {
         use super::*;
@@ -336,8 +320,6 @@ mod system {
     pub fn map_private(_: Piece) -> Result<(MmapMut, Source)> {
         Err(unsupported(REASON))
     }
-
-    pub fn prefault(_: Piece) {}
 }
 
 #[cfg(all(test, target_os = "linux"))]
