@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use ray_zerocopy::dtype::Dtype;
 use ray_zerocopy::layout::{Layout, Piece};
 use ray_zerocopy::table::{Table, fingerprint};
-use ray_zerocopy::view::{Flags, View};
+use ray_zerocopy::view::{Dims, Flags, View};
 
 fn table(count: usize) -> Table {
     let storages = vec![Piece { address: 0, nbytes: 4 * 768 * 768 }; count];
@@ -17,8 +17,8 @@ fn table(count: usize) -> Table {
         dtype: Dtype::Float32,
         flags: Flags::PARAMETER,
         offset: 0,
-        shape: [768, 768][..].into(),
-        stride: [768, 1][..].into(),
+        shape: Dims::from_slice(&[768, 768]),
+        stride: Dims::from_slice(&[768, 1]),
     };
     Table::new(&layout, (0..count).map(view).collect()).unwrap()
 }

@@ -122,7 +122,7 @@ unsafe extern "C" fn end<Owner>(managed: *mut ManagedTensor) {
 mod tests {
     use super::*;
     use crate::dtype::Dtype;
-    use crate::view::Flags;
+    use crate::view::{Dims, Flags};
     use std::slice;
     use std::sync::Arc;
 
@@ -133,8 +133,8 @@ mod tests {
             dtype,
             flags,
             offset: 0,
-            shape: [2, 3][..].into(),
-            stride: [1, 2][..].into(),
+            shape: Dims::from_slice(&[2, 3]),
+            stride: Dims::from_slice(&[1, 2]),
         }
     }
 

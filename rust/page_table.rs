@@ -5,6 +5,8 @@ use std::fs::File;
 
 use crate::layout::Piece;
 
+pub use system::fill_to_read;
+
 /// What tells which pages are in the page table.
 #[derive(Debug)]
 pub struct PageTable {
@@ -30,15 +32,6 @@ impl PageTable {
             system::fill_to_write(target);
         }
     }
-}
-
-/// Fills in the pages of memory that is about to be read.
-///
-/// # Safety
-/// It is readable, and stays so meanwhile.
-pub unsafe fn fill_to_read(piece: Piece) {
-    // SAFETY: the caller's promise.
-    unsafe { system::fill_to_read(piece) }
 }
 
 #[cfg(target_os = "linux")]
@@ -67,7 +60,8 @@ mod system {
         populate(piece, libc::MADV_POPULATE_WRITE); // else the writes fault, as they would have
     }
 
-    /// Where the kernel is too old (before 5.14), by reading one byte of every page.
+    /// Fills in the pages of memory that is about to be read; where the kernel is too old (before
+    /// 5.14), by reading one byte of each.
     ///
     /// # Safety
     /// The memory is readable, and stays so meanwhile.
@@ -101,6 +95,10 @@ mod system {
 
     pub fn fill_to_write(_: Piece) {}
 
+    /// Nothing: pages are filled in as they are read.
+    ///
+    /// # Safety
+    /// None is asked for.
     pub unsafe fn fill_to_read(_: Piece) {}
 }
 
