@@ -7,7 +7,7 @@ PYTHON ?= python3
 export PATH := $(abspath $(BIN)):$(PATH)
 export VIRTUAL_ENV := $(abspath $(VENV))
 
-.PHONY: demo test bench build wheel clean
+.PHONY: demo test chaos fuzz sanitize matrix bench docs build wheel clean
 
 demo: build
 	$(BIN)/python -m ray_zerocopy.demo
@@ -22,6 +22,34 @@ test: build
 	$(BIN)/mypy
 	$(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# KILLS of publishers and readers, then ten minutes of faults at random; the same again with the same SEED.
+KILLS ?= 100
+MINUTES ?= 10
+SEED ?= 0
+
+chaos: build
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
+	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
+
+# CASES of each law of table, header, snapshot, layout and view, and of what torch makes of them.
+CASES ?= 1000000
+
+fuzz: build
+	PROPTEST_CASES=$(CASES) cargo test --profile fuzz --lib -- view:: layout:: table:: block:: snapshot::
+	CASES=$(CASES) SEED=$(SEED) $(BIN)/pytest -s tests/test_fuzz.py
+
+# The core under AddressSanitizer, which a stable compiler has for those who ask.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+
+sanitize:
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --lib --target $(HOST) \
+		--target-dir target/sanitized
+
+# The suite on pairs of torch and Ray, in environments of their own: 6 GB and 5 minutes a pair. All
+# of them, or PAIRS="2.6/2.43 2.8/2.48"; some want another Python on the PATH.
+matrix: wheel
+	$(BIN)/python tests/matrix.py dist/*_x86_64.whl $(PAIRS)
+
 # One bench embeds Python: it runs where there is a library of it to link.
 LIBPYTHON = $(shell $(BIN)/python -c "from sysconfig import get_config_var as var; \
 	print(var('LIBDIR') + '/' + var('LDLIBRARY'))")
@@ -33,6 +61,11 @@ bench: build
 	$(BIN)/pytest benches --benchmark-only
 	$(BIN)/python benches/report.py
 
+# The site, warnings as errors: unknown names and broken links within it are such.
+docs: build
+	$(BIN)/pip install --quiet --editable ".[docs]" --no-build-isolation
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
+
 # Everything that Python needs, once; then the extension, whenever Rust changes.
 build: $(BIN)/.installed
 	$(BIN)/maturin develop --release --quiet
@@ -43,8 +76,12 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
+# For glibc 2.17 and later: zig links against the symbols that it had.
 wheel: $(BIN)/.installed
-	$(BIN)/maturin build --release --out dist
+	rustup target add x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu
+	for arch in x86_64 aarch64; do $(BIN)/maturin build --release --zig --out dist \
+		--compatibility manylinux_2_17 --target $$arch-unknown-linux-gnu || exit 1; done
+	$(BIN)/maturin sdist --out dist
 
 clean:
 	rm -rf target dist $(VENV)

@@ -4,20 +4,18 @@ A machine that others use too changes its speed by the second. Only what is meas
 second can be compared, so every round times each rival once, and ratios are between medians.
 """
 
-import copy
 import os
 import random
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import ray
 import subjects
 import torch
-from footprint import trim, unique_set_size, with_peak
+from footprint import page_table_nbytes, trim, unique_set_size, with_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_RATIO = 8  # times the fastest; what takes longer sits out four rounds of five
@@ -34,6 +32,7 @@ def session(store_nbytes):
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benches", "tests"))
     ray.init(
+        "local",
         num_cpus=2,
         object_store_memory=store_nbytes,
         include_dashboard=False,
@@ -172,29 +171,19 @@ class Worker:
         touch_store()
         return time_publishes(rivals, model, seconds)
 
-    def time_first_calls(self, entries, kwargs, rounds):
-        """(seconds of a warm private copy's forward, {rival: (load, first forward)}), medians."""
-        rival, handle = entries[0]
-        private = copy.deepcopy(rival.load(handle))
-        warm, first = [], {rival.name: [] for rival, _ in entries}
-        with silence(), torch.inference_mode():
-            for _ in range(rounds):
-                private(**kwargs)
-                warm.append(timed(private, **kwargs)[0])
-                for rival, handle in entries:
-                    load, model = timed(rival.load, handle)
-                    first[rival.name].append((load, timed(model, **kwargs)[0]))
-        return median(warm), {name: np.median(pairs, axis=0) for name, pairs in first.items()}
-
     def keep(self, entry):
-        """Load, read every weight, and keep what was loaded."""
+        """Load, read every weight, and keep what was loaded; gives the load's seconds."""
         rival, handle = entry
         with silence():
             rival.load(handle)  # what is imported on the way is not counted
-            self.before = unique_set_size()
-            self.kept = rival.load(handle)
+            self.before, self.page_table = unique_set_size(), page_table_nbytes()
+            elapsed, self.kept = timed(rival.load, handle)
         for tensor in self.kept if isinstance(self.kept, list) else self.kept.state_dict().values():
             tensor.detach().max()
+        return elapsed
+
+    def page_table_growth(self):
+        return page_table_nbytes() - self.page_table
 
     def growth(self):
         """Bytes of unique set size gained since just before the load; free heap is not counted."""

@@ -33,12 +33,15 @@ fn writing(c: &mut Criterion) {
     let storages = vec![vec![7; 1 << 20]; 128];
     let pieces = pieces(&storages);
     let layout = Layout::plan(&pieces).unwrap();
+    let sources = || layout.place(&pieces).map(|(at, piece)| (at, piece.into())).collect();
     let mut block = vec![0; layout.nbytes as usize + 64];
     let start = block.as_ptr().align_offset(64);
     group.throughput(Throughput::Bytes(layout.nbytes));
     group.bench_function("block", |b| {
         // SAFETY: the storages live and are only read.
-        b.iter(|| unsafe { write(black_box(&layout), &pieces, 1, &mut block[start..]) });
+        b.iter(|| unsafe {
+            write(sources(), &layout.spans, layout.nbytes, 1, &mut block[start..])
+        });
     });
     let mut flat = vec![0; 128 << 20];
     group.bench_function("memcpy", |b| {

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import psutil
 from matplotlib import pyplot
 from rivals import CONTENDERS, Ours
@@ -24,6 +25,12 @@ COLORS = dict(
         strict=True,
     )
 )
+COLORS |= {
+    "ray_zerocopy, prefault": "#ff9896",
+    "a private copy": GREY,
+    "a private copy, huge pages": "#c7c7c7",
+    "a private copy, there before": GREY,
+}
 
 
 def heading():
@@ -31,7 +38,8 @@ def heading():
     rivals = ", ".join(f"{name} {version(name)}" for name in ("zerocopy", "safetensors"))
     return f"""# Benchmarks
 
-Written by `make bench` (`python benches/report.py`), not by hand.
+Written by `make bench` (`python benches/report.py`), not by hand. What a section compares is of one
+run; with `--only`, sections are of different ones.
 
 - Machine: {cpu()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / GIB:.0f} GiB,
   Linux {platform.release()}; load average {os.getloadavg()[0]:.1f} at the end of the run.
@@ -107,6 +115,34 @@ def plot(name, lines, x, y, title, log=True):
     axes.grid(color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
     label_ends(axes, lines)
+    return save(figure, name, title)
+
+
+def bars(name, groups, y, title, top=None):
+    """Draw {group: {rival: height}} beside a line at 1, and give the Markdown that shows it."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=100, layout="constrained")
+    rivals = list(dict.fromkeys(rival for heights in groups.values() for rival in heights))
+    width = 0.84 / len(rivals)
+    for at, rival in enumerate(rivals):
+        heights = [groups[group].get(rival, np.nan) for group in groups]
+        across = np.arange(len(groups)) + (at - (len(rivals) - 1) / 2) * width
+        drawn = axes.bar(across, heights, 0.9 * width, color=COLORS[rival], zorder=2, label=rival)
+        for bar, height in zip(drawn, heights, strict=True):
+            if np.isfinite(height):
+                above = (bar.get_x() + bar.get_width() / 2, min(height, top or height))
+                axes.annotate(f"{height:.2f}", above, ha="center", va="bottom", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=3)
+    axes.set_ylim(0, top and 1.06 * top)
+    axes.set_ylabel(y)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    return save(figure, name, title)
+
+
+def save(figure, name, title):
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / f"{name}.png")
     pyplot.close(figure)

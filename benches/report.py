@@ -1,11 +1,13 @@
 """The comparison as a whole: `python benches/report.py` writes BENCHMARKS.md and its plots.
 
-`python benches/report.py --quick` prints the ratios for BERT-base and writes nothing. The bars are
-for people to look at: no test asserts a time.
+With `--only fresh_worker ...` it writes the sections of these functions and keeps the others, with
+`--quick` it prints the ratios for BERT-base and leaves the page alone. The bars are for people to
+look at: no test asserts a time.
 """
 
 import argparse
 import gc
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 import ray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +23,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import subjects  # noqa: E402
 from bench_call import CALL, HOME, TASK, time_calls  # noqa: E402
+from bench_disk import from_disk  # noqa: E402
 from duel import (  # noqa: E402
+    MIN_ROUNDS,
     Worker,
     enlist,
     publish_growth,
@@ -31,20 +36,29 @@ from duel import (  # noqa: E402
     touch_store,
 )
 from fidelity import TRAITS, obeys  # noqa: E402
-from models import bert_base  # noqa: E402
-from page import GIB, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
-from rivals import CONTENDERS, Floor, Ours, Prefaulted, RayFlag  # noqa: E402
+from newcomer import AtHome, time_firsts  # noqa: E402
+from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
+from rivals import CONTENDERS, Floor, Ours, PlainRay, PlainWay, Prefaulted, RayFlag  # noqa: E402
+from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
 
+PAGE = ROOT / "BENCHMARKS.md"
 FLOOR, OURS = Floor.name, Ours.name
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="BERT-base only, to the terminal")
-    if parser.parse_args().quick:
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="write these sections anew")
+    arguments = parser.parse_args()
+    if arguments.quick:
         quick()
+    elif arguments.only:
+        parts = [*re.split("^(?=## )", PAGE.read_text(), flags=re.M), *sections(arguments.only)]
+        page = {part.partition("\n")[0]: part for part in parts}  # by title
+        PAGE.write_text("\n".join(part.strip() + "\n" for part in page.values()))
     else:
-        report()
+        written = [*sections()]
+        PAGE.write_text("\n".join((heading(), *written)))
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -101,9 +115,9 @@ class Race:
         self.publish = race_publishes(able, subject, publish_seconds)
 
 
-def race_loads(worker, model, seconds):
+def race_loads(worker, model, seconds, rivals=CONTENDERS):
     """({rival: [seconds]}, {rival: why it cannot})."""
-    entries, refusals = enlist(CONTENDERS, model)
+    entries, refusals = enlist(rivals, model)
     try:
         return ray.get(worker.time_loads.remote(entries, seconds)), refusals
     finally:
@@ -126,26 +140,36 @@ def race_publishes(rivals, subject, seconds):
 # --- the page -------------------------------------------------------------------------------------
 
 
-def report():
-    """Write the page; needs 15 GiB of memory to itself, and some minutes."""
-    with session(8 * GIB):
-        sections = [step(first_publish)]  # needs a store never written to
-        touch_store()
-        worker = Worker.remote()
-        sections += [step(write, worker) for write in (models, over_tensors, first_call)]
-        sections += [step(write) for write in (calls, over_bytes, layouts_in_memory)]
-    with session(3 * GIB):
-        touch_store()
-        sections += [step(write) for write in (publish_memory, memory, memory_over_models)]
-        sections += [step(write) for write in (traits, importing)]
-    (ROOT / "BENCHMARKS.md").write_text("\n".join((heading(), *sections)))
+def sections(only=None):
+    """Write the page's sections, in their order; all need 15 GiB of memory, and most of an hour."""
+    stores = (  # what is written into a store that is new, and what once each page was written to
+        (
+            8 * GIB,
+            [first_publish],
+            [models, plain_way, over_tensors, calls, over_bytes, layouts_in_memory],
+        ),
+        (6 * GIB, [], [fresh_worker, running]),
+        (3 * GIB, [], [from_disk, publish_memory, memory, memory_over_models]),
+        (9 * GIB, [eight_workers], []),
+        (1 * GIB, [traits, importing], []),
+    )
+    for nbytes, *each in stores:
+        new, used = (
+            [write for write in writes if only is None or write.__name__ in only] for writes in each
+        )
+        if new or used:
+            with session(nbytes):
+                yield from map(step, new)
+                if used:
+                    touch_store()
+                yield from map(step, used)
 
 
 def step(write, *arguments):
     elapsed, text = timed(write, *arguments)
     gc.collect()
     settle()
-    print(f"{write.__name__:14} {elapsed:5.0f} s", flush=True)
+    print(f"{write.__name__:18} {elapsed:5.0f} s", file=sys.stderr, flush=True)
     return text
 
 
@@ -173,7 +197,8 @@ def first_publish():
     )
 
 
-def models(worker):
+def models():
+    worker = Worker.remote()
     seconds = {
         "BERT-base": (12, 15),
         "BERT-large": (4, 4),
@@ -202,6 +227,22 @@ def layouts_in_memory():
     )
 
 
+def plain_way():
+    worker, rivals, rows = Worker.remote(), (Floor(), Ours(), PlainWay()), []
+    for name in ("BERT-base", "Llama-like, bf16, tied", "160 layers"):
+        load, _ = race_loads(worker, subjects.build(name), 6, rivals)
+        publish = race_publishes(rivals, name, 6)
+        rows += [
+            [name, bold(rival), *figures(load, rival), *figures(publish, rival)] for rival in load
+        ]
+    return section(
+        "The plain way",
+        "What a torch before 2.10, without DLPack's exchange API, and a Ray whose inside is not "
+        "known get: views by `torch.from_numpy`, blocks by `ray.put`.",
+        table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
+    )
+
+
 def subject_table(worker, name, load_seconds, publish_seconds):
     race = Race(worker, name, load_seconds, publish_seconds)
     rows = [
@@ -222,7 +263,8 @@ def subject_table(worker, name, load_seconds, publish_seconds):
     return f"### {name}: {size}\n\n{table(header, rows)}"
 
 
-def over_tensors(worker):
+def over_tensors():
+    worker = Worker.remote()
     counts = (250, 1000, 2500, 5000)
     halves = [count // 2 for count in counts]
     shapes = {
@@ -381,22 +423,146 @@ def memory_curve(rival, model, workers, counts):
     return totals
 
 
-def first_call(worker):
-    case = bert_base()
-    contenders = [rival for rival in (*CONTENDERS, Prefaulted()) if rival.name != FLOOR]
-    entries, _ = enlist(contenders, case.model)
-    warm, first = ray.get(worker.time_first_calls.remote(entries, case.kwargs, rounds=12))
-    for rival, handle in entries:
-        rival.withdraw(handle)
-    rows = [["a warm private copy", "", ms(warm), "1.00 x"]] + [
-        [bold(name), ms(load), ms(call), times(call / warm)] for name, (load, call) in first.items()
+def fresh_worker():
+    names = ("BERT-base", "Llama-like, bf16, tied")
+    firsts = {name: first_outputs(name) for name in names}
+    return section(
+        "A fresh worker",
+        "From having the reference to the first output, each time in a new process: the load, the "
+        "load with the first forward (7 tokens, one thread), beside a later forward of the same "
+        f"process; by how much its page table grew. Medians of {MIN_ROUNDS}. Where a copy was "
+        "there before the clock started, what is lost is torch's first time, not the weights'.",
+        *(f"### {name}\n\n{firsts_table(told)}" for name, told in firsts.items()),
+        bars(
+            "fresh_worker",
+            {
+                name: {
+                    rival: first.output / first.warm
+                    for rival, first in told.items()
+                    if rival != FLOOR
+                }
+                for name, told in firsts.items()
+            },
+            *("x warm forward", "A fresh worker: reference to first output"),
+            top=3,
+        ),
+    )
+
+
+def first_outputs(name):
+    """{rival: First}."""
+    model = subjects.build(name)
+    entries, _ = enlist(CONTENDERS, model)
+    again = {OURS: Prefaulted(), PlainRay.name: AtHome()}
+    entries += [(again[rival.name], handle) for rival, handle in entries if rival.name in again]
+    try:
+        return time_firsts(entries, type(model), subjects.sentence())
+    finally:
+        for rival, handle in entries:
+            rival.withdraw(handle)
+
+
+def firsts_table(told):
+    header = [
+        "",
+        "load, ms",
+        "x floor",
+        "first output, ms",
+        "warm, ms",
+        "x warm",
+        "page table, KiB",
+    ]
+    rows = []
+    for name, first in told.items():
+        load = [ms(first.load), times(first.load / told[FLOOR].load)]
+        output = [ms(first.output), ms(first.warm), times(first.output / first.warm)]
+        table_kib = f"{first.page_table / 1024:,.0f}"
+        rows.append(
+            [
+                bold(name),
+                *(["", ""] if name == AtHome.name else load),
+                *([""] * 4 if name == FLOOR else [*output, table_kib]),
+            ]
+        )
+    return table(header, rows)
+
+
+def running():
+    ways = {"BERT-base": Encoding, "Llama-like, bf16, tied": Decoding}
+    speeds = {}
+    for name, way in ways.items():
+        process = Runner.remote()
+        with shared(Ours(), subjects.build(name)) as handle:
+            entries = [(runner, handle) for runner in RUNNERS]
+            steps = process.time_steps.remote(entries, way, subjects.sentence(), seconds=8)
+            for threads, seconds in ray.get(steps).items():
+                speeds[name, way.unit, threads] = {who: 1 / each for who, each in seconds.items()}
+        ray.kill(process)
+    rows = [
+        [
+            f"{name}, {threads} thread{'s' * (threads > 1)}, {unit} a second",
+            *(f"{speed[runner.name]:.1f}" for runner in RUNNERS),
+            times(speed[OURS] / speed[Copy.name]),
+        ]
+        for (name, unit, threads), speed in speeds.items()
     ]
     return section(
-        "The first call",
-        "BERT-base, one sequence: the load, and the first forward after it, beside the forward of "
-        "a private copy that has run before.",
-        table(["", "load, ms", "first forward, ms", "x warm"], rows),
+        "Running",
+        "A model that has run before, on the shared block and on copies in the same process's own "
+        "memory, in turns: a Llama decodes one token after the other, BERT encodes 7.",
+        table(["", *(runner.name for runner in RUNNERS), "x a private copy"], rows),
+        bars(
+            "running",
+            {
+                f"{name.split()[0].rstrip(',')}\n{threads} thread{'s' * (threads > 1)}": {
+                    who: each / speed[Copy.name] for who, each in speed.items()
+                }
+                for (name, _, threads), speed in speeds.items()
+            },
+            *("speed, x a private copy", "Running"),
+        ),
     )
+
+
+def eight_workers():
+    model = subjects.untouched(gib=8)
+    workers = [Worker.remote() for _ in range(8)]
+    rows = [
+        [bold(rival.name), *eight_times(rival, model, workers)] for rival in (Ours(), RayFlag())
+    ]
+    for worker in workers:
+        ray.kill(worker)
+    return section(
+        "8 GiB, 8 workers",
+        "Parts of 64 MiB, bfloat16, into a store never written to; every worker reads every byte. "
+        "Memory of its own and page table are a worker's, the median of eight.",
+        table(
+            [
+                "",
+                "publish, s",
+                "load, ms",
+                "memory of its own, MiB",
+                "page table, MiB",
+                "node, GiB",
+            ],
+            rows,
+        ),
+    )
+
+
+def eight_times(rival, model, workers):
+    """Cells: milliseconds of a load, and what memory a worker and the whole node need for it."""
+    free = psutil.virtual_memory().available
+    handle = rival.publish(rival.prepare(model))
+    loads = [ray.get(worker.keep.remote((rival, handle))) for worker in workers]
+    grown = ray.get([worker.growth.remote() for worker in workers])
+    page_tables = ray.get([worker.page_table_growth.remote() for worker in workers])
+    node = free - psutil.virtual_memory().available
+    ray.get([worker.drop.remote() for worker in workers])
+    del handle
+    settle()
+    own = [mib(median(grown)), mib(median(page_tables)), f"{node / GIB:.1f}"]
+    return [ms(median(loads)), *own]
 
 
 def calls():

@@ -28,6 +28,8 @@ class Rival:
 
     name: str
     loses: str
+    needs: tuple[str, ...] = ()
+    """The modules that a load imports."""
 
     def prepare(self, model):
         return model
@@ -82,6 +84,7 @@ class Floor(Rival):
 class Ours(Rival):
     name = "ray_zerocopy"
     loses = "nothing known that pickle keeps"
+    needs = ("ray_zerocopy",)
 
     def publish(self, ready):
         import ray_zerocopy as rzc
@@ -99,6 +102,32 @@ class Prefaulted(Ours):
         import ray_zerocopy as rzc
 
         return rzc.get(handle, prefault=True)
+
+
+class PlainWay(Ours):
+    """As with a torch before 2.10, and a Ray whose inside nobody knows."""
+
+    name = "ray_zerocopy, the plain way"
+
+    def publish(self, ready):
+        with plain_way():
+            return super().publish(ready)
+
+    def load(self, handle):
+        with plain_way():
+            return super().load(handle)
+
+
+@contextmanager
+def plain_way():
+    from ray_zerocopy import room, views
+
+    best = views.way, room.way
+    views.way, room.way = "from_numpy", "ray.put"
+    try:
+        yield
+    finally:
+        views.way, room.way = best
 
 
 class PlainRay(Rival):
@@ -121,6 +150,7 @@ class RayFlag(Rival):
 
     name = "Ray's flag"
     loses = "isolation, strides, shared storages"
+    needs = ("ray._private.tensor_serialization_utils",)
 
     def publish(self, ready):
         with ray_flag_on():
@@ -149,6 +179,7 @@ class ZeroCopy(Rival):
 
     name = "zerocopy"
     loses = "isolation, ties, shared storages, autograd, flags; has no bfloat16"
+    needs = ("zerocopy",)
 
     def publish(self, ready):
         import zerocopy
@@ -187,6 +218,7 @@ class Safetensors(Rival):
 
     name = "safetensors"
     loses = "reach (a file on this node), ties, strides, shared storages"
+    needs = ("safetensors.torch",)
 
     def publish(self, ready):
         from safetensors.torch import save_model

@@ -1,5 +1,6 @@
 """The models that are measured: seeded, built on demand, fetched from nowhere."""
 
+import numpy as np
 import torch
 from models import bert_base  # tests/models.py
 from torch import nn
@@ -18,19 +19,36 @@ def bert_large():
     )
 
 
-def llama():
+def llama(layers=15, tied=True):
     """1 GiB of bfloat16, the output layer tied to the embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=1536,
         intermediate_size=5120,
-        num_hidden_layers=15,
+        num_hidden_layers=layers,
         num_attention_heads=12,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         dtype=torch.bfloat16,
     )
     return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def mixtral():
+    """743 MiB of bfloat16: experts, which lie in a checkpoint one by one and are merged on load."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=1024,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        vocab_size=8000,
+        dtype=torch.bfloat16,
+    )
+    return MixtralForCausalLM(config).to(torch.bfloat16)
 
 
 def conv_net():
@@ -77,6 +95,17 @@ def build(name):
     if name in (TOGETHER, SCATTERED):
         return in_pieces(44, step=1 if name == TOGETHER else 2)
     return SUBJECTS[name]().eval()
+
+
+def sentence(tokens=7):
+    """What a model of language takes: one sequence."""
+    return {"input_ids": torch.arange(1, 1 + tokens)[None]}
+
+
+def untouched(gib):
+    """Zeros in parts of 64 MiB; no memory lies behind them, as nobody has written to them."""
+    flat = torch.from_numpy(np.zeros(gib << 30, np.uint8)).view(torch.bfloat16)
+    return nn.ParameterList(nn.Parameter(part, False) for part in flat.split(32 << 20))
 
 
 def in_pieces(count, step):

@@ -1,4 +1,4 @@
-//! DLPack: memory that somebody else keeps, lent as a tensor.
+//! DLPack: memory that somebody else keeps, lent as a tensor; and tensors of others, described.
 //!
 //! ```text
 //!  torch's storage ─▶ ManagedTensor ─▶ owner        `deleter` drops the owner with the storage
@@ -7,8 +7,11 @@
 //! As laid down in `dlpack.h`, version 1 (<https://dmlc.github.io/dlpack/latest/c_api.html>).
 
 use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
+use std::slice;
 
-use crate::view::View;
+use crate::dtype::Dtype;
+use crate::view::{Dims, View};
 
 const CPU: i32 = 1;
 const MAJOR_VERSION: u32 = 1;
@@ -24,7 +27,7 @@ struct Version {
 /// `DLTensor`: where the elements lie, and how.
 #[repr(C)]
 #[derive(Debug)]
-struct Tensor {
+pub struct Tensor {
     data: *mut c_void,
     device_type: i32,
     device_id: i32,
@@ -52,6 +55,10 @@ pub struct ManagedTensor {
 /// points; not 0 with a Python exception set.
 pub type ToPyObject = unsafe extern "C" fn(*mut ManagedTensor, *mut *mut c_void) -> c_int;
 
+/// Fills in the second argument what a Python object is as a tensor, which stays as it is; not 0
+/// with a Python exception set.
+pub type Describe = unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int;
+
 /// `DLPackExchangeAPI`, up to what we call: a table that a library keeps for as long as it lives.
 #[repr(C)]
 #[derive(Debug)]
@@ -61,13 +68,60 @@ pub struct ExchangeApi {
     allocate: *const c_void,
     from_py_object: *const c_void,
     to_py_object: ToPyObject,
+    describe: Option<Describe>,
 }
 
 impl ExchangeApi {
+    /// The library's function that describes its tensors, if it has one.
+    pub fn describe(&self) -> Option<Describe> {
+        self.describe.filter(|_| self.version.major == MAJOR_VERSION)
+    }
+
     /// The library's function that takes a [`ManagedTensor`]; `None` if its DLPack is not ours.
     pub fn to_py_object(&self) -> Option<ToPyObject> {
         (self.version.major == MAJOR_VERSION).then_some(self.to_py_object)
     }
+}
+
+/// A tensor of another library: where its first element lies in host memory, and its geometry.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Strided {
+    /// Null only where there is no element, or no memory.
+    pub address: usize,
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// Elements in each dimension ...
+    pub shape: Dims,
+    /// ... and between neighbours in it.
+    pub stride: Dims,
+}
+
+/// Asks a library for a tensor of its own; `None` where DLPack cannot express it or it does not lie
+/// on the host, and then an exception may be set.
+///
+/// # Safety
+/// `object` is what `describe` takes, alive and left alone meanwhile.
+pub unsafe fn strided(describe: Describe, object: *mut c_void) -> Option<Strided> {
+    let mut tensor = MaybeUninit::uninit();
+    // SAFETY: the caller's object, and room for what it fills in.
+    if unsafe { describe(object, tensor.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: 0 says that it is filled in.
+    let Tensor { data, device_type, ndim, code, bits, lanes, shape, strides, byte_offset, .. } =
+        unsafe { tensor.assume_init() };
+    let dtype = Dtype::from_dlpack(code, u64::from(bits) / 8)?;
+    let dims = |start: *mut i64| match usize::try_from(ndim) {
+        Ok(0) => Some(Dims::new()),
+        Ok(n) if !start.is_null() => {
+            // SAFETY: as many as there are dimensions, in the tensor; none is negative in torch.
+            Some(Dims::from_slice(unsafe { slice::from_raw_parts(start.cast_const().cast(), n) }))
+        }
+        _ => None,
+    };
+    let address = (data as usize).checked_add(usize::try_from(byte_offset).ok()?)?;
+    let strided = Strided { address, dtype, shape: dims(shape)?, stride: dims(strides)? };
+    (device_type == CPU && lanes == 1).then_some(strided)
 }
 
 /// What a loan holds: the tensor first, so that a pointer to it is one to all.
@@ -121,9 +175,7 @@ unsafe extern "C" fn end<Owner>(managed: *mut ManagedTensor) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::Dtype;
-    use crate::view::{Dims, Flags};
-    use std::slice;
+    use crate::view::Flags;
     use std::sync::Arc;
 
     fn view(dtype: Dtype) -> View {
@@ -159,6 +211,37 @@ mod tests {
         // SAFETY: lent above, and not used below.
         unsafe { deleter(loan) };
         assert_eq!(Arc::strong_count(&owner), 1);
+    }
+
+    /// "Describes" a `Tensor` as itself.
+    unsafe extern "C" fn describe(object: *mut c_void, tensor: *mut Tensor) -> c_int {
+        if object.is_null() {
+            return -1;
+        }
+        // SAFETY: a tensor, and room for one.
+        unsafe { std::ptr::copy_nonoverlapping(object.cast(), tensor, 1) };
+        0
+    }
+
+    #[test]
+    fn what_was_lent_is_described_as_it_was() {
+        let (data, view) = (0x1000 as *mut c_void, view(Dtype::Bfloat16));
+        // SAFETY: nobody looks at the elements.
+        let loan = unsafe { lend(data, &view, ()) }.unwrap();
+        // SAFETY: not given back yet.
+        let tensor = unsafe { &raw mut (*loan).tensor };
+        let (shape, stride) = (view.shape.clone(), view.stride.clone());
+        let expected = Strided { address: 0x1000, dtype: Dtype::Bfloat16, shape, stride };
+        // SAFETY: a tensor of ours.
+        assert_eq!(unsafe { strided(describe, tensor.cast()) }, Some(expected));
+        // SAFETY: not given back yet.
+        unsafe { (*tensor).device_type = CPU + 1 };
+        // SAFETY: a tensor of ours.
+        assert_eq!(unsafe { strided(describe, tensor.cast()) }, None);
+        // SAFETY: it refuses what is no object.
+        assert_eq!(unsafe { strided(describe, std::ptr::null_mut()) }, None);
+        // SAFETY: lent above, and not used below.
+        unsafe { end::<()>(loan.cast()) };
     }
 
     #[test]

@@ -29,6 +29,22 @@ macro_rules! dtypes {
                 match self { $(Dtype::$variant => $dlpack,)* }
             }
 
+            /// Whether elements are real numbers with an exponent.
+            pub fn is_float(self) -> bool {
+                self.name().contains("float")
+            }
+
+            /// Whether elements have an imaginary part.
+            pub fn is_complex(self) -> bool {
+                self.name().contains("complex")
+            }
+
+            /// The dtype that DLPack knows by this code and size.
+            pub fn from_dlpack(code: u8, nbytes: u64) -> Option<Dtype> {
+                let is = |dtype: &Dtype| dtype.dlpack() == Some(code) && dtype.itemsize() == nbytes;
+                Dtype::ALL.iter().copied().find(is)
+            }
+
             /// The dtype with this code in a table.
             pub fn from_code(code: u8) -> Result<Dtype> {
                 match code {
@@ -101,5 +117,15 @@ mod tests {
             assert_eq!(Dtype::from_code(dtype as u8), Ok(dtype));
         }
         assert!(Dtype::from_code(u8::MAX).is_err());
+    }
+
+    #[test]
+    fn dlpack_tells_all_apart_that_it_has() {
+        for &dtype in Dtype::ALL {
+            if let Some(code) = dtype.dlpack() {
+                assert_eq!(Dtype::from_dlpack(code, dtype.itemsize()), Some(dtype));
+            }
+        }
+        assert_eq!(Dtype::from_dlpack(1, 3), None);
     }
 }

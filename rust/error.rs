@@ -1,5 +1,8 @@
 //! What can go wrong, as values that carry the numbers. They become exceptions in `python` alone.
 
+use std::fmt::Display;
+use std::io;
+
 use thiserror::Error;
 
 /// Everything this crate refuses, with the numbers that say why.
@@ -24,6 +27,14 @@ pub enum Error {
         shape: usize,
         /// Length of the stride.
         stride: usize,
+    },
+    /// A view that is no tensor to torch.
+    #[error("torch has no tensor of {dtype} with {what}")]
+    NoTensor {
+        /// The name of its dtype.
+        dtype: &'static str,
+        /// What such a tensor cannot have.
+        what: String,
     },
     /// A view that reaches beyond the bytes it is laid over.
     #[error("view ends at byte {end}, its span has {nbytes}")]
@@ -70,11 +81,11 @@ pub enum Error {
         found: Vec<u8>,
     },
     /// A table of a version that this one cannot read.
-    #[error("offset table has version {found}, this ray-zerocopy reads version {supported}")]
+    #[error("offset table has version {found}, this ray-zerocopy reads up to {supported}")]
     Version {
         /// The version found.
         found: u16,
-        /// The version that can be read.
+        /// The newest version that can be read.
         supported: u16,
     },
     /// A table that ends early, or goes on after its end.
@@ -103,12 +114,103 @@ pub enum Error {
         /// What stands at the head of the block.
         found: u64,
     },
+    /// A span whose bytes are not those that were written.
+    #[error(
+        "span {span} ({tensor}; bytes {start} to {end} of the block) is damaged: \
+         checksum {found:016x}, it was written with {expected:016x}"
+    )]
+    Damaged {
+        /// Index of the span.
+        span: usize,
+        /// The tensors over it.
+        tensor: String,
+        /// Its first byte.
+        start: u64,
+        /// One past its last byte.
+        end: u64,
+        /// The checksum that was taken when it was written.
+        expected: u64,
+        /// That of the bytes found.
+        found: u64,
+    },
+    /// Something else of a block or a snapshot that is not as it was written.
+    #[error("{what} is damaged: it is not what was written")]
+    Corrupt {
+        /// What is damaged.
+        what: &'static str,
+    },
+    /// A block of before there were checksums.
+    #[error("a block of version 1 has no checksums: put what it holds again")]
+    NoChecksums,
+    /// Bytes that are no snapshot of ours.
+    #[error("not a snapshot of ray-zerocopy: it starts with {found:02x?}")]
+    NotASnapshot {
+        /// The first bytes found.
+        found: Vec<u8>,
+    },
+    /// A snapshot of a version that this one cannot read.
+    #[error("snapshot has version {found}, this ray-zerocopy reads up to {supported}")]
+    SnapshotVersion {
+        /// The version found.
+        found: u16,
+        /// The newest version that can be read.
+        supported: u16,
+    },
+    /// A snapshot that ends early, or goes on after its end.
+    #[error("snapshot should have {expected} bytes, it has {found}: truncated, or not finished")]
+    SnapshotLength {
+        /// Bytes that its header and table announce.
+        expected: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+    /// Spans that share bytes.
+    #[error("span {span} starts at byte {offset}, within another")]
+    Overlap {
+        /// Index of the second span.
+        span: usize,
+        /// Where it starts.
+        offset: u64,
+    },
+    /// A part of a file that cannot be read, and why.
+    #[error("{path}: bytes {start} to {end} cannot be read: {reason}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// The first byte of the part.
+        start: u64,
+        /// One past its last byte.
+        end: u64,
+        /// What the system says.
+        reason: String,
+    },
+    /// Shared memory that a block cannot be written to.
+    #[error(
+        "shared memory has no room for {nbytes} bytes: /dev/shm is full, or smaller than the store that \
+         Ray was started with"
+    )]
+    NoRoom {
+        /// Bytes in the block.
+        nbytes: u64,
+    },
     /// Private pages cannot be had here, and why.
     #[error("private pages cannot be had: {reason}")]
     Unsupported {
         /// What is missing.
         reason: String,
     },
+}
+
+impl Error {
+    /// What the system refuses this process, with the limit that it may have reached.
+    pub fn refused(what: impl Display, error: &io::Error) -> Error {
+        let limit = match error.raw_os_error() {
+            Some(libc::EMFILE) => ": `ulimit -n` files are open",
+            Some(libc::ENOMEM) => ": `ulimit -v` or vm.max_map_count is reached",
+            _ => "",
+        };
+        Error::Unsupported { reason: format!("{what}: {error}{limit}") }
+    }
 }
 
 /// A result of this crate.

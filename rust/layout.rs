@@ -1,9 +1,9 @@
 //! The layout: where each storage lies in the block, and how the bytes travel there.
 //!
 //! ```text
-//!           ┌ packed ───────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ──┐
-//!  block    │ header │ span 1 │ span 3 │ pad ││ span 0 ..  .. span 0 ││ span 2  │
-//!           0        64                                                      nbytes
+//!           ┌ packed ────────────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ──┐
+//!  block    │ header │ checksums │ 1 │ 3 │ pad   ││ span 0 ..  .. span 0 ││ span 2  │
+//!           0        64                                                           nbytes
 //! ```
 //!
 //! Small storages come first. `put` writes the block as it is drawn. Where Ray is to write it, as it
@@ -19,6 +19,9 @@ pub const ALIGN: u64 = 64;
 
 /// Bytes at the start of the block that hold its header.
 pub const HEADER_NBYTES: u64 = 64;
+
+/// Bytes of one span's checksum; all of them follow the header.
+pub const CHECKSUM_NBYTES: u64 = 8;
 
 /// Ray lays buffers of at least this size out at multiples of [`ALIGN`], smaller ones at 8.
 const MIN_SEGMENT: u64 = 2048;
@@ -96,7 +99,7 @@ impl Layout {
         let mut spans: Vec<_> = storages.iter().map(span).collect();
         let (small, large): (Vec<_>, Vec<_>) =
             (0..spans.len()).partition(|&span| spans[span].nbytes < PACK_BELOW);
-        let mut end = HEADER_NBYTES;
+        let mut end = HEADER_NBYTES + CHECKSUM_NBYTES * spans.len() as u64;
         for &span in &small {
             spans[span].offset = align_up(end)?;
             end = spans[span].end()?;
@@ -111,7 +114,12 @@ impl Layout {
         Ok(Layout { spans, segments, nbytes: end })
     }
 
-    /// Bytes of the block that belong to no storage: the header and what alignment costs.
+    /// Each storage with the offset of its span.
+    pub fn place(&self, storages: &[Piece]) -> impl Iterator<Item = (u64, Piece)> {
+        self.spans.iter().map(|span| span.offset).zip(storages.iter().copied())
+    }
+
+    /// Bytes of the block that belong to no storage: header, checksums, and what alignment costs.
     pub fn padding(&self) -> u64 {
         self.nbytes - self.spans.iter().map(|span| span.nbytes).sum::<u64>()
     }
@@ -163,8 +171,8 @@ mod tests {
     fn small_storages_are_packed_and_large_ones_travel_by_themselves() {
         let storages = storages(&[(0, 3 << 20), (0, 100), (0, 64 << 20), (0, 7)]);
         let layout = Layout::plan(&storages).unwrap();
-        assert_eq!(layout.spans[1], Span { offset: 64, nbytes: 100 });
-        assert_eq!(layout.spans[3], Span { offset: 192, nbytes: 7 });
+        assert_eq!(layout.spans[1], Span { offset: 128, nbytes: 100 });
+        assert_eq!(layout.spans[3], Span { offset: 256, nbytes: 7 });
         assert_eq!(layout.spans[0], Span { offset: MIN_SEGMENT, nbytes: 3 << 20 });
         assert_eq!(layout.segments.len(), 1 + 3 + 1);
     }

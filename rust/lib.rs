@@ -5,8 +5,9 @@
 //! storages ─ layout ─▶ table + segments ─ block ─▶ ... ═ store ═ ... ─ pages ─▶ views
 //! ```
 //!
-//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `table`,
-//! `page_table`, `block`, `pages`, `dlpack`, and with the feature `python` the edge towards Python.
+//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `checksum`, `table`,
+//! `mapping`, `page_table`, `arena`, `read`, `source`, `huge`, `target`, `block`, `snapshot`, `pages`, `dlpack`,
+//! and with the feature `python` the edge towards Python.
 
 pub mod error;
 
@@ -16,13 +17,36 @@ pub mod view;
 
 pub mod layout;
 
+#[allow(unsafe_code)] // reads the model's storages by address
+pub mod checksum;
+
 pub mod table;
+
+#[allow(unsafe_code)] // asks the kernel
+pub mod mapping;
 
 #[allow(unsafe_code)] // asks the kernel
 pub mod page_table;
 
+#[allow(unsafe_code)] // maps memory, and gives it back
+pub mod arena;
+
+#[allow(unsafe_code)] // asks the kernel
+pub mod read;
+
+pub mod source;
+
+#[allow(unsafe_code)] // maps memory
+pub mod huge;
+
+#[allow(unsafe_code)] // writes by address
+pub mod target;
+
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod block;
+
+#[allow(unsafe_code)] // has a block written
+pub mod snapshot;
 
 #[allow(unsafe_code)] // maps memory
 pub mod pages;

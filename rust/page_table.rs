@@ -2,10 +2,11 @@
 //! would fault.
 
 use std::fs::File;
+use std::ops::Range;
 
 use crate::layout::Piece;
 
-pub use system::fill_to_read;
+pub use system::{fill_to_read, fill_to_write, give_back, is_in_memory, page};
 
 /// What tells which pages are in the page table.
 #[derive(Debug)]
@@ -20,23 +21,25 @@ impl PageTable {
         PageTable { entries: File::open("/proc/self/pagemap").ok() }
     }
 
-    /// Fills in the pages of memory that is about to be written, judging all by the middle one: those
-    /// at the ends may be there for a neighbour's sake.
-    ///
-    /// 400 MiB of a new file are written in 130 ms like this, in 160 by faults; of a file whose pages
-    /// others have written, in 50 and 70. To fill in what is there already would take 16.
-    pub fn fill_to_write(&self, target: &mut [u8]) {
-        let target = Piece { address: target.as_ptr().addr(), nbytes: target.len() };
-        let middle = target.address + target.nbytes / 2;
-        if self.entries.as_ref().is_some_and(|entries| system::lacks(entries, middle)) {
-            system::fill_to_write(target);
-        }
+    /// Whether the page at an address is known not to be in it. To ask takes 2 us.
+    pub fn lacks(&self, address: usize) -> bool {
+        self.entries.as_ref().is_some_and(|entries| system::lacks(entries, address))
+    }
+
+    /// The pages of a private mapping of a file that this process has written, which are its own since:
+    /// addresses, cut to the piece; `None` where the kernel does not say. 1 GiB takes 1 ms, or 8 where
+    /// all of it has been read.
+    pub fn written(&self, piece: Piece) -> Option<Vec<Range<usize>>> {
+        system::written(self.entries.as_ref()?, piece)
     }
 }
 
 #[cfg(target_os = "linux")]
 mod system {
+    use std::ffi::c_void;
     use std::fs::File;
+    use std::io;
+    use std::ops::Range;
     use std::os::unix::fs::FileExt;
     use std::ptr;
 
@@ -45,7 +48,14 @@ mod system {
     /// The bit of an entry of `/proc/self/pagemap` that says that the page is there.
     const PRESENT: u64 = 1 << 63;
 
-    fn page() -> usize {
+    /// The bit that says that it is not there but in swap ...
+    const SWAPPED: u64 = 1 << 62;
+
+    /// ... and the one that says that it is a page of a file.
+    const OF_FILE: u64 = 1 << 61;
+
+    /// Bytes in a page.
+    pub fn page() -> usize {
         // SAFETY: only reads a number.
         unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
     }
@@ -56,8 +66,53 @@ mod system {
         read.is_ok() && u64::from_ne_bytes(entry) & PRESENT == 0
     }
 
-    pub fn fill_to_write(piece: Piece) {
-        populate(piece, libc::MADV_POPULATE_WRITE); // else the writes fault, as they would have
+    pub fn written(entries: &File, piece: Piece) -> Option<Vec<Range<usize>>> {
+        let (page, end) = (page(), piece.address + piece.nbytes);
+        let (mut address, mut written) = (piece.address - piece.address % page, Vec::new());
+        let mut read = vec![0; 8 * (end - address).div_ceil(page).min(16 << 10)];
+        while address < end {
+            let read = &mut read[..8 * (end - address).div_ceil(page).min(16 << 10)];
+            entries.read_exact_at(read, 8 * (address / page) as u64).ok()?;
+            for entry in read.as_chunks::<8>().0 {
+                let entry = u64::from_ne_bytes(*entry);
+                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+                    let own = address.max(piece.address)..end.min(address + page);
+                    match written.last_mut() {
+                        Some(Range { end, .. }) if *end == own.start => *end = own.end,
+                        _ => written.push(own),
+                    }
+                }
+                address += page;
+            }
+        }
+        Some(written)
+    }
+
+    /// Whether the page of a file that is mapped at an address is in memory, for this process or any.
+    pub fn is_in_memory(address: usize) -> bool {
+        let (start, mut found) = (address - address % page(), 0);
+        // SAFETY: one byte for one page; memory that is not mapped gives ENOMEM.
+        let asked = unsafe { libc::mincore(start as *mut c_void, 1, &raw mut found) };
+        asked == 0 && found & 1 == 1
+    }
+
+    /// Fills in the pages of memory that is about to be written, and makes those that no one has.
+    ///
+    /// False where a write would be a SIGBUS, as where a file system in memory is full. What is
+    /// refused for another reason faults as it is written.
+    #[must_use]
+    pub fn fill_to_write(piece: Piece) -> bool {
+        populate(piece, libc::MADV_POPULATE_WRITE)
+            || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
+    }
+
+    /// Gives pages of a file in shared memory back to the system: those of which the piece has all
+    /// bytes, which are zeros from then on.
+    pub fn give_back(piece: Piece) {
+        let (start, end) = (piece.address.next_multiple_of(page()), piece.address + piece.nbytes);
+        let nbytes = (end - end % page()).saturating_sub(start);
+        // SAFETY: the caller's to write; where that is refused, the pages stay.
+        unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
     }
 
     /// Fills in the pages of memory that is about to be read; where the kernel is too old (before
@@ -86,6 +141,7 @@ mod system {
 #[cfg(not(target_os = "linux"))]
 mod system {
     use std::fs::File;
+    use std::ops::Range;
 
     use crate::layout::Piece;
 
@@ -93,7 +149,27 @@ mod system {
         false
     }
 
-    pub fn fill_to_write(_: Piece) {}
+    pub fn written(_: &File, _: Piece) -> Option<Vec<Range<usize>>> {
+        None
+    }
+
+    /// Bytes in a page, where that is of no consequence.
+    pub fn page() -> usize {
+        4096
+    }
+
+    /// Not known.
+    pub fn is_in_memory(_: usize) -> bool {
+        true
+    }
+
+    /// Nothing: pages are filled in as they are written.
+    pub fn fill_to_write(_: Piece) -> bool {
+        true
+    }
+
+    /// Nothing: they stay.
+    pub fn give_back(_: Piece) {}
 
     /// Nothing: pages are filled in as they are read.
     ///
@@ -104,39 +180,62 @@ mod system {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use memmap2::MmapMut;
+    use memmap2::{MmapMut, MmapOptions};
 
     use super::*;
 
     const NBYTES: usize = 1 << 20;
 
+    fn piece(bytes: &[u8]) -> Piece {
+        Piece { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
+    }
+
     #[test]
     fn what_will_be_written_is_filled_in_and_not_changed() {
         let mut memory = MmapMut::map_anon(NBYTES).unwrap();
         let (table, last) = (PageTable::open(), memory.as_ptr().addr() + NBYTES - 1);
-        let lacks = || system::lacks(table.entries.as_ref().unwrap(), last);
-        assert!(lacks());
+        assert!(table.lacks(last));
         memory[0] = 1;
-        table.fill_to_write(&mut memory[100..]);
-        assert!(!lacks());
+        assert!(fill_to_write(piece(&memory[100..])));
+        assert!(!table.lacks(last) && is_in_memory(last));
         memory[0] = 0;
         assert!(memory.iter().all(|&byte| byte == 0));
     }
 
     #[test]
-    fn without_the_kernels_word_nothing_is_filled_in() {
-        let mut memory = MmapMut::map_anon(NBYTES).unwrap();
-        PageTable { entries: None }.fill_to_write(&mut memory);
-        assert!(system::lacks(&PageTable::open().entries.unwrap(), memory.as_ptr().addr()));
+    fn without_the_kernels_word_nothing_is_lacking() {
+        let memory = MmapMut::map_anon(NBYTES).unwrap();
+        assert!(!PageTable { entries: None }.lacks(memory.as_ptr().addr()));
+    }
+
+    #[test]
+    fn pages_of_a_file_that_were_written_are_told_from_those_that_were_read() {
+        let path = std::env::temp_dir().join(format!("rzc-written-{}", std::process::id()));
+        std::fs::write(&path, vec![7; NBYTES]).unwrap();
+        // SAFETY: the file is this test's own.
+        let mut map = unsafe { MmapOptions::new().map_copy(&File::open(&path).unwrap()) }.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let start = map.as_ptr().addr();
+        let written = |from, to| {
+            let piece = Piece { address: start + from, nbytes: to - from };
+            let ranges = PageTable::open().written(piece).unwrap();
+            ranges.into_iter().map(|own| own.start - start..own.end - start).collect::<Vec<_>>()
+        };
+        assert!(map.iter().all(|&byte| byte == 7));
+        assert_eq!(written(0, NBYTES), []);
+        for at in [5000, 9000, 100_000] {
+            map[at] = 8;
+        }
+        assert_eq!(written(0, NBYTES), [4096..12_288, 98_304..102_400]);
+        assert_eq!(written(5000, 98_305), [5000..12_288, 98_304..98_305]);
+        assert_eq!(written(12_288, 98_304), []);
     }
 
     #[test]
     fn what_will_be_read_is_filled_in() {
         let memory = MmapMut::map_anon(NBYTES).unwrap();
-        let piece = Piece { address: memory.as_ptr().addr(), nbytes: NBYTES };
         // SAFETY: mapped until the end.
-        unsafe { fill_to_read(piece) };
-        let entries = PageTable::open().entries.unwrap();
-        assert!(!system::lacks(&entries, piece.address + NBYTES - 1));
+        unsafe { fill_to_read(piece(&memory)) };
+        assert!(!PageTable::open().lacks(memory.as_ptr().addr() + NBYTES - 1));
     }
 }

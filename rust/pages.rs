@@ -13,15 +13,23 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use std::{mem, process};
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
+use crate::huge::{HUGE, Placed};
 use crate::layout::Piece;
-use crate::page_table;
+use crate::mapping::Backing;
+use crate::page_table::{self, PageTable};
 
 /// What is filled of a page table before anyone is asked whether to go on: about a millisecond.
 const FILLED_AT_ONCE: usize = 16 << 20;
+
+/// How long small pages are left as they are, for the sake of the first output: to make 400 MiB huge
+/// takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
+const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 /// A block mapped into this process.
 #[derive(Debug)]
@@ -31,25 +39,14 @@ pub enum Pages {
     /// The store's pages, copied page by page as they are written.
     Private {
         /// The mapping.
-        map: MmapMut,
-        /// Where it comes from.
-        source: Source,
+        map: Placed,
+        /// What was mapped again ...
+        beneath: Piece,
+        /// ... and where it comes from.
+        backing: Backing,
     },
     /// Memory of this process alone.
     Copied(MmapMut),
-}
-
-/// The file behind a piece of memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// The file's name as the kernel gives it, with ` (deleted)` if it is.
-    pub name: String,
-    /// Its inode.
-    pub inode: u64,
-    /// Where in the file the memory starts, in bytes.
-    pub offset: u64,
-    /// Whether the mapping that was found can be written.
-    pub writable: bool,
 }
 
 impl Pages {
@@ -57,16 +54,23 @@ impl Pages {
     pub fn piece(&self) -> Piece {
         match self {
             Pages::Shared(piece) => *piece,
-            Pages::Private { map, .. } | Pages::Copied(map) => {
-                Piece { address: map.as_ptr() as usize, nbytes: map.len() }
-            }
+            Pages::Private { map, .. } => map.piece(),
+            Pages::Copied(map) => Piece { address: map.as_ptr() as usize, nbytes: map.len() },
         }
     }
 
     /// Maps a piece of the store again, privately.
-    pub fn private(piece: Piece) -> Result<Pages> {
-        let (map, source) = system::map_private(piece)?;
-        Ok(Pages::Private { map, source })
+    pub fn private(beneath: Piece) -> Result<Pages> {
+        let (map, backing) = system::map_private(beneath)?;
+        Ok(Pages::Private { map, beneath, backing })
+    }
+
+    /// How many of the bytes lie in huge pages; `None` where that is not known.
+    pub fn huge_nbytes(&self) -> Option<usize> {
+        match self {
+            Pages::Private { map, .. } => map.huge_nbytes(map.chunks()),
+            Pages::Shared(_) | Pages::Copied(_) => None,
+        }
     }
 
     /// Starts to fill the page table, so that the first reads do not fault.
@@ -75,35 +79,90 @@ impl Pages {
     /// The pages outlive what is returned.
     pub unsafe fn prefault(&self) -> Prefault {
         let piece = self.piece();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let fill = move || {
-            for start in (0..piece.nbytes).step_by(FILLED_AT_ONCE) {
-                if stopped.load(Ordering::Relaxed) {
-                    break;
-                }
-                let nbytes = FILLED_AT_ONCE.min(piece.nbytes - start);
-                let part = Piece { address: piece.address + start, nbytes };
-                // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-                unsafe { page_table::fill_to_read(part) };
-            }
+        // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
+        Prefault::start(move |stop| unsafe { fill(piece, stop) })
+    }
+
+    /// Starts to do what makes reads fast: nothing where pages are huge or in the page table. Others
+    /// are filled in, and a second later made huge, by one process of the node.
+    ///
+    /// # Safety
+    /// The pages outlive what is returned.
+    pub unsafe fn settle(&self) -> Option<Prefault> {
+        let piece = self.piece();
+        let last = piece.address + piece.nbytes.checked_sub(HUGE)?;
+        let beneath = match self {
+            Pages::Copied(_) => return None,
+            Pages::Shared(_) if !PageTable::open().lacks(last) => return None,
+            Pages::Shared(_) => None,
+            Pages::Private { map, .. } if map.is_huge() == Some(true) => return None,
+            Pages::Private { beneath, backing, .. } => Some((*beneath, backing.clone())),
         };
-        // without a thread the first reads fault, as they would have
-        Prefault { stop, thread: thread::Builder::new().spawn(fill).ok() }
+        Some(Prefault::start(move |stop| {
+            // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
+            unsafe { fill(piece, stop) };
+            if let Some((beneath, backing)) = beneath {
+                stop.wait(SETTLED_AFTER);
+                system::make_huge(beneath, &backing, stop);
+            }
+        }))
     }
 }
 
-/// The filling of a page table (`MADV_POPULATE_READ`), on a thread of its own.
+/// Fills in the page table, unless it is stopped.
 ///
-/// Dropped, it stops within about a millisecond, and the pages may go.
+/// # Safety
+/// The memory is readable, and stays so meanwhile.
+unsafe fn fill(piece: Piece, stop: &Stop) {
+    for start in (0..piece.nbytes).step_by(FILLED_AT_ONCE) {
+        if stop.is_set() {
+            break;
+        }
+        let nbytes = FILLED_AT_ONCE.min(piece.nbytes - start);
+        // SAFETY: the caller's promise.
+        unsafe { page_table::fill_to_read(Piece { address: piece.address + start, nbytes }) };
+    }
+}
+
+/// What tells a thread to end.
+#[derive(Debug, Default)]
+struct Stop(AtomicBool);
+
+impl Stop {
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Waits, but no longer than until it is set.
+    fn wait(&self, timeout: Duration) {
+        if !self.is_set() {
+            thread::park_timeout(timeout); // it may end early: no harm
+        }
+    }
+}
+
+/// Pages made ready to be read (`MADV_POPULATE_READ`, `MADV_COLLAPSE`), on a thread of its own.
+///
+/// Dropped, it stops within some milliseconds, and the pages may go.
 #[derive(Debug)]
 pub struct Prefault {
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
+    /// Whose thread it is: a fork leaves it behind.
+    process: u32,
 }
 
 impl Prefault {
-    /// Waits until all is filled.
+    fn start(act: impl FnOnce(&Stop) + Send + 'static) -> Prefault {
+        let stop = Arc::new(Stop::default());
+        let stopped = Arc::clone(&stop);
+        // without a thread the first reads fault, as they would have
+        let thread = thread::Builder::new().name("rzc.prefault".into());
+        let thread = thread.spawn(move || act(&stopped)).ok();
+        Prefault { stop, thread, process: process::id() }
+    }
+
+    /// Waits until all is done.
     pub fn wait(&mut self) {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // filled or not, the bytes are what they were
@@ -113,14 +172,20 @@ impl Prefault {
 
 impl Drop for Prefault {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        if self.process != process::id() {
+            return mem::forget(self.thread.take()); // nobody is there to end
+        }
+        self.stop.0.store(true, Ordering::Relaxed);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
         self.wait();
     }
 }
 
-/// The file behind this memory; `None` if it is ordinary memory of this process.
-pub fn source(piece: Piece) -> Result<Option<Source>> {
-    system::source(piece)
+/// The store's file behind this memory; `None` if it is other memory of this process.
+pub fn backing(piece: Piece) -> Result<Option<Backing>> {
+    system::backing(piece)
 }
 
 fn unsupported(reason: impl Into<String>) -> Error {
@@ -130,95 +195,53 @@ fn unsupported(reason: impl Into<String>) -> Error {
 #[cfg(target_os = "linux")]
 mod system {
     use std::fs::{self, File};
+    use std::io;
     use std::iter;
-    use std::os::unix::fs::MetadataExt;
     use std::path::{Path, PathBuf};
     use std::sync::Mutex;
 
-    use memmap2::{MmapMut, MmapOptions};
-
-    use super::{Source, unsupported};
-    use crate::error::Result;
+    use super::{SETTLED_AFTER, Stop, unsupported};
+    use crate::error::{Error, Result};
+    use crate::huge::Placed;
     use crate::layout::Piece;
+    use crate::mapping::{self, Backing, Mapping};
 
-    /// One shared file mapping of this process: a line of `/proc/self/maps`.
+    /// A shared mapping of Ray's store, or of a file that what had no room there fell back to.
     #[derive(Debug, Clone)]
-    struct Mapping {
-        start: usize,
-        end: usize,
-        source: Source,
+    struct Store {
+        mapping: Mapping,
         /// Where the file can be opened, once that was found.
         path: Option<PathBuf>,
     }
 
-    /// The stores found so far. Reading `/proc/self/maps` takes 2 ms with torch's CUDA libraries
-    /// loaded, as long as all the rest of a load.
-    static FOUND: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
+    /// The stores found so far, without a question to the kernel's list of mappings.
+    static FOUND: Mutex<Vec<Store>> = Mutex::new(Vec::new());
 
     /// More than Ray's store and a few of its files for what fell back to disk are not kept.
     const KEEP: usize = 16;
 
-    impl Mapping {
-        fn parse(line: &str) -> Option<Mapping> {
-            // 7f00-7f80 rw-s 00001000 00:1a 1234    /dev/shm/plasma (deleted)
-            let mut fields = line.splitn(6, ' ');
-            let (start, end) = fields.next()?.split_once('-')?;
-            let rights = fields.next()?;
-            let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-            let inode = fields.nth(1)?.parse().ok()?;
-            let name = fields.next()?.trim_start().to_owned();
-            let start = usize::from_str_radix(start, 16).ok()?;
-            let end = usize::from_str_radix(end, 16).ok()?;
-            let source = Source { name, inode, offset, writable: rights.starts_with("rw") };
-            (rights.ends_with('s') && inode != 0).then_some(Mapping {
-                start,
-                end,
-                source,
-                path: None,
-            })
-        }
-
-        fn holds(&self, piece: Piece) -> bool {
-            self.start <= piece.address && piece.nbytes <= self.end.saturating_sub(piece.address)
-        }
-
-        /// The kernel's link to the mapped file. Its name tells that the mapping still stands;
-        /// to open it takes CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
-        fn link(&self) -> PathBuf {
-            format!("/proc/self/map_files/{:x}-{:x}", self.start, self.end).into()
-        }
-
-        fn stands(&self) -> bool {
-            fs::read_link(self.link()).is_ok_and(|name| name.as_os_str() == &*self.source.name)
-        }
-
-        /// Opens `path` if it is the mapped file.
-        fn open_at(&self, path: &Path) -> Option<File> {
-            let file = File::open(path).ok()?;
-            (file.metadata().ok()?.ino() == self.source.inode).then_some(file)
-        }
-
+    impl Store {
         /// Opens the mapped file where it was opened before, through the kernel's link, or, for
         /// whoever may not, among the open files of the raylet that made the store.
         fn open(&mut self) -> Result<File> {
-            let known = self.path.iter().cloned().chain([self.link()]);
-            let name = Path::new(&self.source.name);
+            let (name, link) = (&self.mapping.backing.name, self.mapping.link());
             let raylets = iter::once_with(raylets).flatten().flat_map(|pid| {
                 let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
                 files.map(|file| file.path())
             });
-            let raylets = raylets.filter(|path| fs::read_link(path).is_ok_and(|link| link == name));
-            for path in known.chain(raylets) {
-                if let Some(file) = self.open_at(&path) {
+            let is_it =
+                |path: &PathBuf| fs::read_link(path).is_ok_and(|link| link == Path::new(name));
+            let known = self.path.iter().cloned().chain([link.clone()]);
+            for path in known.chain(raylets.filter(is_it)) {
+                if let Some(file) = self.mapping.open_at(&path) {
                     self.path = Some(path);
                     return Ok(file);
                 }
             }
-            Err(unsupported(format!(
-                "neither {} nor a file of the raylet opens {}",
-                self.link().display(),
-                self.source.name
-            )))
+            let error = File::open(&link).err().unwrap_or(io::ErrorKind::NotFound.into());
+            let link = link.display();
+            let what = format!("neither {link} nor a file of the raylet opens {name}");
+            Err(Error::refused(what, &error))
         }
     }
 
@@ -233,100 +256,98 @@ mod system {
         [std::os::unix::process::parent_id()].into_iter().chain(pids.filter(is_raylet)).collect()
     }
 
-    /// The mapping around a piece: remembered if it still stands, else read anew.
-    fn find(piece: Piece) -> Result<Option<Mapping>> {
+    /// The store around a piece: remembered if it still stands, else asked for.
+    fn find(piece: Piece) -> Result<Option<Store>> {
         let mut found = FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(mapping) = found.iter().find(|mapping| mapping.holds(piece))
-            && mapping.stands()
+        if let Some(store) = found.iter().find(|store| store.mapping.holds(piece))
+            && store.mapping.stands()
         {
-            return Ok(Some(mapping.clone()));
+            return Ok(Some(store.clone()));
         }
-        let maps = fs::read_to_string("/proc/self/maps")
-            .map_err(|error| unsupported(format!("/proc/self/maps: {error}")))?;
-        let mapping = maps.lines().filter_map(Mapping::parse).find(|mapping| mapping.holds(piece));
-        if let Some(mapping) = &mapping {
-            remember(&mut found, mapping);
+        let mapping = mapping::around(piece)?.filter(|mapping| mapping.shared);
+        let store = mapping.map(|mapping| Store { mapping, path: None });
+        if let Some(store) = &store {
+            remember(&mut found, store);
         }
-        Ok(mapping)
+        Ok(store)
     }
 
-    fn remember(found: &mut Vec<Mapping>, mapping: &Mapping) {
+    fn remember(found: &mut Vec<Store>, store: &Store) {
+        let (start, end) = (store.mapping.start, store.mapping.end);
         // what overlaps it is gone
-        found.retain(|old| old.end <= mapping.start || mapping.end <= old.start);
+        found.retain(|old| old.mapping.end <= start || end <= old.mapping.start);
         found.truncate(KEEP - 1);
-        found.insert(0, mapping.clone());
+        found.insert(0, store.clone());
     }
 
-    fn source_in(mapping: &Mapping, piece: Piece) -> Source {
-        let offset = mapping.source.offset + (piece.address - mapping.start) as u64;
-        Source { offset, ..mapping.source.clone() }
+    pub fn backing(piece: Piece) -> Result<Option<Backing>> {
+        Ok(find(piece)?.map(|store| store.mapping.backing_at(piece.address)))
     }
 
-    pub fn source(piece: Piece) -> Result<Option<Source>> {
-        Ok(find(piece)?.map(|mapping| source_in(&mapping, piece)))
-    }
-
-    pub fn map_private(piece: Piece) -> Result<(MmapMut, Source)> {
-        let mut mapping = find(piece)?.ok_or_else(|| unsupported("it lies in no shared file"))?;
-        let known = mapping.path.is_some();
-        let file = mapping.open()?;
+    fn open(piece: Piece) -> Result<(File, Backing)> {
+        let mut store = find(piece)?.ok_or_else(|| unsupported("it lies in no shared file"))?;
+        let known = store.path.is_some();
+        let file = store.open()?;
         if !known {
-            remember(&mut FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), &mapping);
+            remember(&mut FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), &store);
         }
-        let source = source_in(&mapping, piece);
-        let mut options = MmapOptions::new();
-        options.offset(source.offset).len(piece.nbytes).no_reserve_swap();
-        // SAFETY: the file is Ray's store. Ray neither writes nor reuses the bytes of an object
-        // while a reference to its buffer lives, which whoever holds these pages keeps.
-        let map = unsafe { options.map_copy(&file) };
-        Ok((map.map_err(|error| unsupported(format!("{}: {error}", source.name)))?, source))
+        Ok((file, store.mapping.backing_at(piece.address)))
     }
 
-    #[cfg(test)]
-    mod tests {
-        use super::*;
+    /// The file is Ray's store. Ray neither writes nor reuses the bytes of an object while a reference
+    /// to its buffer lives, which whoever holds these pages keeps.
+    pub fn map_private(piece: Piece) -> Result<(Placed, Backing)> {
+        let (file, backing) = open(piece)?;
+        let map = Placed::private(&file, backing.offset, piece.nbytes);
+        Ok((map.map_err(|error| Error::refused(&backing.name, &error))?, backing))
+    }
 
-        #[test]
-        fn a_line_of_maps_is_read() {
-            let line =
-                "7f0000-7f8000 rw-s 00001000 00:1a 1234                 /dev/shm/a b (deleted)";
-            let mapping = Mapping::parse(line).unwrap();
-            let name = "/dev/shm/a b (deleted)".to_owned();
-            let source = Source { name, inode: 1234, offset: 0x1000, writable: true };
-            assert_eq!(mapping.source, source);
-            assert!(mapping.holds(Piece { address: 0x7f0000, nbytes: 0x8000 }));
-            assert!(!mapping.holds(Piece { address: 0x7f0001, nbytes: 0x8000 }));
-            assert!(Mapping::parse("7f0000-7f8000 rw-p 00001000 00:1a 1234 /private").is_none());
-            assert!(Mapping::parse("7f0000-7f8000 rw-s 00000000 00:00 0").is_none());
-            assert!(Mapping::parse("").is_none());
+    /// Makes pages of the store huge, through a mapping that Ray and others have not written through:
+    /// the kernel refuses one with pages of its own. One process at a time has the store's file locked,
+    /// which ends with the process at the latest; the others find their work done.
+    pub fn make_huge(piece: Piece, backing: &Backing, stop: &Stop) {
+        let Some((file, _)) = open(piece).ok().filter(|(_, found)| found == backing) else {
+            return; // Ray is gone, and has taken its mapping along
+        };
+        let Ok(map) = Placed::shared(&file, backing.offset, piece.nbytes) else {
+            return;
+        };
+        while !stop.is_set() && map.is_huge() != Some(true) {
+            if file.try_lock().is_ok() {
+                // where the kernel refuses, they stay small
+                let _ = map.collapse_all(|| stop.is_set());
+                return;
+            }
+            stop.wait(SETTLED_AFTER);
         }
     }
 }
 
 #[cfg(not(target_os = "linux"))]
 mod system {
-    use memmap2::MmapMut;
-
-    use super::{Source, unsupported};
+    use super::{Stop, unsupported};
     use crate::error::Result;
+    use crate::huge::Placed;
     use crate::layout::Piece;
+    use crate::mapping::Backing;
 
     const REASON: &str = "only Linux tells which file lies behind Ray's store";
 
-    pub fn source(_: Piece) -> Result<Option<Source>> {
+    pub fn backing(_: Piece) -> Result<Option<Backing>> {
         Err(unsupported(REASON))
     }
 
-    pub fn map_private(_: Piece) -> Result<(MmapMut, Source)> {
+    pub fn map_private(_: Piece) -> Result<(Placed, Backing)> {
         Err(unsupported(REASON))
     }
+
+    pub fn make_huge(_: Piece, _: &Backing, _: &Stop) {}
 }
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use std::fs::{self, File};
-
-    use memmap2::MmapMut;
+    use std::slice;
 
     use super::*;
 
@@ -346,10 +367,11 @@ mod tests {
     }
 
     fn write(pages: &mut Pages, at: usize, byte: u8) {
-        match pages {
-            Pages::Private { map, .. } => map[at] = byte,
-            other => panic!("{other:?}"),
-        }
+        assert!(matches!(pages, Pages::Private { .. }));
+        let Piece { address, nbytes } = pages.piece();
+        // SAFETY: borrowed mutably, and private.
+        let bytes = unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) };
+        bytes[at] = byte;
     }
 
     fn read(pages: &Pages) -> &[u8] {
@@ -371,7 +393,37 @@ mod tests {
         assert_eq!(read(&one)[7], 99);
         assert_eq!(read(&other)[7], 4167_usize as u8);
         assert_eq!(store[4167], 4167_usize as u8);
-        assert_eq!(source(part).unwrap().unwrap().offset, 4160);
+        assert_eq!(backing(part).unwrap().unwrap().offset, 4160);
+    }
+
+    #[test]
+    fn small_pages_become_huge_by_one_process_and_threads_end_with_the_pages() {
+        let path = format!("/dev/shm/rzc-settle-{}", std::process::id());
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(4 * HUGE as u64).unwrap();
+        // SAFETY: the file is this test's own.
+        let mut store = unsafe { MmapMut::map_mut(&file) }.unwrap();
+        fs::remove_file(&path).unwrap();
+        store.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 251) as u8);
+        let part = piece(&store[64..]);
+        let private = || Pages::private(part).unwrap();
+        let (one, other) = (private(), private());
+        assert_eq!(one.huge_nbytes(), Some(0));
+        file.lock().unwrap(); // as another process would
+        // SAFETY: dropped before the pages.
+        let settled = unsafe { one.settle() }.unwrap();
+        thread::sleep(2 * SETTLED_AFTER);
+        assert_eq!(private().huge_nbytes(), Some(0));
+        drop(settled);
+        // SAFETY: done before the pages go.
+        let mut settled = unsafe { other.settle() }.unwrap();
+        file.unlock().unwrap();
+        settled.wait();
+        assert_eq!(private().huge_nbytes(), Some(3 * HUGE));
+        // SAFETY: none is returned.
+        assert!(unsafe { private().settle() }.is_none());
+        assert_eq!(read(&one), &store[64..]);
+        assert_eq!(read(&private()), &store[64..]);
     }
 
     #[test]
@@ -388,6 +440,6 @@ mod tests {
     fn ordinary_memory_is_refused() {
         let bytes = vec![0; 1 << 16];
         assert!(matches!(Pages::private(piece(&bytes)), Err(Error::Unsupported { .. })));
-        assert_eq!(source(piece(&bytes)), Ok(None));
+        assert_eq!(backing(piece(&bytes)), Ok(None));
     }
 }

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::layout::HEADER_NBYTES;
+use crate::snapshot::SNAPSHOT_HEADER_NBYTES;
 use crate::view::Flags;
 
 mod torch;
@@ -12,6 +13,8 @@ mod torch;
 mod sources;
 
 mod buffer;
+
+mod arena;
 
 mod gather;
 
@@ -21,11 +24,18 @@ mod block;
 
 mod module;
 
+mod snapshot;
+
 pyo3::import_exception!(ray_zerocopy.errors, BlockError);
+pyo3::import_exception!(ray_zerocopy.errors, PublishError);
+pyo3::import_exception!(ray_zerocopy.errors, StoreFullError);
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
-        BlockError::new_err(error.to_string())
+        match error {
+            Error::NoRoom { .. } => StoreFullError::new_err(error.to_string()),
+            _ => BlockError::new_err(error.to_string()),
+        }
     }
 }
 
@@ -37,18 +47,27 @@ fn dtypes() -> Vec<&'static str> {
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<arena::Arena>()?;
+    m.add_class::<arena::Lot>()?;
     m.add_class::<sources::Sources>()?;
     m.add_class::<gather::Gather>()?;
     m.add_class::<gather::Segment>()?;
     m.add_class::<block::Block>()?;
     m.add_class::<module::ModuleReducer>()?;
+    m.add_class::<snapshot::Snapshot>()?;
+    m.add_function(wrap_pyfunction!(snapshot::snapshot_head, m)?)?;
+    m.add_function(wrap_pyfunction!(snapshot::snapshot_head_nbytes, m)?)?;
     m.add_function(wrap_pyfunction!(sources::has_plain_storage, m)?)?;
+    m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
+    m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;
     m.add_function(wrap_pyfunction!(block::source_of, m)?)?;
     m.add_function(wrap_pyfunction!(module::differing, m)?)?;
+    m.add_function(wrap_pyfunction!(module::initialized_module, m)?)?;
     m.add_function(wrap_pyfunction!(module::module_state, m)?)?;
     m.add_function(wrap_pyfunction!(module::restore_module, m)?)?;
     m.add_function(wrap_pyfunction!(dtypes, m)?)?;
     m.add("HEADER_NBYTES", HEADER_NBYTES)?;
+    m.add("SNAPSHOT_HEADER_NBYTES", SNAPSHOT_HEADER_NBYTES)?;
     m.add("REQUIRES_GRAD", Flags::REQUIRES_GRAD.0)?;
     m.add("PARAMETER", Flags::PARAMETER.0)?;
     m.add("CONJ", Flags::CONJ.0)?;

@@ -5,23 +5,28 @@
 //! | bytes | field |
 //! |---|---|
 //! | 4 | magic `RZCT` |
-//! | 2 + 2 | version, zero |
+//! | 2 + 2 | version 2, zero |
 //! | 8 | bytes in the block |
 //! | 4 + 4 | number of spans, number of views |
 //! | 16 a span | offset, nbytes |
 //! | 16 a view + 16 a dimension | span (4), dtype (1), flags (1), dimensions (2), offset (8), shape (8 each), stride (8 each) |
 
+use crate::checksum::xxh3;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::layout::{ALIGN, HEADER_NBYTES, Layout, Span};
+use crate::layout::{ALIGN, CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Span};
 use crate::view::{Dims, Flags, View};
 
 const MAGIC: &[u8; 4] = b"RZCT";
-const VERSION: u16 = 1;
+
+/// The version that is written. The block of a table of version 1 has no checksums.
+const VERSION: u16 = 2;
 
 /// Spans in a block and views over them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
+    /// Version of the format.
+    pub version: u16,
     /// Bytes in the block.
     pub nbytes: u64,
     /// Where each storage lies.
@@ -33,7 +38,8 @@ pub struct Table {
 impl Table {
     /// The table of a layout and the views over its spans.
     pub fn new(layout: &Layout, views: Vec<View>) -> Result<Table> {
-        let table = Table { nbytes: layout.nbytes, spans: layout.spans.clone(), views };
+        let table =
+            Table { version: VERSION, nbytes: layout.nbytes, spans: layout.spans.clone(), views };
         table.validate()?;
         Ok(table)
     }
@@ -44,7 +50,7 @@ impl Table {
         let capacity = 24 + 16 * (self.spans.len() + self.views.len() + dimensions);
         let mut bytes = Vec::with_capacity(capacity);
         bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(self.version.to_le_bytes());
         bytes.extend([0; 2]);
         bytes.extend(self.nbytes.to_le_bytes());
         bytes.extend((self.spans.len() as u32).to_le_bytes());
@@ -74,10 +80,12 @@ impl Table {
             return Err(Error::NotATable { found: magic.to_vec() });
         }
         let version = reader.u16()?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(Error::Version { found: version, supported: VERSION });
         }
-        reader.u16()?;
+        if reader.u16()? != 0 {
+            return Err(Error::Corrupt { what: "the offset table" });
+        }
         let nbytes = reader.u64()?;
         let (spans, views) = (reader.u32()?, reader.u32()?);
         // room for both before a byte is reserved for either
@@ -88,15 +96,37 @@ impl Table {
             let (needed, available) = (reader.position as u64, bytes.len() as u64);
             return Err(Error::TableLength { needed, available });
         }
-        let table = Table { nbytes, spans, views };
+        let table = Table { version, nbytes, spans, views };
         table.validate()?;
         Ok(table)
     }
 
+    /// Whether the checksum of each span follows the block's header.
+    pub fn has_checksums(&self) -> bool {
+        self.version > 1
+    }
+
+    /// The tensors over a span, as a reader of an error would look for them.
+    pub fn name(&self, span: usize) -> String {
+        let mut over = self.views.iter().enumerate().filter(|(_, view)| view.span == span);
+        let first = over.next().map_or("no tensor".to_owned(), |(index, view)| {
+            format!("tensor {index}, {} {:?}", view.dtype.name(), view.shape)
+        });
+        match over.count() {
+            0 => first,
+            more => format!("{first} and {more} more"),
+        }
+    }
+
     fn validate(&self) -> Result<()> {
+        let checksums = if self.has_checksums() { self.spans.len() as u64 } else { 0 };
+        let header = HEADER_NBYTES + CHECKSUM_NBYTES * checksums;
+        if header > self.nbytes {
+            return Err(Error::BlockLength { expected: header, found: self.nbytes });
+        }
         for (index, span) in self.spans.iter().enumerate() {
             let end = span.end()?;
-            if span.offset % ALIGN != 0 || span.offset < HEADER_NBYTES {
+            if span.offset % ALIGN != 0 || span.offset < header {
                 let (span, offset) = (index, span.offset);
                 return Err(Error::Misaligned { span, offset, align: ALIGN });
             }
@@ -113,9 +143,13 @@ impl Table {
     }
 }
 
-/// Ties a block to its table: stands in the block's header and is computed from the table's bytes
-/// (FNV-1a over words of 8 bytes, so that it costs a microsecond).
+/// Ties a block to its table: the XXH3 of the table's bytes, which stands in the block's header.
 pub fn fingerprint(table: &[u8]) -> u64 {
+    if table.starts_with(b"RZCT\x01\0") { fingerprint_v1(table) } else { xxh3(table) }
+}
+
+/// What stood there in version 1: FNV-1a over words of 8 bytes.
+fn fingerprint_v1(table: &[u8]) -> u64 {
     table.chunks(8).fold(0xcbf2_9ce4_8422_2325, |hash: u64, chunk| {
         let mut word = [0; 8];
         word[..chunk.len()].copy_from_slice(chunk);
@@ -189,47 +223,86 @@ mod tests {
 
     /// Any valid table: storages of any size, and a dense view over a part of some of them.
     fn tables() -> impl Strategy<Value = Table> {
-        let views = prop::collection::vec((any::<prop::sample::Index>(), 0u64..9, 0u8..47), 0..20);
+        let view = (any::<prop::sample::Index>(), 0u64..9, 0u8..47, 0u8..16);
+        let views = prop::collection::vec(view, 0..20);
         (prop::collection::vec(0u64..100_000, 1..20), views).prop_map(|(nbytes, views)| {
             let pieces: Vec<_> =
                 nbytes.iter().map(|&n| Piece { address: 0, nbytes: n as usize }).collect();
             let layout = Layout::plan(&pieces).unwrap();
-            let views = views.into_iter().map(|(index, offset, dtype)| {
+            let views = views.into_iter().map(|(index, offset, dtype, flags)| {
                 let span = index.index(nbytes.len());
                 let dtype = Dtype::from_code(dtype).unwrap();
                 let n = (nbytes[span] / dtype.itemsize()).saturating_sub(offset);
                 let (shape, stride) = (Dims::from_slice(&[n / 2, 2]), Dims::from_slice(&[2, 1]));
-                View { span, dtype, flags: Flags(dtype as u8 % 16), offset, shape, stride }
+                let mut flags = Flags(flags);
+                if !dtype.is_complex() {
+                    flags.0 &= !Flags::CONJ.0;
+                    flags.0 &= if dtype.is_float() { u8::MAX } else { !Flags::REQUIRES_GRAD.0 };
+                }
+                View { span, dtype, flags, offset, shape, stride }
             });
             Table::new(&layout, views.collect()).unwrap()
         })
     }
 
+    /// Numbers at which sums and products of 64 bits end.
+    fn numbers() -> impl Strategy<Value = u64> {
+        let edge = prop::sample::select(vec![31, 32, 58, 62, 63, 64]);
+        prop_oneof![0u64..5, edge.prop_map(|bits| u64::MAX >> (64 - bits)), any::<u64>()]
+    }
+
+    /// What nobody may read out of bounds, nor torch refuse.
+    fn is_safe(table: &Table) -> bool {
+        let mut spans = table.spans.iter();
+        let mut views = table.views.iter();
+        spans.all(|span| span.end().is_ok_and(|end| end <= table.nbytes))
+            && views.all(|view| view.check(table.spans[view.span].nbytes).is_ok())
+    }
+
     proptest! {
         #[test]
-        fn decode_is_the_inverse_of_encode(table in tables()) {
+        fn decode_is_the_inverse_of_encode(mut table in tables(), version in 1..=VERSION) {
+            table.version = version;
             prop_assert_eq!(Table::decode(&table.encode()), Ok(table));
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Table::decode(&bytes);
-            let _ = Table::decode(&[b"RZCT\x01\0\0\0".as_slice(), &bytes].concat());
+            for version in 1..=VERSION as u8 {
+                let head = [b"RZCT".as_slice(), &[version, 0, 0, 0]].concat();
+                let _ = Table::decode(&[head, bytes.clone()].concat());
+            }
         }
 
         #[test]
-        fn a_damaged_table_is_refused_or_still_safe(
-            table in tables(), at: prop::sample::Index, byte: u8,
+        fn a_damaged_table_is_refused_or_another_one_and_safe(
+            table in tables(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         ) {
             let mut bytes = table.encode();
-            let at = at.index(bytes.len());
-            bytes[at] = byte;
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
             if let Ok(table) = Table::decode(&bytes) {
-                for view in &table.views {
-                    let span = table.spans[view.span];
-                    prop_assert!(span.end().unwrap() <= table.nbytes);
-                    prop_assert!(view.check(span.nbytes).is_ok());
-                }
+                prop_assert!(is_safe(&table));
+                prop_assert_eq!(table.encode(), bytes);
+            }
+        }
+
+        #[test]
+        fn a_table_with_numbers_that_nobody_wrote_is_refused_or_safe(
+            table in tables(), written in prop::collection::vec((any::<prop::sample::Index>(), numbers()), 1..4),
+        ) {
+            let mut bytes = table.encode();
+            let words = bytes.as_chunks_mut::<8>().0;
+            for (at, number) in written {
+                let at = at.index(words.len());
+                words[at] = number.to_le_bytes();
+            }
+            if let Ok(table) = Table::decode(&bytes) {
+                prop_assert!(is_safe(&table));
+                prop_assert_eq!(table.encode(), bytes);
             }
         }
 

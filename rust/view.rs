@@ -21,6 +21,9 @@ impl Flags {
     /// Its negative bit is set (`Tensor.is_neg`).
     pub const NEG: Flags = Flags(8);
 
+    /// All of them.
+    const ALL: Flags = Flags(15);
+
     /// Whether all bits of `other` are set.
     pub fn contains(self, other: Flags) -> bool {
         self.0 & other.0 == other.0
@@ -69,14 +72,40 @@ impl View {
         Ok(Some(self.offset * itemsize..end))
     }
 
-    /// Whether every byte it touches lies within a span of `nbytes`.
+    /// Whether torch has such tensors, and every byte it touches lies within a span of `nbytes`.
     pub fn check(&self, nbytes: u64) -> Result<()> {
+        self.check_tensor()?;
         match self.extent()? {
             Some(extent) if extent.end > nbytes => {
                 Err(Error::OutOfSpan { end: extent.end, nbytes })
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses what torch would, or would take for something else: its numbers are signed.
+    fn check_tensor(&self) -> Result<()> {
+        let (dtype, flags) = (self.dtype, self.flags);
+        let refused = |what| Err(Error::NoTensor { dtype: dtype.name(), what });
+        let fits = |number: u64| i64::try_from(number).is_ok();
+        // in the order of the dimensions, as torch counts: an early 0 forgives what a late one does not
+        let count = self.shape.iter().try_fold(1, |count: u64, &n| count.checked_mul(n));
+        if !count.is_some_and(fits) || !self.shape.iter().all(|&n| fits(n)) {
+            return refused(format!("shape {:?}", self.shape));
+        }
+        if !fits(self.offset) || !self.stride.iter().all(|&step| fits(step)) {
+            return refused(format!("offset {} and stride {:?}", self.offset, self.stride));
+        }
+        if !Flags::ALL.contains(flags) {
+            return refused(format!("flags {:#010b}", flags.0));
+        }
+        if flags.contains(Flags::REQUIRES_GRAD) && !(dtype.is_float() || dtype.is_complex()) {
+            return refused("requires_grad".to_owned());
+        }
+        if flags.contains(Flags::CONJ) && !dtype.is_complex() {
+            return refused("a conjugate bit".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -112,6 +141,36 @@ mod tests {
         assert!(view(Dtype::Float32, 0, &[2], &[]).extent().is_err());
         assert!(view(Dtype::Float32, u64::MAX, &[1], &[1]).extent().is_err());
         assert!(view(Dtype::Float32, 0, &[u64::MAX, 3], &[u64::MAX, 1]).extent().is_err());
+    }
+
+    #[test]
+    fn what_is_no_tensor_to_torch_is_refused() {
+        let large = 1 << 63;
+        let flags = |dtype, flags| View { flags: Flags(flags), ..view(dtype, 0, &[2], &[1]) };
+        let cases = [
+            (
+                view(Dtype::Int8, 0, &[large, 0], &[1, 1]),
+                "int8 with shape [9223372036854775808, 0]",
+            ),
+            (
+                view(Dtype::Int8, 0, &[1 << 32, 1 << 32, 0], &[0; 3]),
+                "shape [4294967296, 4294967296, 0]",
+            ),
+            (view(Dtype::Int8, 0, &[1], &[large]), "offset 0 and stride [9223372036854775808]"),
+            (view(Dtype::Int8, large, &[0], &[1]), "offset 9223372036854775808 and stride [1]"),
+            (flags(Dtype::Int64, 3), "int64 with requires_grad"),
+            (flags(Dtype::Float32, 4), "float32 with a conjugate bit"),
+            (flags(Dtype::Complex64, 16), "complex64 with flags 0b00010000"),
+        ];
+        for (view, told) in cases {
+            let error = view.check(64).unwrap_err().to_string();
+            assert!(
+                error.starts_with("torch has no tensor of ") && error.contains(told),
+                "{error}"
+            );
+        }
+        assert_eq!(view(Dtype::Int8, 0, &[0, 1 << 32, 1 << 32], &[1; 3]).check(0), Ok(()));
+        assert_eq!(flags(Dtype::Complex64, 15).check(64), Ok(()));
     }
 
     proptest! {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray_zerocopy import views
 
 # Workers import what tests define by name, so they need this folder on their path, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -21,6 +22,7 @@ torch.set_num_threads(1)  # as in Ray's workers: how a sum is split decides its 
 def cluster():
     """A Ray of four logical CPUs and a store of 700 MB."""
     ray.init(
+        address="local",  # and not whichever cluster the machine has
         num_cpus=4,
         object_store_memory=700_000_000,
         include_dashboard=False,
@@ -32,14 +34,29 @@ def cluster():
         ray.shutdown()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def way(request):
+    """The way in which this process and what `start` starts make views: torch's best, or a file's.
+
+    A file says it by `pytest.mark.parametrize("way", ..., indirect=True, scope="module")`.
+    """
+    best, views.way = views.way, getattr(request, "param", views.way)
+    yield views.way
+    views.way = best
+
+
 @pytest.fixture(scope="module")
-def start(cluster):
+def start(cluster, way):
     """Start actors: `start(Actor, 2)` gives two, gone at the end of the file."""
     actors = []
+
+    def make_views(actor, way):
+        views.way = way
 
     def start(cls, count=1):
         new = [ray.remote(cls).options(num_cpus=0).remote() for _ in range(count)]
         actors.extend(new)
+        ray.get([actor.__ray_call__.remote(make_views, way) for actor in new])
         return new
 
     yield start

@@ -137,7 +137,17 @@ def _parts(node):
             return _module_parts(node)
         case np.ndarray():
             array = node.tolist() if node.dtype.hasobject else _digest(node)
-            return (_class(node), str(node.dtype), node.shape, array), []
+            order = np.empty_like(np.asarray(node)).strides  # its own, but for gaps
+            # a memory map's attributes speak of its file
+            attributes = [] if isinstance(node, np.memmap) else _attributes(node)
+            return (_class(node), str(node.dtype), node.shape, order, array), attributes
+        case torch.fx.Graph():  # each node holds the next one, too deep to follow
+            nodes = [
+                (node.op, node.name, node.format_node(), _name(node.target)) for node in node.nodes
+            ]
+            return (_class(node), nodes), [(f"[{n.name!r}].meta", n.meta) for n in node.nodes]
+        case torch.fx.Node():
+            return (_class(node), node.name), [(".graph", node.graph)]
         case dict():
             pairs = enumerate(node.items())
             children = [pair for i, (k, v) in pairs for pair in _item_parts(i, k, v)]

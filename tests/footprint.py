@@ -5,8 +5,6 @@ import gc
 import threading
 from pathlib import Path
 
-import psutil
-
 
 def trim():
     """Collect garbage and give free memory back to the kernel: growth could hide in it."""
@@ -15,27 +13,55 @@ def trim():
 
 
 def unique_set_size() -> int:
-    """The memory that would be free if this process ended."""
+    """The memory that would be free if this process ended.
+
+    Of files in shared memory that is what it has written to private pages: the rest stays in the
+    store, even where no other process has it mapped now.
+
+    Read line by line: a list of all mappings would itself be megabytes of the process.
+    """
     trim()
-    return psutil.Process().memory_full_info().uss
+    unique, in_store = 0, False
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            field, *rest = line.split(maxsplit=5)
+            if not field.endswith(":"):
+                in_store = rest[-1].startswith("/dev/shm/")
+            elif field in (("Anonymous:",) if in_store else ("Private_Clean:", "Private_Dirty:")):
+                unique += int(rest[0]) * 1024
+    return unique
 
 
 def anonymous_memory() -> int:
     """RssAnon of this process: its private memory, without what is mapped from files."""
+    return _status("RssAnon")
+
+
+def resident_memory() -> int:
+    """RssAnon and RssShmem: private memory, and what this process has mapped of shared memory."""
+    return anonymous_memory() + _status("RssShmem")
+
+
+def page_table_nbytes() -> int:
+    """VmPTE of this process: what tells where its pages are."""
+    return _status("VmPTE")
+
+
+def _status(field):
     status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def with_peak(act):
-    """What `act()` returns, and by how much anonymous memory was up at any moment of it."""
+def with_peak(act, measure=anonymous_memory):
+    """What `act()` returns, and by how much a measure was up at any moment of it."""
     trim()
-    before = peak = anonymous_memory()
+    before = peak = measure()
     done = threading.Event()
 
     def watch():
         nonlocal peak
         while not done.wait(0.001):
-            peak = max(peak, anonymous_memory())
+            peak = max(peak, measure())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -45,3 +71,15 @@ def with_peak(act):
         done.set()
         watcher.join()
     return result, peak - before
+
+
+def mapped_memory(path) -> int:
+    """Bytes of a file that are in this process's page table."""
+    resident, is_it = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0]:
+            is_it = fields[-1] == str(path)
+        elif is_it and fields[0] == "Rss:":
+            resident += int(fields[1]) * 1024
+    return resident

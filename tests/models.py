@@ -9,6 +9,7 @@ it.
 
 import functools
 import itertools
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import utils as nn_utils
 from torch.nn.utils import parametrizations
 
@@ -302,6 +304,44 @@ def numpy_attributes():
     return Case(model, (torch.randn(3, 8),), call=lambda m, x: m(x) + torch.tensor(m.small))
 
 
+class Measured(np.ndarray):
+    """An array that knows its unit, as numpy's guide to subclassing has it."""
+
+    def __array_finalize__(self, obj):
+        self.unit = getattr(obj, "unit", None)
+
+
+@_difficult
+def array_subclasses():
+    rng = np.random.default_rng(0)
+    model = Holder(
+        matrix=rng.random((90, 80)).view(np.matrix),
+        masked=np.ma.masked_less(rng.random((90, 80)), 0.5),
+        record=np.rec.fromarrays([rng.random(900), np.arange(900)], names="value,index"),
+        small=np.ones(3).view(Measured),
+        large=rng.random((30, 40, 50)).transpose(2, 0, 1).view(Measured),
+        dates=np.arange("2000-01", "2100-01", dtype="datetime64[M]"),
+        text=np.array(["a", "bcd"] * 900),
+    )
+    model.small.unit, model.large.unit = "metre", torch.randn(3)
+    model.reversed, model.broadcast = (
+        model.large[::-1, ::2],
+        np.broadcast_to(np.arange(9.0), (99, 9)),
+    )
+    return Case(model, (torch.randn(3, 8),))
+
+
+@_difficult
+def memory_maps():
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:  # mapped, it needs no name any more
+        np.save(file, np.random.default_rng(0).random((90, 80)).T)
+        file.flush()
+        model = Holder(read=np.load(file.name, mmap_mode="r"), copied=np.load(file.name, "c"))
+    model.copied[3] = 0
+    model.rows = model.read[5:50]
+    return Case(model, (torch.randn(3, 8),))
+
+
 @_difficult
 def shared_storage_views():
     model, flat = nn.Linear(8, 8), torch.randn(100)
@@ -395,6 +435,31 @@ class Shadowed(nn.Module):
         return self.linear(x) * self.scale
 
 
+class Named:
+    """A mixin with a property, as of the many that libraries put after `nn.Module`."""
+
+    @property
+    def name(self):
+        return self.__dict__["name"]
+
+
+class NamedModule(nn.Module, Named):
+    """Its dict holds what a property of a later base would not let anyone set."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.__dict__["name"] = "linear"
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@_difficult
+def property_of_a_later_base():
+    return Case(NamedModule(), (torch.randn(3, 8),))
+
+
 class SelfReducing(nn.Module):
     """Says itself how it is made and what it is made with."""
 
@@ -466,6 +531,41 @@ def reference_cycle():
 def quantized_dynamic():
     net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
     return Case(torch.ao.quantization.quantize_dynamic(net, {nn.Linear}), (torch.randn(3, 8),))
+
+
+class Branching(nn.Module):
+    """Arguments of every kind, for a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x, power=2, *, shift=None):
+        y = torch.relu(self.linear(x)) ** power
+        return {"sum": y.sum(dim=-1), "parts": [y[:, 1:3], torch.add(y, self.scale, alpha=0.5)]}
+
+
+@_difficult
+def traced_graph():
+    traced = torch.fx.symbolic_trace(Branching())
+    x = torch.randn(3, 8)
+    ShapeProp(traced).propagate(x, 2)
+    traced.meta["output"] = next(iter(reversed(traced.graph.nodes)))
+    dead = traced.graph.call_function(torch.ops.aten.add.Tensor, (1, 2))  # code would not trace it
+    dead.meta["why"] = "a pass left it"
+    traced.recompile()
+    return Case(traced, (x, 2))
+
+
+@_difficult
+def quantized_convolution():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)).eval()
+    net = torch.ao.quantization.QuantWrapper(net)
+    net.qconfig = torch.ao.quantization.default_qconfig
+    prepared = torch.ao.quantization.prepare(net)
+    x = torch.randn(2, 3, 8, 8)
+    prepared(x)
+    return Case(torch.ao.quantization.convert(prepared), (x,))
 
 
 class Pipeline:
@@ -578,6 +678,14 @@ def meta_model():
 @_difficult
 def hf_output():
     return Case(ARCHITECTURES["gpt2"]().run(), call=None)
+
+
+@_difficult
+def hf_hidden_states():
+    case = ARCHITECTURES["bert"]()
+    case.kwargs["output_hidden_states"] = True
+    case.run()  # installs hooks that hold a ContextVar
+    return case
 
 
 @_difficult

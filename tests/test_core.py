@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import _core
+from ray_zerocopy import _core, views
+
+WAYS = ("dlpack", "from_numpy") if _core.borrows() else ("from_numpy",)
 
 
 def gather(*parts):
@@ -39,6 +41,17 @@ def laid_out(segments):
     starts = np.cumsum([0] + [len(memoryview(s)) + -len(memoryview(s)) % 64 for s in segments])
     ends = (start + len(memoryview(s)) for start, s in zip(starts, segments, strict=False))
     return [aligned[start:end] for start, end in zip(starts, ends, strict=False)]
+
+
+def header_v1(table, nbytes):
+    """The header of a block of version 1: its fingerprint of the table was FNV-1a, over words."""
+    hashed = 0xCBF29CE484222325
+    for start in range(0, len(table), 8):
+        word = int.from_bytes(table[start : start + 8], "little")
+        hashed = (hashed ^ word) * 0x100000001B3 % 2**64
+        hashed = (hashed << 29 | hashed >> 35) % 2**64
+    header = b"RZCB\1\0\0\0" + nbytes.to_bytes(8, "little") + hashed.to_bytes(8, "little")
+    return header.ljust(_core.HEADER_NBYTES, b"\0")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -73,7 +86,7 @@ def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
     died = weakref.ref(array)
     gathered = gather(array)
     segments = gathered.segments()
-    tensors = _core.Block(gathered.table, laid_out(segments), "shared").tensors()
+    tensors = views.tensors(_core.Block(gathered.table, laid_out(segments), "shared"))
     expected = array.copy()
     del array, gathered
     gc.collect()
@@ -96,7 +109,8 @@ def test_a_block_is_written_whole_into_room_that_was_used_before():
         block = _core.Block(gathered.table, [anchor], isolation, anchored=True)
         assert rejoined(block) == parts
     zeros = len(room) - 128 - np.count_nonzero(room[128:])
-    padding = gathered.nbytes - sum(map(len, parts)) - np.count_nonzero(room[128:192])
+    start = room[128 : 192 + 8 * len(parts)]  # the header and the checksums
+    padding = gathered.nbytes - sum(map(len, parts)) - np.count_nonzero(start)
     assert zeros == padding + len(room) - 128 - gathered.nbytes
 
 
@@ -117,6 +131,48 @@ def test_no_room_no_block():
         gathered.write(room, room)
 
 
+def test_checksums_are_the_same_whoever_writes_the_block():
+    numbers = random.Random(1)
+    gathered = gather(*map(numbers.randbytes, [0, 1, 5_000, 20_000, 2**20, 5 * 2**20 + 1]))
+    by_ray = _core.Block(gathered.table, laid_out(gathered.segments()), "shared")
+    room = np.zeros(gathered.nbytes, np.uint8)
+    gathered.write(room, room)
+    by_us = _core.Block(gathered.table, [room], "shared")
+    assert by_us.checksums == by_ray.checksums
+    assert by_us.checksums[0] == 0x2D06800538D394C2, "the XXH3 of nothing"
+    by_us.verify()
+
+
+def test_damage_is_found_on_demand_and_named():
+    sources = _core.Sources(None)
+    for shape in ((8, 8), (500, 40)):
+        sources.take(torch.ones(shape))
+    gathered = _core.Gather(sources)
+    room = np.zeros(gathered.nbytes, np.uint8)
+    gathered.write(room, room)
+    block = _core.Block(gathered.table, [room], "shared")
+    offset, nbytes = block.spans[1]
+    room[offset + nbytes - 1] ^= 1
+    with pytest.raises(rzc.BlockError, match=r"span 1 \(tensor 1, float32 \[500, 40\]; bytes"):
+        block.verify()
+    room[70] ^= 1
+    with pytest.raises(rzc.BlockError, match="header of the block, or its checksums"):
+        block.verify()
+
+
+def test_a_block_of_version_1_is_read_and_has_no_checksums():
+    gathered = gather(bytes(100), b"x" * 30_000)
+    room = np.zeros(gathered.nbytes, np.uint8)
+    gathered.write(room, room)
+    table = gathered.table[:4] + b"\x01" + gathered.table[5:]
+    room[:80] = np.frombuffer(header_v1(table, gathered.nbytes) + bytes(16), np.uint8)
+    block = _core.Block(table, [room], "shared")
+    assert rejoined(block) == [bytes(100), b"x" * 30_000]
+    assert block.checksums is None
+    with pytest.raises(rzc.BlockError, match="version 1 has no checksums"):
+        block.verify()
+
+
 def test_a_block_that_nobody_wrote_is_refused():
     gathered = gather(bytes(30_000))
     room = np.zeros(40_000, np.uint8)
@@ -125,8 +181,9 @@ def test_a_block_that_nobody_wrote_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.* experimental:UserWarning", "ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("by", WAYS)
 @pytest.mark.parametrize("name", _core.dtypes())
-def test_a_tensor_of_every_dtype_that_dlpack_has(name):
+def test_a_tensor_of_every_dtype(name, by, monkeypatch):
     dtype = getattr(torch, name, None)
     if dtype is None:
         return  # a dtype of another torch
@@ -139,11 +196,12 @@ def test_a_tensor_of_every_dtype_that_dlpack_has(name):
     source.set_(numbers.untyped_storage(), 0, (2, 3), (1, 2))
     assert sources.take(source) == 0
     gathered = _core.Gather(sources)
-    (tensor,) = _core.Block(gathered.table, laid_out(gathered.segments()), "shared").tensors()
-    if tensor is None:
+    block = _core.Block(gathered.table, laid_out(gathered.segments()), "shared")
+    if block.tensors() == [None] and "dlpack" in WAYS:
         less_than_a_byte = re.fullmatch(r"u?int[1-7]", name)
         assert less_than_a_byte or name.startswith(("bits", "float4", "bcomplex"))
-        return
+    monkeypatch.setattr(views, "way", by)
+    (tensor,) = views.tensors(block)
     assert (tensor.dtype, tensor.shape, tensor.stride()) == (dtype, source.shape, source.stride())
     assert bytes(tensor.untyped_storage()) == bytes(numbers)
 
@@ -206,7 +264,8 @@ def test_the_stub_tells_the_truth(tmp_path):
     allowed = tmp_path / "allowed"
     allowed.write_text(r"ray_zerocopy\._core\.\w+\.__buffer__")  # a slot without a name before 3.12
     check = [sys.executable, "-m", "mypy.stubtest", "ray_zerocopy._core"]
-    options = ["--allowlist", allowed, "--mypy-config-file", "pyproject.toml"]
+    options = ["--allowlist", allowed, "--ignore-unused-allowlist"]
+    options += ["--mypy-config-file", "pyproject.toml"]
     done = subprocess.run(
         check + options, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )

@@ -14,6 +14,7 @@ import ray_zerocopy as rzc
 import torch
 from exact import assert_exact, assert_same_description, assert_same_output, describe
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS, Case, large, simple, transformer
+from ray_zerocopy import _core
 from safetensors.torch import save_model
 from torch import nn
 
@@ -191,6 +192,47 @@ def test_a_full_store_spills_and_falls_back_exactly(cluster):
     with torch.no_grad():
         in_use[-1][0].weight.add_(1)
     assert_same_description(expected, describe(ray.get(refs[-1])))
+
+
+@pytest.mark.parametrize("name", ["numpy_attributes", "array_subclasses", "memory_maps"])
+def test_every_array_of_a_page_lies_on_the_block(name, cluster):
+    source = DIFFICULT[name]().model
+    ref = rzc.put(source)
+    large = [k for k, v in vars(source).items() if isinstance(v, np.ndarray) and v.nbytes >= 4096]
+    assert large
+    loaded, inode = rzc.get(ref, isolation="shared"), rzc.inspect(ref).inode
+    for array in (np.asarray(getattr(loaded, name)) for name in large):
+        assert _core.source_of(array.ctypes.data)[1] == inode
+
+
+class Packed:
+    """Turns its weights into bytes, as skorch does."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __getstate__(self):
+        return {"weight": self.weight.numpy().tobytes()}
+
+    def __setstate__(self, state):
+        self.weight = torch.frombuffer(bytearray(state["weight"]), dtype=torch.float32)
+
+
+def test_inspect_tells_what_is_not_shared(cluster):
+    source = {"packed": Packed(torch.randn(5_000)), "model": simple().model, "tag": b"below a page"}
+    ref = rzc.put(source)
+    info = rzc.inspect(ref)
+    assert info.unshared_nbytes == source["packed"].weight.nbytes
+    assert "20,000 of them copied by each load" in str(info)
+    assert torch.equal(ray.get(ref)["packed"].weight, source["packed"].weight)
+    assert rzc.inspect(rzc.put(source["model"])).unshared_nbytes == 0
+
+
+def test_a_memory_map_comes_back_as_memory(cluster):
+    source = DIFFICULT["memory_maps"]().model
+    loaded = ray.get(rzc.put(source))
+    assert (loaded.read.flags.writeable, loaded.copied.flags.writeable) == (False, True)
+    assert loaded.read.filename is None
 
 
 def test_a_slice_costs_what_it_shows(cluster):

@@ -4,7 +4,7 @@ import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import room, store
+from ray_zerocopy import room, shared
 
 
 def test_room_is_the_objects_own_memory_and_can_be_written(cluster):
@@ -14,6 +14,7 @@ def test_room_is_the_objects_own_memory_and_can_be_written(cluster):
     assert not memory.readonly
     memory[-1_000_000:] = bytes([7]) * 1_000_000
     assert ray.get(ref) == {"what": "Ray writes"}
+    assert room.way == "room"
 
 
 def test_references_inside_stay_alive(cluster):
@@ -24,8 +25,8 @@ def test_references_inside_stay_alive(cluster):
 
 def test_what_was_never_written_is_refused(cluster):
     """As if Ray had moved the object to disk in the moment before it was written."""
-    anchored = store._Anchored(torch.ones(100_000))
-    with store._reading(store.Reading(anchor=True)):
+    anchored = shared.Anchored(torch.ones(100_000))
+    with shared.reading(shared.Reading(anchor=True)):
         ref, anchor, _ = room.put(anchored, lambda: anchored.block.nbytes)
     assert not any(memoryview(anchor)[:4])
     with pytest.raises(rzc.BlockError):
@@ -38,10 +39,10 @@ def test_without_room_ray_writes_the_block(cluster, monkeypatch, internals):
     core = ray._private.worker.global_worker.core_worker
 
     class OtherCore:
-        def put_object(self, serialized, **options):
-            if internals == "put_object":
-                raise TypeError("unexpected keyword argument")
-            return core.put_object(serialized, **options)
+        def __getattr__(self, name):
+            if internals == "put_object" and name.startswith("put_"):
+                raise AttributeError(f"no attribute {name}")
+            return getattr(core, name)
 
         def get_objects(self, refs, timeout):
             ((found, *rest),) = core.get_objects(refs, timeout)
@@ -60,8 +61,11 @@ def test_without_room_ray_writes_the_block(cluster, monkeypatch, internals):
     model = {"weight": torch.randn(1000, 100), "bias": torch.randn(10)}
     with monkeypatch.context() as patched:
         patched.setattr(room, "worker", OtherModule)
+        patched.setattr(room, "way", "room")
         assert room.put(model, lambda: 64) is None
         ref = rzc.put(model)
+        ways = rzc.inspect(ref).ways
+    assert ways["put"] == ("ray.put" if internals == "put_object" else "room")
     loaded = ray.get(ref)
     assert all(torch.equal(loaded[name], model[name]) for name in model)
     assert (rzc.inspect(ref).where, rzc.inspect(ref).held) == ("store", "private")

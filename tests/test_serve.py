@@ -58,6 +58,7 @@ def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "this takes too long"
+        time.sleep(0.01)
 
 
 def with_pid(output):
@@ -104,6 +105,42 @@ def test_replicas_answer_and_take_new_weights(url):
     assert not pids & before
     assert all(np.allclose(y, answer(new), atol=1e-5) for y in answers)
     serve.delete("model")
+
+
+def test_a_followed_model_changes_under_load(url):
+    """Ten updates: every request is answered, each by one version, at last by the last."""
+
+    def filled(value):
+        model = nn.Linear(16, 4)
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, float(value))
+        return model
+
+    rzc.publish("served", filled(0))
+    replicas = app(rzc.follow("served"), num_replicas=2, **SMALL)
+    serve.run(replicas, name="served", route_prefix="/served")
+    done, answers = threading.Event(), []
+
+    def ask():
+        while not done.is_set():
+            (value,) = set(np.ravel(post(f"{url}/served", {"x": [[1.0] * 16] * 3})["output"]) / 17)
+            answers.append(value)
+            time.sleep(0.02)  # or the replicas have no core left to load on
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(ask) for _ in range(3)]
+        try:
+            for value in range(1, 11):
+                rzc.publish("served", filled(value))
+                until(lambda value=value: value in answers[-20:])
+            until(lambda: set(answers[-20:]) == {10})
+        finally:
+            done.set()
+        for client in clients:
+            client.result()
+    assert set(answers) <= set(range(11))
+    serve.delete("served")
+    rzc.retire("served")
 
 
 class Measured(Growing, Replica):

@@ -15,7 +15,7 @@ import torch
 from exact import assert_exact
 from fresh import run
 from models import large, simple
-from ray_zerocopy.store import Shared
+from ray_zerocopy.shared import Shared
 from torch import nn
 
 # --- inspect --------------------------------------------------------------------------------------
@@ -35,6 +35,21 @@ def test_inspect_tells_what_is_stored_and_where(cluster):
     assert (info.where, info.held, info.fallback) == ("store", "private", None)
     assert f"{info.nbytes:,}" in str(info)
     assert info.file.startswith("/dev/shm/")
+
+
+@pytest.mark.parametrize("publish", [rzc.put, lambda model: ray.put(Shared(model))])
+def test_inspect_verifies_on_demand(cluster, publish):
+    model = simple().model
+    ref = publish(model)
+    unverified, verified = rzc.inspect(ref), rzc.inspect(ref, verify=True)
+    assert (unverified.verified, verified.verified) == (False, True)
+    assert len(verified.checksums) == len(verified.spans)
+    shared = rzc.get(ref, isolation="shared")
+    with torch.no_grad():
+        next(shared.parameters()).flatten()[0] += 1
+    with pytest.raises(rzc.BlockError, match=r"span 0 \(tensor 0, float32 .* is damaged"):
+        rzc.inspect(ref, verify=True)
+    rzc.inspect(ref)
 
 
 def test_inspect_refuses_what_put_did_not_store(cluster):
@@ -65,15 +80,18 @@ def test_fetched_from_another_node():
         import ray_zerocopy as rzc
         import torch
         from ray.cluster_utils import Cluster
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
         cluster = Cluster()
-        cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-        cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20, resources={"other": 1})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
         ray.init(address=cluster.address)
         model = torch.randn(20, 2**18)
         ref = rzc.put({"weight": model})
+        mine = ray.get_runtime_context().get_node_id()  # until Ray 2.52 any of the two
+        (other,) = {node["NodeID"] for node in ray.nodes()} - {mine}
 
-        @ray.remote(resources={"other": 1})
+        @ray.remote(scheduling_strategy=On(other, soft=False))
         def elsewhere(loaded, refs):
             return loaded["weight"], rzc.inspect(refs[0])
 
@@ -99,7 +117,7 @@ def test_private_pages_for_the_ordinary_user():
         status = Path("/proc/self/status").read_text()
         capabilities = int(status.split("CapEff:")[1].split()[0], 16)
         assert capabilities & (1 << 21 | 1 << 40) == 0
-        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
         model = torch.randn(10, 2**18)
         ref = rzc.put(model)
         info = rzc.inspect(ref)
@@ -149,7 +167,7 @@ def test_a_second_store_in_one_process_is_not_mistaken_for_the_first():
         assert torch.equal(rzc.get(rzc.put(torch.ones(2**20))), torch.ones(2**20))
         assert ray.is_initialized()
         ray.shutdown()
-        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
         ref = rzc.put(torch.zeros(2**20))
         assert rzc.inspect(ref).held == "private"
         assert torch.equal(ray.get(ref), torch.zeros(2**20))
@@ -168,7 +186,7 @@ def test_prefault_changes_nothing_but_the_page_table(cluster):
 
 def test_prefault_fills_the_page_table_while_the_caller_goes_on(cluster):
     ref = rzc.put(torch.zeros(16, 2**20))
-    first_touched = rzc.get(ref)
+    first_touched = rzc.get(ref, prefault=False)
     assert resident(first_touched) < first_touched.nbytes / 100
     filled = rzc.get(ref, prefault=True)
     deadline = time.monotonic() + 30
@@ -251,7 +269,7 @@ def test_a_store_too_small_says_how_many_bytes_it_takes():
         import torch
 
         os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # noqa: SIM112  no disk for it
-        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
         with pytest.raises(
             rzc.StoreFullError, match=r"419,4\d\d,\d\d\d bytes.*object_store_memory"
         ):
@@ -273,7 +291,7 @@ def test_ray_client_is_told_what_to_do_instead():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ray.init(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
         serving = server.serve("127.0.0.1", port)
         ray.util.connect(f"127.0.0.1:{port}")
         with pytest.raises(rzc.ClientError, match="inside a task or actor"):
@@ -290,6 +308,7 @@ def test_ray_client_is_told_what_to_do_instead():
 
 def test_a_loaded_model_is_old_to_the_collector_and_young_garbage_is_gone(cluster):
     ref = rzc.put(simple().model)
+    gc.collect()  # or garbage grows old by a collection that comes by itself
     garbage = nn.ReLU()
     garbage.itself = garbage
     alive = weakref.ref(garbage)

@@ -8,48 +8,87 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ray_zerocopy import floor  # noqa: F401 - first: it refuses an old torch or Ray
 from ray_zerocopy.errors import (
     BlockError,
+    CatalogError,
     ClientError,
     HostCopyWarning,
     IsolationWarning,
+    LostVersionError,
     MismatchError,
     NotABlockError,
     PublishError,
     RayZeroCopyError,
+    SaveError,
     StoreFullError,
+    UnknownVersionError,
+    VersionError,
 )
-from ray_zerocopy.store import Info, Shared, TensorInfo, get, inspect, put
+from ray_zerocopy.info import Info, TensorInfo
+from ray_zerocopy.shared import Shared
+from ray_zerocopy.snapshot import restore, save
+from ray_zerocopy.store import build, get, inspect, put
 
 if TYPE_CHECKING:
-    from ray_zerocopy import data, serve
+    from ray_zerocopy import aio, data, serve
     from ray_zerocopy.invoke import CallModel, Shim, call_model, rewrite_pipeline
+    from ray_zerocopy.registry.broadcast import prefetch
+    from ray_zerocopy.registry.catalog import Version
+    from ray_zerocopy.registry.follower import Live, follow
+    from ray_zerocopy.registry.publication import (
+        load,
+        promote,
+        publish,
+        published,
+        retire,
+        versions,
+    )
     from ray_zerocopy.wrappers import JITModelWrapper, ModelWrapper
 
 __all__ = [
     "BlockError",
     "CallModel",
+    "CatalogError",
     "ClientError",
     "HostCopyWarning",
     "Info",
     "IsolationWarning",
     "JITModelWrapper",
+    "Live",
+    "LostVersionError",
     "MismatchError",
     "ModelWrapper",
     "NotABlockError",
     "PublishError",
     "RayZeroCopyError",
+    "SaveError",
     "Shared",
     "Shim",
     "StoreFullError",
     "TensorInfo",
+    "UnknownVersionError",
+    "Version",
+    "VersionError",
+    "aio",
+    "build",
     "call_model",
     "data",
+    "follow",
     "get",
     "inspect",
+    "load",
+    "prefetch",
+    "promote",
+    "publish",
+    "published",
     "put",
+    "restore",
+    "retire",
     "rewrite_pipeline",
+    "save",
     "serve",
+    "versions",
 ]
 __version__ = "0.1.0"
 
@@ -61,11 +100,18 @@ _FACES = {
     "rewrite_pipeline": "invoke",
     "JITModelWrapper": "wrappers",
     "ModelWrapper": "wrappers",
+    "Version": "registry.catalog",
+    "prefetch": "registry.broadcast",
+    "Live": "registry.follower",
+    "follow": "registry.follower",
+    **dict.fromkeys(
+        ("load", "promote", "publish", "published", "retire", "versions"), "registry.publication"
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "serve"):
+    if name in ("aio", "data", "serve"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _FACES:
         return getattr(importlib.import_module(f"{__name__}.{_FACES[name]}"), name)

@@ -11,6 +11,7 @@ from ray_zerocopy.errors import IsolationWarning
 from ray_zerocopy.skeleton import Split
 
 Isolation = Literal["private", "shared", "copy"]
+Prefault = Literal["auto", True, False]
 
 
 def gather(parts: Split) -> _core.Gather:

@@ -61,8 +61,10 @@ class Cache:
         return len(self._entries)
 
     @contextlib.contextmanager
-    def use(self, ref: ray.ObjectRef) -> Iterator[Any]:
+    def use(self, ref: Any) -> Iterator[Any]:
         """Lend the object that `ref` refers to, loading it unless it is kept.
+
+        A `Version` is known by its `binary()`, as a reference is.
 
         It is not idle before the end of the `with`. An error in loading reaches every user who
         waited for it, after a try of its own.
@@ -72,7 +74,7 @@ class Cache:
             with entry.loading:
                 if not entry.loaded:
                     entry.loaded.append(self._load(ref))
-                    entry.traces = _traces(entry.loaded[0])
+                    entry.traces = traces(entry.loaded[0])
             yield entry.loaded[0]
         finally:
             with self._lock:
@@ -97,10 +99,8 @@ class Cache:
         kept = True
         while kept:
             time.sleep(self._idle_s / 8)
-            traces, kept = self._drop_idle()
-            if any(trace() is not None for trace in traces):
-                with _COLLECTING:
-                    gc.collect()
+            dropped, kept = self._drop_idle()
+            collect(dropped)
 
     def _drop_idle(self) -> tuple[list[Callable[[], object]], bool]:
         """Give the traces of what went since the last time, and whether anything is kept."""
@@ -110,12 +110,19 @@ class Cache:
                 if entry.users == 0 and entry.used_s <= last_use_s:
                     del self._entries[key]
                     self._dropped += entry.traces
-            traces, self._dropped = self._dropped, []
+            dropped, self._dropped = self._dropped, []
             self._sweeping = bool(self._entries)
-            return traces, self._sweeping
+            return dropped, self._sweeping
 
 
-def _traces(loaded: object) -> list[Callable[[], object]]:
+def collect(dropped: list[Callable[[], object]]) -> None:
+    """Run the cyclic collector if something dropped is still there, by its traces."""
+    if any(trace() is not None for trace in dropped):
+        with _COLLECTING:
+            gc.collect()
+
+
+def traces(loaded: object) -> list[Callable[[], object]]:
     """Give what shows whether any of an object that was dropped is still there.
 
     A collection takes 0.5 s where torch and transformers are imported, and stops all threads, so

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from ray.data import ActorPoolStrategy, Dataset
 
-from ray_zerocopy.wrappers import wrap
+from ray_zerocopy.wrappers import current, wrap
 
 Batch = dict[str, Any]
 Hook = Callable[[Any], Any]
@@ -22,7 +22,8 @@ class Predictor:
     Made for `map_batches`, which `ray_zerocopy.data.map_batches` calls in one line.
 
     Args:
-        model: a reference from `put`, a `ModelWrapper`, or the model itself. What a reference
+        model: a reference from `put`, what `publish` or `follow` gave (the latter's current version
+            runs each batch), a `ModelWrapper`, or the model itself. What a reference
             holds runs in the mode it was stored in, the others in eval mode.
         inputs: the columns that the model takes: a name or names for positional arguments, or a
             mapping from the names of keyword arguments to columns. By default all columns, by
@@ -46,12 +47,17 @@ class Predictor:
         postprocess: Hook | None = None,
         method_name: str = "__call__",
     ) -> None:
-        self.model = wrap(model).load(device=device)
+        self._current = current(model, device=device)
         self._method_name = method_name
         self._inputs = [inputs] if isinstance(inputs, str) else inputs
         self._device = device
         self._preprocess = preprocess
         self._postprocess = postprocess
+
+    @property
+    def model(self) -> Any:
+        """The model that runs the next batch."""
+        return self._current()
 
     def __call__(self, batch: Batch) -> Batch:
         """Give the batch with the output's columns added, which replace others of their names."""
@@ -88,7 +94,7 @@ def map_batches(
 
     Args:
         dataset: whose batches reach `preprocess`, or the model, as a dict of arrays.
-        model: a reference from `put`, a `ModelWrapper`, or the model itself.
+        model: as for `Predictor`.
         actors: how many, or the fewest and the most; without it Ray Data decides.
         options: those of `Predictor`, such as `inputs` and `postprocess`; the others go to
             `Dataset.map_batches`: `batch_size`, `num_gpus` and the rest.

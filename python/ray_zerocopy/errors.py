@@ -13,6 +13,10 @@ class StoreFullError(RayZeroCopyError):
     """The object store has no room for a block."""
 
 
+class SaveError(RayZeroCopyError, OSError):
+    """A snapshot cannot be written: the disk is full, or its folder is not there."""
+
+
 class ClientError(RayZeroCopyError):
     """Ray Client has no object store on its side, so there is nothing to share."""
 
@@ -25,8 +29,24 @@ class BlockError(RayZeroCopyError, ValueError):
     """A block or its table is damaged, truncated or another object's, or cannot be laid out."""
 
 
+class VersionError(RayZeroCopyError, ImportError):
+    """A torch or Ray is older than what is asked of it."""
+
+
 class MismatchError(RayZeroCopyError, ValueError):
     """A skeleton and tensors that do not belong together."""
+
+
+class CatalogError(RayZeroCopyError):
+    """The catalog of published models does not answer, or cannot do what was asked of it."""
+
+
+class UnknownVersionError(RayZeroCopyError, LookupError):
+    """Nothing is published under a name or number."""
+
+
+class LostVersionError(RayZeroCopyError):
+    """The block of a published version is gone, and could not be made again."""
 
 
 class IsolationWarning(UserWarning):

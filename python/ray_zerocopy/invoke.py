@@ -6,27 +6,26 @@ shim(x) ═ call_model.remote(shim.ref, (x,)) ═▶ in a worker: cache ─▶ m
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import functools
-import operator
-import types
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from ray_zerocopy.cache import Cache
+from ray_zerocopy.pipeline import PUBLISHED, Leaf, replace
+from ray_zerocopy.registry.catalog import Version
+from ray_zerocopy.registry.follower import Live
+from ray_zerocopy.registry.publication import load_version
 from ray_zerocopy.rewrite import replace_tensors_direct
-from ray_zerocopy.store import Shared, put
+from ray_zerocopy.shared import Shared
+from ray_zerocopy.store import put
 
 _INLINE_NBYTES = 100 * 1024  # what Ray's `max_direct_call_object_size` is unless set
 
 
-class CallModel:
+class CallModel(Leaf):
     """A Ray task that calls a model in the store; the worker that runs it keeps the model loaded.
 
     A call costs a task and a forward: a worker loads a model at its first call, keeps it for the
@@ -53,7 +52,7 @@ class CallModel:
 
     def remote(
         self,
-        model_ref: ray.ObjectRef,
+        model_ref: ray.ObjectRef | Version | Live,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         method_name: str = "__call__",
@@ -61,13 +60,16 @@ class CallModel:
         """Call a method of the model and give the reference of its result.
 
         `model_ref` refers to what `rzc.put` stored, which is called in the mode it was put in, or
-        to what `extract_tensors` returned. As in any task, an argument that is itself a reference
-        is replaced by its value. Tensors of 100 kB and more come and go as blocks: like numpy
-        arrays with Ray, a result then lies in the store for as long as it lives.
+        to what `extract_tensors` returned; or it is what `publish` or `follow` gave. As in any
+        task, an argument that is itself a reference is replaced by its value. Tensors of 100 kB
+        and more come and go as blocks: like numpy arrays with Ray, a result then lies in the store
+        for as long as it lives.
 
         Raises `AttributeError` for a private method; for an unknown one the task does.
         """
-        if not isinstance(model_ref, ray.ObjectRef):
+        if isinstance(model_ref, PUBLISHED):
+            model_ref = _version(model_ref).handle
+        elif not isinstance(model_ref, ray.ObjectRef):
             kind = type(model_ref).__name__
             raise TypeError(f"model_ref is an ObjectRef, not a {kind}: ray_zerocopy.put gives one")
         if not isinstance(args, tuple | list):
@@ -102,6 +104,7 @@ def rewrite_pipeline(
     changed: what leads to a model is copied, all else is shared with the copy. A model by itself
     becomes a shim. Only an `nn.Module` (a TorchScript module is one) is a model, and what it holds
     goes with it: a part that two models share is stored with each. What closures hold is not found.
+    What `publish` or `follow` gave counts as a model; of the latter, the current one runs.
 
     Args:
         pipeline: any object.
@@ -124,18 +127,23 @@ def rewrite_pipeline(
         raise ValueError(f"a shim has a {own.pop()!r} of its own: call_model reaches the model's")
     task = call_model.options(grad=grad, **options)
 
-    def shim(model: torch.nn.Module) -> Shim:
+    def shim(source: Any) -> Shim:
+        if isinstance(source, PUBLISHED):
+            ref = source.handle if isinstance(source, Version) else source
+            model = load_version(_version(source))
+        else:
+            ref, model = put(_Evaluated(source)), source
         methods = [name for name in method_names if callable(getattr(model, name, None))]
         carried = {name: getattr(model, name) for name in attribute_names if hasattr(model, name)}
-        return Shim(put(_Evaluated(model)), type(model).__name__, methods, carried, task)
+        return Shim(ref, type(model).__name__, methods, carried, task)
 
-    return _Rewriter(pipeline, shim).rewrite(pipeline)
+    return replace(pipeline, shim)
 
 
-class Method:
+class Method(Leaf):
     """A method of a model in the store: call it and wait, or take the reference of its result."""
 
-    def __init__(self, ref: ray.ObjectRef, name: str, task: CallModel) -> None:
+    def __init__(self, ref: Any, name: str, task: CallModel) -> None:
         self.ref = ref
         self._name = name
         self._task = task
@@ -169,7 +177,7 @@ class Shim(Method):
 
     def __init__(
         self,
-        ref: ray.ObjectRef,
+        ref: Any,
         kind: str,
         methods: list[str],
         carried: dict[str, Any],
@@ -188,6 +196,10 @@ class Shim(Method):
     def __repr__(self) -> str:
         methods = {"__call__": None} | dict.fromkeys(self._methods)
         return f"<{self._kind} in tasks, with {', '.join(methods)}>"
+
+
+def _version(source: Version | Live) -> Version:
+    return source if isinstance(source, Version) else source.version
 
 
 class _Evaluated:
@@ -226,7 +238,9 @@ def _is_private(name: str) -> bool:
 # --- in the worker --------------------------------------------------------------------------------
 
 
-def _load(ref: ray.ObjectRef) -> Any:
+def _load(ref: ray.ObjectRef | Version) -> Any:
+    if isinstance(ref, Version):
+        return load_version(ref)
     loaded = ray.get(ref)
     if isinstance(loaded, tuple):  # what extract_tensors returned
         skeleton, tensors = loaded
@@ -238,7 +252,7 @@ def _load(ref: ray.ObjectRef) -> Any:
 _models = Cache(_load)
 
 
-def _call(call: tuple[list[ray.ObjectRef], str, bool], /, *args: Any, **kwargs: Any) -> Any:
+def _call(call: tuple[list[Any], str, bool], /, *args: Any, **kwargs: Any) -> Any:
     [ref], method_name, grad = call
     _use_assigned_cpus()
     with _models.use(ref) as model, torch.set_grad_enabled(grad):
@@ -254,137 +268,3 @@ def _use_assigned_cpus() -> None:
     threads = max(1, int(cpus))
     if torch.get_num_threads() != threads:  # setting it clears caches of oneDNN
         torch.set_num_threads(threads)
-
-
-# --- in the pipeline ------------------------------------------------------------------------------
-
-# How a part is placed in what holds it, under which key, and the part itself.
-Part = tuple[Callable[[Any, Any, Any], None], Any, Any]
-
-_LEAVES = (
-    *(type(None), bool, int, float, complex, str, bytes, bytearray, type),
-    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
-    *(torch.Tensor, np.ndarray, ray.ObjectRef, Method, CallModel),
-)
-_FIXED = (tuple, frozenset, functools.partial, types.MethodType)
-
-
-class _Rewriter:
-    """Copies of what leads to a model, made once each, so that what was one object stays one."""
-
-    def __init__(self, root: object, shim: Callable[[torch.nn.Module], Shim]) -> None:
-        self.leading = leading_to_models(root)
-        self.shim = shim
-        self.copies: dict[int, Any] = {}
-
-    def rewrite(self, node: Any) -> Any:
-        if id(node) not in self.leading:
-            return node
-        if id(node) not in self.copies:
-            if isinstance(node, torch.nn.Module):
-                self.copies[id(node)] = self.shim(node)
-            elif isinstance(node, _FIXED):
-                remade = _remade(node, [self.rewrite(part) for part in _held(node)])
-                self.copies.setdefault(id(node), remade)  # one in a cycle has been made by now
-            else:
-                self.copies[id(node)] = new = _shallow(node)
-                for place, key, part in _parts(node):
-                    if id(part) in self.leading:
-                        place(new, key, self.rewrite(part))
-        return self.copies[id(node)]
-
-
-def leading_to_models(root: object) -> dict[int, object]:
-    """Find the root, the models that hang on it, and all that lies between, by id."""
-    found, waiting = {id(root): root}, [root]
-    models: list[object] = []
-    holders: dict[int, list[object]] = {}
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, torch.nn.Module):
-            models.append(node)
-            continue
-        for _, _, part in _parts(node):
-            if isinstance(part, _LEAVES):
-                continue
-            holders.setdefault(id(part), []).append(node)
-            if id(part) not in found:
-                found[id(part)] = part
-                waiting.append(part)
-
-    leading: dict[int, object] = {}
-    while models:
-        node = models.pop()
-        if id(node) not in leading:
-            leading[id(node)] = node
-            models += holders.get(id(node), [])
-    return leading | {id(root): root}
-
-
-def _parts(node: Any) -> Iterator[Part]:
-    if isinstance(node, _FIXED):
-        yield from ((operator.setitem, index, part) for index, part in enumerate(_held(node)))
-        return
-    if isinstance(node, dict):
-        yield from ((operator.setitem, key, part) for key, part in node.items())
-    elif isinstance(node, list | deque):
-        yield from ((operator.setitem, index, part) for index, part in enumerate(node))
-    elif isinstance(node, set):
-        yield from ((_exchange, part, part) for part in node)
-    yield from _attributes(node)
-
-
-def _attributes(node: Any) -> Iterator[Part]:
-    attributes = getattr(node, "__dict__", None)
-    if isinstance(attributes, dict):
-        yield from ((_set_in_dict, name, part) for name, part in attributes.items())
-    for name in copyreg._slotnames(type(node)):  # type: ignore[attr-defined]
-        if hasattr(node, name):
-            yield object.__setattr__, name, getattr(node, name)
-
-
-def _set_in_dict(node: Any, name: str, part: object) -> None:
-    """Set an attribute past frozen dataclasses and properties of the same name."""
-    node.__dict__[name] = part
-
-
-def _exchange(node: set[Any], old: object, new: object) -> None:
-    node.discard(old)
-    node.add(new)
-
-
-def _shallow(node: Any) -> Any:
-    """Copy an object past its own way of copying and pickling, which may leave things behind."""
-    if isinstance(node, dict | list | deque | set):
-        return copy.copy(node)
-    try:
-        new = object.__new__(type(node))
-    except TypeError:  # a class with a layout of its own
-        return copy.copy(node)
-    for place, name, part in _attributes(node):
-        place(new, name, part)
-    return new
-
-
-def _held(node: Any) -> tuple[Any, ...]:
-    """Give what an object that cannot be changed is made of."""
-    match node:
-        case functools.partial():
-            return node.func, node.args, node.keywords
-        case types.MethodType():
-            return (node.__self__,)
-    return tuple(node)
-
-
-def _remade(node: Any, parts: list[Any]) -> Any:
-    match node:
-        case functools.partial():
-            function, args, keywords = parts
-            return type(node)(function, *args, **keywords)
-        case types.MethodType():
-            [owner] = parts
-            allowed = isinstance(owner, Shim)
-            return getattr(owner, node.__name__) if allowed else node.__func__.__get__(owner)
-        case tuple() if hasattr(node, "_make"):
-            return node._make(parts)
-    return type(node)(parts)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ray_zerocopy.errors import MismatchError
+from ray_zerocopy.shared import Shared
 from ray_zerocopy.skeleton import join, make_picklable, split
-from ray_zerocopy.store import Shared
 
 Arrays = dict[str, dict[str, np.ndarray]]
 

@@ -30,7 +30,8 @@ def app(model: Any, **options: Any) -> serve.Application:
     application of the same name again replaces the weights, replica by replica.
 
     Args:
-        model: a reference from `put`, a `ModelWrapper`, or the model itself.
+        model: a reference from `put`, a `ModelWrapper`, or the model itself; or what `follow` gave:
+            then each publish reaches the replicas between two requests, without a deployment.
         options: those of `Predictor`, such as `postprocess`; the others go to `serve.deployment`:
             `num_replicas`, `ray_actor_options` and the rest.
 

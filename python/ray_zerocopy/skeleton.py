@@ -10,18 +10,24 @@ from __future__ import annotations
 import copyreg
 import functools
 import io
+import operator
 import pickle
+import pickletools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from ray import cloudpickle
 from torch.nn.utils import parametrize
 from torch.utils.hooks import warn_if_has_hooks
 
-from ray_zerocopy import _core, torchscript
+from ray_zerocopy import _core, graph, torchscript
+from ray_zerocopy import torch_inside as inside
 from ray_zerocopy.errors import HostCopyWarning
 
 # Buffers of numpy arrays and the like stay in the skeleton below one page.
@@ -57,6 +63,17 @@ def join(skeleton: bytes, tensors: Sequence[object], buffers: Sequence[object]) 
     unpickler = _Joiner(io.BytesIO(skeleton), buffers=buffers)
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
     return unpickler.load()
+
+
+def unshared_nbytes(skeleton: bytes) -> int:
+    """Count the bytes of a page and more that lie in a skeleton, where each load copies them.
+
+    They belong to objects that turn their weights into `bytes` themselves, to compiled code, and to
+    tensors in formats that torch packs.
+    """
+    parts = (part for _, part, _ in pickletools.genops(skeleton))
+    sizes = [len(part) for part in parts if isinstance(part, bytes | bytearray)]
+    return sum(size for size in sizes if size >= _BUFFER_NBYTES)
 
 
 class _Joiner(pickle.Unpickler):
@@ -112,12 +129,24 @@ def _reducer(obj: Any) -> Callable[[Any], Any] | None:
         return _reduce_tensor
     if isinstance(obj, torchscript.PROGRAMS):
         return torchscript.reduce
+    if isinstance(obj, torch.fx.GraphModule):
+        return graph.module_reducer(type(obj))
     if isinstance(obj, torch.nn.Module):
         return _module_reducer(obj)
+    if isinstance(obj, torch.fx.Graph):
+        return graph.reduce_graph
+    if isinstance(obj, torch.fx.Node):
+        return graph.reduce_node
+    if isinstance(obj, graph.OPERATORS):
+        return graph.reduce_operator
+    if isinstance(obj, np.ndarray):
+        return _array_reducer(type(obj))
     if isinstance(obj, torch.UntypedStorage):
         return _reduce_storage
     if isinstance(obj, torch.TypedStorage):
         return _reduce_typed_storage
+    if isinstance(obj, ContextVar):
+        return _reduce_context_var
     return None
 
 
@@ -132,15 +161,15 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if own or dispatches or not _core.has_plain_storage(tensor):
         return tensor.__reduce_ex__(5)
     warn_if_has_hooks(tensor)
-    with torch._C.DisableTorchFunctionSubclass():
+    with inside.ignoring_torch_function():
         plain = tensor.detach().as_subclass(torch.Tensor)
     made = (_subclass_tensor, (kind, plain, tensor.requires_grad))
-    state = torch._utils._get_obj_state(tensor)
-    return (*made, state, None, None, torch._utils._set_obj_state) if state else made
+    state = inside.get_state(tensor)
+    return (*made, state, None, None, inside.set_state) if state else made
 
 
 def _subclass_tensor(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
-    return torch.Tensor._make_subclass(kind, plain, requires_grad)
+    return inside.make_subclass(kind, plain, requires_grad)
 
 
 def _reduce_storage(storage: torch.UntypedStorage) -> Any:
@@ -149,11 +178,64 @@ def _reduce_storage(storage: torch.UntypedStorage) -> Any:
 
 
 def _reduce_typed_storage(storage: torch.TypedStorage) -> Any:
-    return _typed_storage, (storage._untyped_storage, storage.dtype)
+    return inside.typed_storage, (inside.untyped(storage), storage.dtype)
 
 
-def _typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+def _array_reducer(kind: Any) -> Callable[[Any], Any] | None:
+    """Give what reduces arrays of a class; None if the class has to do with how it pickles."""
+    _ = np.rec  # numpy 2 imports it when asked; before, its classes would travel by value
+    pickled = ("__reduce__", "__reduce_ex__", "__setstate__")
+    own = [getattr(kind, name) for name in pickled]
+    known = [[getattr(base, name) for name in pickled] for base in (np.ndarray, np.ma.MaskedArray)]
+    return _reduce_array if own in known else None
+
+
+def _reduce_array(array: np.ndarray) -> Any:
+    """Reduce an array to a buffer of its elements, in the order in which they lie in memory.
+
+    numpy does so only for arrays of no other class than its own; of a memory map it writes the
+    whole file into the pickle. What has gaps comes back without. (numpy 2.4)
+    """
+    plain = array.view(np.ndarray)
+    if plain.dtype.hasobject or not plain.nbytes:
+        return NotImplemented
+    if not np.may_share_memory(elements := plain.ravel(order="K"), plain):
+        plain = plain.copy(order="K")
+        elements = plain.ravel(order="K")
+    buffer = pickle.PickleBuffer(elements.view(np.uint8).data)
+    made = (_array, (type(array), plain.shape, plain.dtype, plain.strides, buffer))
+    state = {k: v for k, v in getattr(array, "__dict__", {}).items() if k not in _OF_A_FILE}
+    return (*made, state, None, None, _set_attributes) if state else made
+
+
+# What a memory map knows of its file, which its elements leave for the block.
+_OF_A_FILE = ("_mmap", "filename", "mode", "offset")
+
+
+def _array(
+    kind: type[np.ndarray], shape: Any, dtype: np.dtype, strides: Any, buffer: Any
+) -> np.ndarray:
+    return np.ndarray(shape, dtype, buffer, 0, strides).view(kind)
+
+
+def _set_attributes(array: np.ndarray, attributes: dict[str, Any]) -> None:
+    vars(array).update(attributes)
+
+
+def _reduce_context_var(variable: ContextVar[Any]) -> Any:
+    """Reduce a context variable to where a module keeps it: by itself, or in an object of its own.
+
+    Every process has one of its own there. The hooks of `output_hidden_states=True` hold one in an
+    object that is global to them. (transformers 5)
+    """
+    for name, module in list(sys.modules.items()):
+        for path, value in list(getattr(module, "__dict__", {}).items()):
+            inner = getattr(value, "__dict__", {}) if type(value).__module__ == name else {}
+            found = {path: value, **{f"{path}.{key}": part for key, part in inner.items()}}
+            for path, value in found.items():
+                if value is variable and name != "__main__":
+                    return operator.attrgetter(path), (module,)
+    return NotImplemented
 
 
 def _module_reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
@@ -176,13 +258,20 @@ def _module_reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
     restore = _core.restore_module
     if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_properties(kind):
         restore = _restore_through_setstate
+    if any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__):
+        restore = _restore_pretrained
     return _core.ModuleReducer(kind, _new_object, restore).reduce
 
 
 def _has_properties(kind: type) -> bool:
     """Whether the class may have to do with how attributes are set: not all are in the dict."""
-    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
-    return any(hasattr(value, "__set__") for base in own for value in vars(base).values())
+    own = [vars(base) for base in kind.__mro__ if base not in (torch.nn.Module, object)]
+    return any(
+        hasattr(value, "__set__")
+        for attributes in own
+        for name, value in attributes.items()
+        if name not in ("__dict__", "__weakref__")
+    )
 
 
 def _refuses_to_pickle(kind: type) -> bool:
@@ -196,6 +285,18 @@ def _restore_through_setstate(module: torch.nn.Module, differing: dict[str, Any]
     module.__setstate__(_core.module_state(differing))
 
 
+def _restore_pretrained(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+    """Restore a model of transformers, which knows of a class what its `__init__` has entered.
+
+    In a process that has made none of that class, `output_hidden_states=True` gives none, and no
+    error, however the model came there. (transformers 5)
+    """
+    _restore_through_setstate(module, differing)
+    known = getattr(sys.modules["transformers.modeling_utils"], "_CAN_RECORD_REGISTRY", None)
+    if known is not None:
+        dict.__setitem__(known, str(type(module)), module._can_record_outputs)
+
+
 def _new_parametrized(kind: Any) -> Any:
     """Make what will be of a class that `parametrize` derives from this one."""
     return kind.__new__(kind)
@@ -207,9 +308,9 @@ def _restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) ->
     That class refuses to pickle; torch makes it anew, so that `parametrize.cached` still works.
     """
     _restore_through_setstate(module, differing)
-    parametrize._inject_new_class(module)
+    inside.inject_class(module)
     for name in module.parametrizations:
-        parametrize._inject_property(module, name)
+        inside.inject_property(module, name)
 
 
 def make_picklable(module: torch.nn.Module) -> None:

@@ -7,27 +7,19 @@ model ◀─ join ── skeleton + tensors ◀── open ─── block ◀�
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import pickle
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 import torch
 
-from ray_zerocopy import _core, room, views
-from ray_zerocopy.block import Isolation, gather, open_block
-from ray_zerocopy.errors import (
-    ClientError,
-    NotABlockError,
-    PublishError,
-    RayZeroCopyError,
-    StoreFullError,
-)
-from ray_zerocopy.skeleton import join, split
+from ray_zerocopy import _core, metrics, room
+from ray_zerocopy.arena import following
+from ray_zerocopy.block import Isolation, Prefault
+from ray_zerocopy.errors import ClientError, NotABlockError, RayZeroCopyError, StoreFullError
+from ray_zerocopy.info import Info
+from ray_zerocopy.shared import Anchored, Parts, Reading, Shared, reading
 
 
 def put(obj: object) -> ray.ObjectRef:
@@ -51,31 +43,60 @@ def put(obj: object) -> ray.ObjectRef:
         >>> outputs = ray.get([predict.remote(ref, batch) for batch in batches])
 
     """
-    _refuse_client()
-    if isinstance(obj, ray.ObjectRef):
+    refuse_client()
+    return _publish(Anchored(obj))
+
+
+def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+    """Store what `make(*args, **kwargs)` gives, as `put` would, without holding it twice.
+
+    `make` is a loader, as `AutoModel.from_pretrained`, or a function that calls some. Parameters
+    and buffers that it sets on modules go to shared memory as it sets them, and results of casts
+    and merges of weights before; the pages are given back behind the writer of the block. Threads
+    that the loader starts are followed; modules that other threads make meanwhile are left alone,
+    and so are tensors that lie in files' mappings: the block is read from the files.
+
+    What the loader keeps of its model, in a cache or a global, stays whole, and keeps its memory.
+    If `make` raises, nothing is left. Linux only.
+
+    Raises:
+        Whatever `make` raises, and what `put` does.
+
+    Example:
+        >>> ref = rzc.build(AutoModelForCausalLM.from_pretrained, path, dtype=torch.bfloat16)
+
+    """
+    refuse_client()
+    arena = _core.Arena()
+    with following(arena):
+        shared = Anchored(make(*args, **kwargs))
+    return _publish(shared, arena)
+
+
+def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRef:
+    """Store an object; with an arena it is let go first, so that what lies there can be, too."""
+    if isinstance(shared.obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
-    shared = _Anchored(obj)
-    try:
-        with _reading(Reading(anchor=True)):
+    with telling_if_full(lambda: shared.nbytes, type(shared.obj).__name__):
+        with reading(Reading(anchor=True)):
             placed = room.put(shared, lambda: shared.block.nbytes)
         if placed is None:
-            return ray.put(Shared(obj))
-        ref, anchor, memory = placed
-        shared.block.write(anchor, memory)
-        return ref
-    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-        raise StoreFullError(
-            f"the object store has no room for {shared.nbytes:,} bytes of {type(obj).__name__}: "
-            f"start Ray with a larger store, as in "
-            f"ray.init(object_store_memory={_roomy(shared.nbytes)}), or drop references"
-        ) from error
+            metrics.record("rzc_fallbacks", 1, "ray.put")
+            metrics.record("rzc_published_bytes", shared.nbytes)
+            return ray.put(Shared(shared.obj))
+    ref, anchor, memory = placed
+    if arena is not None:
+        shared.obj = None
+    shared.block.write(anchor, memory, arena)
+    metrics.record("rzc_published_bytes", shared.nbytes)
+    return ref
 
 
 def get(
     ref: Any,
     *,
     isolation: Isolation = "private",
-    prefault: bool = False,
+    prefault: Prefault = "auto",
     device: torch.device | str | None = None,
     timeout: float | None = None,
 ) -> Any:
@@ -87,7 +108,9 @@ def get(
             the one page for this process. `"shared"`: plain views; a write changes the weights of
             every process on the node. `"copy"`: private memory of the model's size.
         prefault: fill the page table, so that the first forward does not. A thread does it while
-            the caller goes on, from the first tensor to the last.
+            the caller goes on, from the first tensor to the last. `"auto"` leaves huge pages, which
+            need it not; small ones it has filled in, and made huge a second later by one process of
+            the node. True fills them all in and does no more, False leaves them.
         device: copy the tensors there instead of leaving them on the CPU.
         timeout: seconds to wait for the object, as for `ray.get`.
 
@@ -97,74 +120,27 @@ def get(
     """
     if isolation not in ("private", "shared", "copy"):
         raise ValueError(f"isolation is 'private', 'shared' or 'copy', not {isolation!r}")
-    _refuse_client()
-    with _reading(Reading(isolation, prefault, device)):
+    refuse_client()
+    with reading(Reading(isolation, prefault, device)):
         return _ray_get(ref, timeout)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One view of a block; shape, stride and offset in elements, offset from its span's start."""
+def inspect(ref: Any, *, verify: bool = False, timeout: float | None = None) -> Info:
+    """Tell what a reference or a snapshot holds and where its bytes lie, without loading it.
 
-    span: int
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    With `verify` every byte is compared with the checksums that were taken when it was written.
 
+    Raises:
+        NotABlockError: the reference does not come from `put`.
+        BlockError: with `verify`, a byte has changed; the message names its span and tensor.
 
-@dataclass(frozen=True)
-class Info:
-    """What a reference holds, and how this process would hold it."""
-
-    nbytes: int
-    """Bytes in the block."""
-    padding: int
-    """Bytes of the block that belong to no span: its header and what alignment costs."""
-    skeleton_nbytes: int
-    """Bytes of the object minus its tensors."""
-    spans: list[tuple[int, int]]
-    """Offset and bytes of each storage in the block."""
-    tensors: list[TensorInfo]
-    """The views over them."""
-    where: str
-    """`"store"` (shared memory), `"disk"` (Ray's fallback) or `"inline"` (sent along by Ray)."""
-    file: str | None
-    """The store's file, as the kernel names it."""
-    inode: int | None
-    """Its inode: the same in every process that shares the block."""
-    offset: int | None
-    """Where in the file the block starts, in bytes."""
-    held: str
-    """`"private"` or `"shared"` pages of the store, or `"copied"` into private memory."""
-    fallback: str | None
-    """Why the pages are not private, if they are not."""
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors have each dtype."""
-        names = [tensor.dtype for tensor in self.tensors]
-        return {name: names.count(name) for name in sorted(set(names))}
-
-    def __str__(self) -> str:
-        dtypes = ", ".join(f"{count} {name}" for name, count in self.dtypes.items())
-        lines = [
-            f"{len(self.tensors)} tensors ({dtypes}) over {len(self.spans)} storages",
-            f"block of {self.nbytes:,} bytes, {self.padding:,} of them padding; "
-            f"skeleton of {self.skeleton_nbytes:,}",
-            f"in {self.where}" + (f": {self.file} at byte {self.offset:,}" if self.file else ""),
-            f"held {self.held}" + (f": {self.fallback}" if self.fallback else ""),
-        ]
-        return "\n".join(lines)
-
-
-def inspect(ref: ray.ObjectRef, *, timeout: float | None = None) -> Info:
-    """Tell what a reference holds and where its bytes lie, without loading it.
-
-    Raises `NotABlockError` for a reference that does not come from `put`.
     """
-    _refuse_client()
-    with _reading(Reading(inspect=True)):
+    if isinstance(ref, str | os.PathLike):
+        from ray_zerocopy import snapshot  # which builds on this file
+
+        return snapshot.inspect(ref, verify=verify)
+    refuse_client()
+    with reading(Reading(inspect=True, verify=verify)):
         info = _ray_get(ref, timeout)
     if not isinstance(info, Info):
         kind = type(info).__name__
@@ -172,131 +148,31 @@ def inspect(ref: ray.ObjectRef, *, timeout: float | None = None) -> Info:
     return info
 
 
-class Shared:
-    """An object that pickles as skeleton, table and block; unpickling gives the object itself.
+def parts_of(ref: ray.ObjectRef) -> Parts:
+    """Give what a reference holds in parts, its block where it lies in the store.
 
-    `put` wraps in it. A task may return one, so that Ray can make the block again from lineage.
+    Raises `NotABlockError` for a reference that does not come from `put`.
     """
-
-    def __init__(self, obj: object) -> None:
-        self.obj = obj
-        self.nbytes = 0
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        try:
-            with _quiet_collector():
-                parts = split(self.obj)
-                block = gather(parts)
-                anchored, buffers = self._buffers(block)
-        except Exception as error:
-            raise PublishError(f"{_blame(self.obj)} cannot be published: {error}") from error
-        self.nbytes = len(parts.skeleton) + block.nbytes
-        segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
-        return _load, (parts.skeleton, parts.buffers, block.table, anchored, *segments)
-
-    def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
-        return False, [pickle.PickleBuffer(segment) for segment in block.segments()]
-
-
-class _Anchored(Shared):
-    """One that leaves its block to `put`: its only buffer is where the block is to start."""
-
-    block: _core.Gather
-
-    def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
-        self.block = block
-        return True, [pickle.PickleBuffer(bytes(_core.HEADER_NBYTES))]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the objects that are being read in this context are wanted."""
-
-    isolation: Isolation = "private"
-    prefault: bool = False
-    device: torch.device | str | None = None
-    inspect: bool = False
-    anchor: bool = False
-
-
-_AS_RAY_GET = Reading()
-_READING = ContextVar("ray_zerocopy_reading", default=_AS_RAY_GET)
+    refuse_client()
+    with reading(Reading(parts=True)):
+        found = _ray_get(ref, None)
+    if not isinstance(found, Parts):
+        kind = type(found).__name__
+        raise NotABlockError(f"{ref} holds a {kind}, not what ray_zerocopy.put stores")
+    return found
 
 
 @contextlib.contextmanager
-def _reading(reading: Reading) -> Iterator[None]:
-    token = _READING.set(reading)
+def telling_if_full(nbytes: Callable[[], int], what: str) -> Iterator[None]:
+    """Say how many bytes there is no room for, and how to make it."""
     try:
         yield
-    finally:
-        _READING.reset(token)
-
-
-def _load(skeleton: bytes, buffers: list[int], table: bytes, anchored: bool, *segments: Any) -> Any:
-    """Build the object over its block; called by the unpickling of a `Shared`."""
-    reading = _READING.get()
-    if reading.anchor:
-        return segments[0]
-    block = open_block(table, segments, reading.isolation, anchored)
-    if reading.inspect:
-        return _info(block, len(skeleton))
-    if reading.prefault:
-        block.prefault()
-    with _quiet_collector():
-        tensors = views.tensors(block, reading.device)
-        return join(skeleton, tensors, views.buffers(block, buffers))
-
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keep the cyclic collector out of a walk over thousands of objects that all live.
-
-    A full collection takes 200 ms in a process with torch and transformers. What is made in here
-    goes straight to the oldest generation, where it would end up: a young collection of a model, at
-    the next allocation, takes as long as half of its load. Young garbage of others is collected
-    before, so that none of it goes along.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    thaws = not gc.get_freeze_count()  # what someone froze is to stay frozen
-    if thaws:
-        gc.collect(1)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if thaws:
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()
-
-
-def _info(block: Any, skeleton_nbytes: int) -> Info:
-    nbytes = memoryview(block).nbytes
-    file, inode, offset = block.source or (None, None, None)
-    return Info(
-        nbytes=nbytes,
-        padding=nbytes - sum(nbytes for _, nbytes in block.spans),
-        skeleton_nbytes=skeleton_nbytes,
-        spans=block.spans,
-        tensors=[
-            TensorInfo(span, dtype, shape, stride, offset)
-            for span, dtype, _, offset, shape, stride in block.views
-        ],
-        where=_where(file),
-        file=file,
-        inode=inode,
-        offset=offset,
-        held=block.held,
-        fallback=block.fallback,
-    )
-
-
-def _where(file: str | None) -> str:
-    if file is None:
-        return "inline"
-    return "store" if os.path.dirname(file) == "/dev/shm" else "disk"
+    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        raise StoreFullError(
+            f"the object store has no room for {nbytes():,} bytes of {what}: start Ray with a "
+            f"larger store, as in ray.init(object_store_memory={_roomy(nbytes())}), or drop "
+            "references"
+        ) from error
 
 
 def _ray_get(ref: Any, timeout: float | None) -> Any:
@@ -310,7 +186,8 @@ def _ray_get(ref: Any, timeout: float | None) -> Any:
         raise
 
 
-def _refuse_client() -> None:
+def refuse_client() -> None:
+    """Raise `ClientError` in a Ray Client."""
     if ray.util.client.ray.is_connected():
         raise ClientError(
             "this is a Ray Client, with no object store on its side: call ray_zerocopy inside a "
@@ -321,37 +198,3 @@ def _refuse_client() -> None:
 def _roomy(nbytes: int) -> int:
     """Give a store size with room for this and as much again, in whole MiB."""
     return -(-2 * nbytes // 2**20) * 2**20
-
-
-def _blame(obj: object) -> str:
-    """Give the path to the innermost part of an object graph that cannot be published."""
-    path, seen = type(obj).__name__, set()
-    while id(obj) not in seen:
-        seen.add(id(obj))
-        for step, part in _parts_of(obj):
-            if id(part) not in seen and not _can_be_published(part):
-                path, obj = path + step, part
-                break
-    return f"{path} ({type(obj).__name__})"
-
-
-def _can_be_published(obj: object) -> bool:
-    try:
-        gather(split(obj))
-    except Exception:
-        return False
-    return True
-
-
-def _parts_of(obj: object) -> Iterator[tuple[str, object]]:
-    """Name the parts of an object as one would write them after it."""
-    if isinstance(obj, dict):
-        yield from ((f"[{key!r}]", value) for key, value in obj.items())
-    elif isinstance(obj, list | tuple | set | frozenset):
-        yield from ((f"[{index}]", value) for index, value in enumerate(obj))
-    else:
-        attributes = dict(getattr(obj, "__dict__", {}))
-        if isinstance(obj, torch.nn.Module):
-            for registry in ("_parameters", "_buffers", "_modules"):
-                attributes |= attributes.pop(registry, {})
-        yield from ((f".{name}", value) for name, value in attributes.items())

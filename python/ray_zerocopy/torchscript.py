@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.jit._recursive import wrap_cpp_module
+
+from ray_zerocopy import torch_inside as inside
 
 PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
 
@@ -46,8 +47,8 @@ def _split(module: Any) -> tuple[bytes, dict[int, torch.Tensor], Slots]:
     """
     slots = _slots(module)
     file = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(file)
-    serializer = torch._C.ScriptModuleSerializer(writer)
+    writer = inside.PyTorchFileWriter(file)
+    serializer = inside.ScriptModuleSerializer(writer)
     context = serializer.storage_context()
     storages: dict[int, torch.Tensor] = {}
     for tensor in _tensors(module, slots):
@@ -68,15 +69,15 @@ def _join(archive: bytes, storages: dict[int, torch.Tensor], slots: Slots) -> An
     along, as these are what the rest of the object graph knows, and are parameters where the
     source's were. An archive is read on the CPU, wherever the tensors are wanted.
     """
-    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
-    context = torch._C.DeserializationStorageContext()
+    reader = inside.PyTorchFileReader(io.BytesIO(archive))
+    context = inside.DeserializationStorageContext()
     device = torch.device("cpu")
     for number, tensor in storages.items():
         device = tensor.device
         context.add_storage(f"{number}.storage", tensor.cpu())
-    unit = torch._C.CompilationUnit()
+    unit = inside.CompilationUnit()
     with torch.inference_mode(False):
-        module = torch._C._import_ir_module_from_package(unit, reader, context, device, "0")
+        module = inside.import_module_from_package(unit, reader, context, device, "0")
     _fill(module, slots)
     return module
 
@@ -96,18 +97,18 @@ def _fill(module: Any, slots: Slots) -> None:
 
 
 def _children(module: Any) -> Any:
-    return torch._C.ModuleDict(module).items()
+    return inside.ModuleDict(module).items()
 
 
 def _attribute_names(module: Any) -> Any:
     """Name all attributes but submodules; torch's own lists know parameters and buffers only."""
-    return torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
+    return inside.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
 
 
 def _tensors(module: Any, slots: Slots) -> Iterator[torch.Tensor]:
     """Give the tensors with a storage to take out, first those in slots."""
     for tensor in (*_in_slots(slots), *_elsewhere(module)):
-        if tensor.layout is torch.strided and not tensor.is_meta and torch._C._has_storage(tensor):
+        if tensor.layout is torch.strided and not tensor.is_meta and inside.has_storage(tensor):
             yield tensor
 
 
@@ -149,14 +150,14 @@ def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _load_module(*parts: Any) -> torch.jit.ScriptModule:
-    return wrap_cpp_module(_join(*parts))
+    return inside.wrap_cpp_module(_join(*parts))
 
 
 def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
     """Give what Python hung on a module, such as a configuration; `torch.jit.save` drops it."""
     wrapper = vars(module).get("_actual_script_module", module)  # a traced module wraps a wrapper
-    usual = vars(wrap_cpp_module(module._c))
-    methods = (torch._C.ScriptMethod, types.MethodType)
+    usual = vars(inside.wrap_cpp_module(module._c))
+    methods = (inside.ScriptMethod, types.MethodType)
     return {
         name: value
         for name, value in vars(wrapper).items()
@@ -178,16 +179,16 @@ def _reduce_function(function: Any) -> Any:
             f"an archive does not keep the defaults of {function.schema}: script a function "
             "without them, or a module"
         )
-    archive, unit = function.save_to_buffer(), torch._C.CompilationUnit()
+    archive, unit = function.save_to_buffer(), inside.CompilationUnit()
     cpu = torch.device("cpu")
-    module = torch._C.import_ir_module_from_buffer(unit, archive, cpu, {}, False)
+    module = inside.import_module_from_buffer(unit, archive, cpu, {}, False)
     return _load_function, (function.name, *_split(module))
 
 
 def _load_function(name: str, *parts: Any) -> Any:
     graph = _join(*parts)._get_method("forward").graph.copy()
     graph.eraseInput(0)  # self
-    return torch._C._create_function_from_graph(name, graph)
+    return inside.create_function_from_graph(name, graph)
 
 
 def _reduce_exported(program: Any) -> Any:
@@ -196,19 +197,5 @@ def _reduce_exported(program: Any) -> Any:
     Pickle reduces it, too, but what loads has lost what the graph knows of each value, without
     which `.module()` raises `KeyError`. (torch 2.15)
     """
-    from torch._export.serde.serialize import serialize
-
-    graph = serialize(
-        program,
-        serialize_state_dict=False,
-        serialize_constants=False,
-        serialize_example_inputs=False,
-    ).exported_program
-    return _load_exported, (graph, program.state_dict, program.constants, program.example_inputs)
-
-
-def _load_exported(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
-    from torch._export.serde.serialize import SerializedArtifact, deserialize
-
-    with torch.inference_mode(False):
-        return deserialize(SerializedArtifact(graph, *tensors))
+    graph = inside.program_graph(program)
+    return inside.program_of, (graph, program.state_dict, program.constants, program.example_inputs)

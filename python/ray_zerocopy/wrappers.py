@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import ray
 import torch
 
-from ray_zerocopy.invoke import leading_to_models, rewrite_pipeline
+from ray_zerocopy.invoke import rewrite_pipeline
+from ray_zerocopy.pipeline import PUBLISHED, leading_to_models
+from ray_zerocopy.registry.catalog import Version
+from ray_zerocopy.registry.follower import Live
+from ray_zerocopy.registry.publication import load as load_published
+from ray_zerocopy.registry.publication import load_version
 from ray_zerocopy.store import get, put
 
 Mode = Literal["actor", "task"]
@@ -35,8 +40,8 @@ class ModelWrapper:
 
     """
 
-    ref: ray.ObjectRef
-    """What is stored; `ray.get` of it gives what `load` does."""
+    ref: ray.ObjectRef | Version | Live
+    """What is stored, `ray.get` of it gives what `load` does; or what is published."""
     mode: Mode = "actor"
     """Whether `load` gives the model itself, or a pipeline whose models run as tasks."""
 
@@ -54,7 +59,8 @@ class ModelWrapper:
 
         Args:
             model_or_pipeline: a module, or any object that holds modules in attributes, lists,
-                dicts or other objects.
+                dicts or other objects; or what `publish` or `follow` gave, for which the wrapper
+                then stands, in the mode it was published in.
             mode: `"actor"`: each process that loads it runs the models itself. `"task"`: calls of
                 the models run as Ray tasks, see `rewrite_pipeline`.
             model_attr_names: the attributes of a pipeline that are models to be shared; all by
@@ -71,6 +77,9 @@ class ModelWrapper:
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is 'actor' or 'task', not {mode!r}")
+        if isinstance(model_or_pipeline, PUBLISHED) and mode == "actor":
+            published = model_or_pipeline
+            return cls(published.handle if isinstance(published, Version) else published)
         models = list(_models(model_or_pipeline, model_attr_names))
         for model in models:
             cls._check(model)
@@ -90,6 +99,10 @@ class ModelWrapper:
         In task mode it holds shims for its models. `how` is `isolation`, `prefault`, `device` or
         `timeout`, as for `get`.
         """
+        if isinstance(self.ref, Live):
+            return load_published(self.ref.name, **how)
+        if isinstance(self.ref, Version):
+            return load_version(self.ref, **how)
         return get(self.ref, **how)
 
     def serialize(self) -> dict[str, Any]:
@@ -124,14 +137,25 @@ class JITModelWrapper(ModelWrapper):
 def wrap(source: Any) -> ModelWrapper:
     """Give the wrapper of a model by whatever means it is at hand.
 
-    `source` is a wrapper, a reference that `put` gave, or a model or pipeline itself, which is
-    then stored.
+    `source` is a wrapper, a reference that `put` gave, what `publish` or `follow` gave, or a model
+    or pipeline itself, which is then stored.
     """
     if isinstance(source, ModelWrapper):
         return source
     if isinstance(source, ray.ObjectRef):
         return ModelWrapper(source)
     return ModelWrapper.from_model(source)
+
+
+def current(source: Any, **how: Any) -> Callable[[], Any]:
+    """Give what gives the model at each call: what is followed changes, all else is loaded once."""
+    wrapper = wrap(source)
+    if isinstance(wrapper.ref, Live):
+        live = wrapper.ref.read(**how)
+        live()
+        return live
+    loaded = wrapper.load(**how)
+    return lambda: loaded
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,7 @@ class _Handle:
     Ray's own pickler writes the owner's address as well, and counts the reference where it can.
     """
 
-    ref: ray.ObjectRef
+    ref: Any
 
     def __reduce__(self) -> Any:
         return _unpickle_handle, (ray.cloudpickle.dumps(self.ref),)

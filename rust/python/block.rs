@@ -11,8 +11,10 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use super::{buffer, loan};
 use crate::block;
+use crate::huge;
 use crate::layout::Piece;
-use crate::pages::{self, Pages, Prefault, Source};
+use crate::mapping::Backing;
+use crate::pages::{self, Pages, Prefault};
 use crate::table::{Table, fingerprint};
 use crate::view::{Flags, View};
 
@@ -24,11 +26,12 @@ use crate::view::{Flags, View};
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Block {
     // dropped in this order: what reads the pages, the pages, what lies beneath them
-    prefault: OnceLock<Prefault>,
+    prefault: OnceLock<Option<Prefault>>,
     pages: Pages,
     _buffers: Vec<PyUntypedBuffer>,
     table: Table,
-    source: Option<Source>,
+    fingerprint: u64,
+    source: Option<Backing>,
     /// Why the pages are not what was asked for, if they are not.
     #[pyo3(get)]
     fallback: Option<String>,
@@ -77,7 +80,7 @@ impl Block {
         let pages = match (whole, isolation) {
             (_, "copy") => copy()?,
             (Some(whole), "private" | "shared") if contiguous => {
-                match (pages::source(whole), isolation) {
+                match (pages::backing(whole), isolation) {
                     (Ok(None), "private") => {
                         fallback = Some("it lies in no shared file".to_owned());
                         copy()?
@@ -105,10 +108,18 @@ impl Block {
                 return Err(PyValueError::new_err(message));
             }
         };
-        if let Pages::Private { source: found, .. } = &pages {
+        if let Pages::Private { backing: found, .. } = &pages {
             source = Some(found.clone());
         }
-        Ok(Block { prefault: OnceLock::new(), pages, _buffers: buffers, table, source, fallback })
+        Ok(Block {
+            prefault: OnceLock::new(),
+            pages,
+            _buffers: buffers,
+            table,
+            fingerprint,
+            source,
+            fallback,
+        })
     }
 
     /// How the bytes are held: "private", "shared" or "copied".
@@ -130,29 +141,52 @@ impl Block {
     /// Offset and bytes of each span.
     #[getter]
     fn spans(&self) -> Vec<(u64, u64)> {
-        self.table.spans.iter().map(|span| (span.offset, span.nbytes)).collect()
+        spans(&self.table)
     }
 
     /// Span, dtype, flags, offset, shape and stride of each view, in elements.
     #[getter]
     fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        let view = |view: &View| {
-            let shape = PyTuple::new(py, &view.shape)?;
-            let stride = PyTuple::new(py, &view.stride)?;
-            (view.span, view.dtype.name(), view.flags.0, view.offset, shape, stride)
-                .into_pyobject(py)
-        };
-        self.table.views.iter().map(view).collect()
+        views(py, &self.table)
+    }
+
+    /// The checksum of each span, as it was written; None in a block of version 1.
+    #[getter]
+    fn checksums(&self) -> PyResult<Option<Vec<u64>>> {
+        if !self.table.has_checksums() {
+            return Ok(None);
+        }
+        // SAFETY: the pages live; whoever writes into them is to be found out.
+        let block = unsafe { self.pages.piece().bytes() };
+        Ok(Some(block::checksums(&self.table, self.fingerprint, block)?))
+    }
+
+    /// Raises `BlockError` where a byte of a span is not as it was written.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        let block = self.pages.piece();
+        // SAFETY: as for `checksums`; its length was checked.
+        Ok(py.detach(|| unsafe { block::verify(&self.table, self.fingerprint, block) })?)
     }
 
     /// Fills this process's page table for the whole block, while the caller goes on.
     fn prefault(&self) {
         // SAFETY: the block drops it before the pages.
-        self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
+        self.prefault.get_or_init(|| Some(unsafe { self.pages.prefault() }));
+    }
+
+    /// As `prefault`, where pages are not huge; then has them made huge, if no other process does.
+    fn settle(&self) {
+        // SAFETY: the block drops it before the pages.
+        self.prefault.get_or_init(|| unsafe { self.pages.settle() });
+    }
+
+    /// Bytes of the block in huge pages; None where that is not known.
+    fn huge_nbytes(&self) -> Option<usize> {
+        self.pages.huge_nbytes()
     }
 
     /// A tensor for each view that has a span for itself, and a dtype that DLPack has; None for the
-    /// others.
+    /// others, and for all where torch does not borrow.
     fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
         let table = &slf.get().table;
@@ -188,9 +222,30 @@ impl Block {
     }
 }
 
+/// Offset and bytes of each span.
+pub(super) fn spans(table: &Table) -> Vec<(u64, u64)> {
+    table.spans.iter().map(|span| (span.offset, span.nbytes)).collect()
+}
+
+/// Span, dtype, flags, offset, shape and stride of each view, in elements.
+pub(super) fn views<'py>(py: Python<'py>, table: &Table) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+    let view = |view: &View| {
+        let shape = PyTuple::new(py, &view.shape)?;
+        let stride = PyTuple::new(py, &view.stride)?;
+        (view.span, view.dtype.name(), view.flags.0, view.offset, shape, stride).into_pyobject(py)
+    };
+    table.views.iter().map(view).collect()
+}
+
+/// Why pages of shared memory cannot be made huge here; None if they can.
+#[pyfunction]
+pub(super) fn huge_pages_obstacle() -> Option<String> {
+    huge::obstacle()
+}
+
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
 #[pyfunction]
 pub(super) fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
-    let source = pages::source(Piece { address, nbytes: 1 })?;
+    let source = pages::backing(Piece { address, nbytes: 1 })?;
     Ok(source.map(|source| (source.name, source.inode, source.offset)))
 }

@@ -2,11 +2,29 @@
 
 use std::ffi::{c_int, c_void};
 
+use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
 use crate::layout::Piece;
+
+/// The part of `room` from where `anchor` starts; refuses what has no room for a block there.
+pub(super) fn room_at(
+    anchor: &Bound<'_, PyAny>,
+    room: &Bound<'_, PyAny>,
+    nbytes: u64,
+) -> PyResult<Piece> {
+    let (anchor, room) = (PyUntypedBuffer::get(anchor)?, PyUntypedBuffer::get(room)?);
+    let address = anchor.buf_ptr() as usize;
+    let start = room.buf_ptr() as usize;
+    let end = start + room.len_bytes();
+    let fits = (start..end).contains(&address) && nbytes <= (end - address) as u64;
+    if room.readonly() || !fits {
+        return Err(PyBufferError::new_err(format!("no room for a block of {nbytes} bytes")));
+    }
+    Ok(Piece { address, nbytes: end - address })
+}
 
 /// Fills a view with a piece.
 ///

@@ -3,18 +3,21 @@
 use std::ffi::c_int;
 use std::ops::Range;
 use std::slice;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::buffer;
+use super::arena::Arena;
 use super::sources::Sources;
+use super::{PublishError, buffer};
+use crate::arena::Lot;
 use crate::block;
 use crate::error::Error;
 use crate::layout::{Layout, Piece, Segment as Run, used};
+use crate::read::How;
+use crate::source::{self, Source};
 use crate::table::{Table, fingerprint};
 
 /// Storages and views on their way into a block.
@@ -23,7 +26,7 @@ pub(super) struct Gather {
     layout: Layout,
     storages: Vec<Piece>,
     /// What keeps the storages where they are.
-    _owners: Vec<Py<PyAny>>,
+    owners: Mutex<Vec<Py<PyAny>>>,
     /// The offset table, encoded.
     #[pyo3(get)]
     table: Py<PyBytes>,
@@ -51,28 +54,31 @@ impl Gather {
             let nbytes = (used.end - used.start) as usize;
             (Piece { address: whole.address + used.start as usize, nbytes }, owner.clone_ref(py))
         };
-        let (storages, _owners): (Vec<_>, _) = storages.iter().zip(used).map(piece).unzip();
+        let (storages, owners): (Vec<_>, _) = storages.iter().zip(used).map(piece).unzip();
         let layout = Layout::plan(&storages)?;
         let table = Table::new(&layout, views)?.encode();
-        Ok(Gather { layout, storages, _owners, table: PyBytes::new(py, &table).unbind() })
+        let table = PyBytes::new(py, &table).unbind();
+        Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
     }
 
     /// The block as buffers in order: the small storages packed, the large ones where they are.
-    fn segments(slf: &Bound<'_, Self>) -> Vec<Segment> {
+    fn segments(slf: &Bound<'_, Self>) -> PyResult<Vec<Segment>> {
         let (py, gather) = (slf.py(), slf.get());
         let fingerprint = fingerprint(gather.table.as_bytes(py));
+        let pack = || {
+            // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
+            // published is the caller's part, as with any pickle.
+            unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) }
+        };
         let segment = |run: &Run| {
             let (piece, packed) = match run {
                 Run::Packed { .. } => {
-                    // SAFETY: the owners keep the storages alive; that nobody writes a model while
-                    // it is published is the caller's part, as with any pickle.
-                    let bytes =
-                        unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) };
+                    let bytes = py.detach(pack)?;
                     (Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() }, bytes)
                 }
                 Run::Piece(piece) => (*piece, Vec::new()),
             };
-            Segment { piece, _packed: packed, _gather: slf.clone().unbind() }
+            Ok(Segment { piece, _packed: packed, _gather: slf.clone().unbind() })
         };
         gather.layout.segments.iter().map(segment).collect()
     }
@@ -84,30 +90,61 @@ impl Gather {
     }
 
     /// Writes the whole block where `anchor` starts, and clears what is left of `room`.
+    ///
+    /// What lies in `arena`, and nobody but this holds, goes as it is written: once only.
+    #[pyo3(signature = (anchor, room, arena = None))]
     fn write(
         &self,
         py: Python<'_>,
         anchor: &Bound<'_, PyAny>,
         room: &Bound<'_, PyAny>,
+        arena: Option<&Arena>,
     ) -> PyResult<()> {
-        let (anchor, room) = (PyUntypedBuffer::get(anchor)?, PyUntypedBuffer::get(room)?);
-        let start = anchor.buf_ptr() as usize;
-        let end = room.buf_ptr() as usize + room.len_bytes();
         let nbytes = self.layout.nbytes;
-        let fits =
-            (room.buf_ptr() as usize..end).contains(&start) && nbytes <= (end - start) as u64;
-        if room.readonly() || !fits {
-            return Err(PyBufferError::new_err(format!("no room for a block of {nbytes} bytes")));
-        }
+        let target = buffer::room_at(anchor, room, nbytes)?;
         let fingerprint = fingerprint(self.table.as_bytes(py));
+        let lots = arena.map_or_else(Vec::new, |arena| self.take_over(py, arena));
         py.detach(|| {
             // SAFETY: within the room, which can be written and is held; nobody else has the
             // object's reference yet, so nobody reads or writes it.
-            let target = unsafe { slice::from_raw_parts_mut(start as *mut u8, end - start) };
-            // SAFETY: as for `segments`.
-            unsafe { block::write(&self.layout, &self.storages, fingerprint, target) };
-        });
-        Ok(())
+            let target =
+                unsafe { slice::from_raw_parts_mut(target.address as *mut u8, target.nbytes) };
+            let sources = self.sources(&lots);
+            // SAFETY: as for `segments`; what lies in an arena is kept by its lot.
+            unsafe { block::write(sources, &self.layout.spans, nbytes, fingerprint, target) }
+        })
+        .map_err(|error| match error {
+            Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
+            _ => error.into(),
+        })
+    }
+}
+
+impl Gather {
+    /// The lot that each storage lies in, in place of its owner: a lot that has no second holder then
+    /// is out of everyone's reach.
+    fn take_over(&self, py: Python<'_>, arena: &Arena) -> Vec<Option<Arc<Lot>>> {
+        let lots: Vec<_> =
+            self.storages.iter().map(|storage| arena.0.lot_at(storage.address)).collect();
+        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        for (owner, _) in owners.iter_mut().zip(&lots).filter(|(_, lot)| lot.is_some()) {
+            *owner = py.None();
+        }
+        lots
+    }
+
+    /// Where the block's bytes lie, each with the offset that it goes to.
+    fn sources(&self, lots: &[Option<Arc<Lot>>]) -> Vec<(u64, Source)> {
+        let sole = |lot: &&Arc<Lot>| Arc::strong_count(lot) == 1;
+        let (mut lent, mut others) = (Vec::new(), Vec::new());
+        for (index, placed) in self.layout.place(&self.storages).enumerate() {
+            match lots.get(index).and_then(Option::as_ref).filter(sole) {
+                Some(lot) => lent.push((placed.0, Source::Lent(lot.clone(), placed.1))),
+                None => others.push(placed),
+            }
+        }
+        lent.extend(source::trace(others.into_iter(), How::from_env()));
+        lent
     }
 }
 

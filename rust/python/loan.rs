@@ -11,7 +11,7 @@ use crate::dlpack;
 use crate::view::{Flags, View};
 
 /// A tensor with a storage of its own, whose first element is at `data`; `None` where DLPack has no
-/// such dtype.
+/// such dtype, or torch does not borrow.
 ///
 /// # Safety
 /// The owner keeps the elements and the view where they are.
@@ -22,6 +22,9 @@ pub(super) unsafe fn tensor<'py>(
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = owner.py();
     let torch = Torch::get(py)?;
+    let Some(to_py_object) = torch.to_py_object else {
+        return Ok(None);
+    };
     let lender = Lender(Some(owner.clone().unbind()));
     // SAFETY: the caller's promise.
     let Some(loan) = (unsafe { dlpack::lend(data, view, lender) }) else {
@@ -29,7 +32,7 @@ pub(super) unsafe fn tensor<'py>(
     };
     let mut tensor = ptr::null_mut();
     // SAFETY: a loan that torch takes over, and room for the tensor; `py` proves that we may.
-    if unsafe { (torch.to_py_object)(loan, &raw mut tensor) } != 0 {
+    if unsafe { to_py_object(loan, &raw mut tensor) } != 0 {
         return Err(PyErr::fetch(py));
     }
     // SAFETY: a new reference.

@@ -139,7 +139,11 @@ impl ModuleReducer {
             Err(_) => None,
         };
         let Some(differing) = differing else {
-            return Ok(py.NotImplemented().into_bound(py)); // as pickle does it, then
+            if state.is_instance_of::<PyDict>() {
+                return Ok(py.NotImplemented().into_bound(py)); // as pickle does it, then
+            }
+            let initialized = py.import("ray_zerocopy._core")?.getattr("initialized_module")?;
+            return (initialized, &self.arguments, state).into_bound_py_any(py);
         };
         let none = py.None();
         (&self.make, &self.arguments, differing, &none, &none, &self.restore).into_bound_py_any(py)
@@ -157,7 +161,7 @@ pub(super) fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Boun
     let mut attributes = state.iter();
     for (expected, default) in &defaults.kinds {
         match attributes.next() {
-            Some((name, value)) if name.eq(expected)? => {
+            Some((name, value)) if name.is(expected) || name.eq(expected)? => {
                 if !defaults.is_untouched(default, &value)? {
                     differing.set_item(name, value)?;
                 }
@@ -180,6 +184,19 @@ pub(super) fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Boun
     let state = PyDict::new(differing.py());
     Defaults::get(differing.py())?.set(differing, |name, value| state.set_item(name, value))?;
     Ok(state)
+}
+
+/// A module of which only `nn.Module.__init__` has run.
+///
+/// For a `__setstate__` that takes something else than a dict and sets attributes one by one, as
+/// torch's quantized convolutions do: on a bare module that fails, in plain pickle too. (torch 2.15)
+#[pyfunction]
+pub(super) fn initialized_module<'py>(kind: &Bound<'py, PyType>) -> PyResult<Bound<'py, PyAny>> {
+    let py = kind.py();
+    let module = kind.call_method1(intern!(py, "__new__"), (kind,))?;
+    let base = py.import("torch.nn")?.getattr("Module")?;
+    base.call_method1(intern!(py, "__init__"), (&module,))?;
+    Ok(module)
 }
 
 /// Gives a bare module its whole state, as `nn.Module.__setstate__` would.

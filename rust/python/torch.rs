@@ -1,17 +1,18 @@
 //! What of torch a tensor is made of and asked about.
 
-use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use crate::dlpack::{ExchangeApi, ToPyObject};
+use crate::dlpack::{Describe, ExchangeApi, ToPyObject};
 use crate::dtype::Dtype;
 use crate::error::Error;
 
 /// Looked up once.
 pub(super) struct Torch {
-    pub(super) to_py_object: ToPyObject,
+    /// None in a torch below 2.10, or of another DLPack than ours.
+    pub(super) to_py_object: Option<ToPyObject>,
+    pub(super) describe: Option<Describe>,
     pub(super) has_storage: Py<PyAny>,
     pub(super) parameter: Py<PyAny>,
     pub(super) strided: Py<PyAny>,
@@ -26,14 +27,17 @@ impl Torch {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
-            let (core, hooks) = (torch.getattr("_C")?, py.import("torch.utils.hooks")?);
+            let (inside, hooks) =
+                (py.import("ray_zerocopy.torch_inside")?, py.import("torch.utils.hooks")?);
             let dtypes = Dtype::ALL.iter().filter_map(|&dtype| {
                 let object = torch.getattr(dtype.name()).ok()?; // not every torch has every one
                 Some((object.unbind(), dtype))
             });
+            let (to_py_object, describe) = exchange(&torch.getattr("Tensor")?)?;
             Ok(Torch {
-                to_py_object: importer(&torch.getattr("Tensor")?)?,
-                has_storage: core.getattr("_has_storage")?.unbind(),
+                to_py_object,
+                describe,
+                has_storage: inside.getattr("has_storage")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
                 strided: torch.getattr("strided")?.unbind(),
                 tensor: torch.getattr("Tensor")?.unbind(),
@@ -51,9 +55,18 @@ impl Torch {
     }
 }
 
-/// What `torch.from_dlpack` comes to in the end, after ten questions to an exporter.
-fn importer(tensor: &Bound<'_, PyAny>) -> PyResult<ToPyObject> {
-    let capsule = tensor.getattr("__dlpack_c_exchange_api__")?;
+/// Whether tensors can be lent to this torch, by the exchange API of DLPack 1.
+#[pyfunction]
+pub(super) fn borrows(py: Python<'_>) -> PyResult<bool> {
+    Ok(Torch::get(py)?.to_py_object.is_some())
+}
+
+/// What `torch.from_dlpack` comes to in the end, after ten questions to an exporter; and what answers
+/// in one go what we ask of a tensor that is to be published.
+fn exchange(tensor: &Bound<'_, PyAny>) -> PyResult<(Option<ToPyObject>, Option<Describe>)> {
+    let Some(capsule) = tensor.getattr_opt("__dlpack_c_exchange_api__")? else {
+        return Ok((None, None));
+    };
     // SAFETY: an object, and a static name.
     let api =
         unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), c"dlpack_exchange_api".as_ptr()) };
@@ -61,6 +74,5 @@ fn importer(tensor: &Bound<'_, PyAny>) -> PyResult<ToPyObject> {
     let Some(api) = (unsafe { api.cast::<ExchangeApi>().as_ref() }) else {
         return Err(PyErr::fetch(tensor.py()));
     };
-    let other = "ray_zerocopy knows DLPack 1, and this torch has another: install torch 2.15";
-    api.to_py_object().ok_or_else(|| PyImportError::new_err(other))
+    Ok((api.to_py_object(), api.describe()))
 }

@@ -1,0 +1,354 @@
+"""From files into the store: `python benches/bench_disk.py` prints the page "From disk".
+
+Warm is what the page cache has; before a cold turn the kernel is told to forget these files.
+"""
+
+import gc
+import itertools
+import mmap
+import os
+import random
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import ray
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import ray_zerocopy as rzc  # noqa: E402
+import subjects  # noqa: E402
+from duel import nothing, session, settle, silence, timed, touch_store  # noqa: E402
+from footprint import resident_memory, trim, with_peak  # noqa: E402
+from page import GIB, bold, mib, ms, section, table, times  # noqa: E402
+
+CHUNK = 4 << 20
+CHECKPOINT, TIED, TORCH, NUMPY = "checkpoint", "tied", "model.pt", "array.npy"
+SNAPSHOT = "model.rzc"
+FLOAT32, MIXTRAL = "float32", "mixtral"
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def save(folder):
+    """A checkpoint in three shards, the same tied, its snapshot and `torch.save`; two that a loader
+    converts, in float32 and of experts; and an array.
+    """
+    from safetensors.torch import load_file
+
+    for name, tied in ((CHECKPOINT, False), (TIED, True)):
+        model = subjects.llama(layers=9, tied=tied)
+        model.save_pretrained(folder / name, max_shard_size="300MB")
+        if not tied:
+            rzc.save(model, folder / SNAPSHOT)
+            model.float().save_pretrained(folder / FLOAT32, max_shard_size="600MB")
+    subjects.mixtral().save_pretrained(folder / MIXTRAL, max_shard_size="300MB")
+    shards = [load_file(path) for path in files(folder / CHECKPOINT)]
+    torch.save({name: tensor for shard in shards for name, tensor in shard.items()}, folder / TORCH)
+    np.save(folder / NUMPY, np.random.default_rng(0).random(40_000_000))
+
+
+def files(path):
+    """The files that hold a subject's weights."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def evict(paths):
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Floor:
+    """The same bytes into shared memory that was written to before, by threads and nothing else."""
+
+    def __init__(self, paths):
+        self.sizes = {path: path.stat().st_size for path in paths}
+        self.target = mmap.mmap(-1, sum(self.sizes.values()) + len(paths) * CHUNK)
+        self.target[:] = bytes(len(self.target))
+
+    def read(self, threads, flags=0):
+        """Seconds that it takes."""
+        opened = {path: os.open(path, os.O_RDONLY | flags) for path in self.sizes}
+        parts = [
+            (file, offset)
+            for path, file in opened.items()
+            for offset in range(0, self.sizes[path], CHUNK)
+        ]
+        places = zip(itertools.count(0, CHUNK), parts, strict=False)
+        lock = threading.Lock()
+
+        def work(target):
+            while True:
+                with lock:
+                    at, part = next(places, (None, None))
+                if part is None:
+                    return
+                os.preadv(part[0], [target[at : at + CHUNK]], part[1])
+
+        with memoryview(self.target) as target:
+            team = [threading.Thread(target=work, args=(target,)) for _ in range(threads)]
+            elapsed, _ = timed(lambda: ([t.start() for t in team], [t.join() for t in team]))
+        for file in opened.values():
+            os.close(file)
+        return elapsed
+
+    def warm(self):
+        return self.read(threads=2)
+
+    def cold(self):
+        """Through the page cache, and past it."""
+        buffered = self.read(threads=8)
+        evict(self.sizes)
+        return buffered, self.read(threads=8, flags=os.O_DIRECT)
+
+
+# --- the ways -------------------------------------------------------------------------------------
+
+
+def from_pretrained(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
+def safetensors(path):
+    from safetensors.torch import load_file
+
+    return [load_file(file) for file in files(path)]
+
+
+def fastsafetensors(path):
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), device="cpu", nogds=True)
+    loader.add_filenames({0: [str(file) for file in files(path)]})
+    buffer = loader.copy_files_to_device()
+    return {name: buffer.get_tensor(name) for name in loader.get_keys()}, buffer
+
+
+def torch_load(path):
+    return torch.load(path, mmap=True)
+
+
+def numpy_load(path):
+    return np.load(path, mmap_mode="r")
+
+
+@dataclass
+class Way:
+    """From a file or folder under the bench's folder to a reference, in two timed steps."""
+
+    name: str
+    path: str
+    load: Callable
+    put: Callable = rzc.put
+
+
+OURS = [
+    Way("from_pretrained, sharded", CHECKPOINT, from_pretrained),
+    Way("from_pretrained, tied", TIED, from_pretrained),
+    Way("torch.load(mmap=True)", TORCH, torch_load),
+    Way('np.load(mmap_mode="r")', NUMPY, numpy_load),
+    Way("rzc.restore", SNAPSHOT, Path, rzc.restore),
+]
+
+RIVALS = [
+    Way("ray_zerocopy: from_pretrained + put", CHECKPOINT, from_pretrained),
+    Way("from_pretrained + ray.put", CHECKPOINT, from_pretrained, ray.put),
+    Way("safetensors load_file + ray.put", CHECKPOINT, safetensors, ray.put),
+    Way("torch.load(mmap=True) + ray.put", TORCH, torch_load, ray.put),
+    Way(
+        "fastsafetensors + ray.put",
+        *(CHECKPOINT, fastsafetensors, lambda loaded: ray.put(loaded[0])),
+    ),
+]
+
+
+@dataclass
+class Turn:
+    """Seconds that one publication from files took."""
+
+    load: float
+    put: float
+
+    @property
+    def total(self):
+        return self.load + self.put
+
+
+def take(way, folder, between=nothing):
+    """Load and put, off the clock `between`."""
+    load, loaded = timed(way.load, folder / way.path)
+    between()
+    put, ref = timed(way.put, loaded)
+    del ref, loaded
+    gc.collect()
+    settle()
+    return Turn(load, put)
+
+
+def race(ways, folder, rounds, between=nothing):
+    """What ways and floors take in turns: {way: ([Turn], [Turn])}, {path: ([s], [(s, s)])}.
+
+    Warm and cold; a cold floor is buffered and direct. And by way, how much private memory. Cold,
+    the files go from the page cache before the load, and what `between` takes there before the put.
+    """
+    floors = {path: Floor(files(folder / path)) for path in {way.path for way in ways}}
+    turns = {way.name: ([], []) for way in ways}
+    read = {path: ([], []) for path in floors}
+    contenders = [*floors, *ways]
+    private = {}
+    for way in ways:
+        take(way, folder)  # what is imported on the way is not counted
+        evict(files(folder / way.path))
+        _, private[way.name] = with_peak(partial(take, way, folder))
+    for count in range(rounds):
+        for each in random.Random(count).sample(contenders, len(contenders)):
+            path = each if isinstance(each, str) else each.path
+            floor = floors[path]
+            floor.warm()
+            if each is path:
+                read[path][0].append(floor.warm())
+            else:
+                turns[each.name][0].append(take(each, folder))
+            evict(floor.sizes)
+            if each is path:
+                read[path][1].append(floor.cold())
+            else:
+                turns[each.name][1].append(take(each, folder, partial(between, floor.sizes)))
+    return turns, read, private
+
+
+BUILDS = {"float32 files, cast to bfloat16": FLOAT32, "Mixtral, experts merged": MIXTRAL}
+
+
+@ray.remote(num_cpus=0)
+class Builder:
+    """A process that has none of the store's pages mapped: of the block it maps what it writes."""
+
+    def shares(self, path):
+        """What building takes at most: private memory, and all that is beside the block."""
+        ref = rzc.build(from_pretrained, path)  # what is imported on the way is not counted
+        nbytes = rzc.inspect(ref).nbytes
+        del ref
+        trim()
+        ref, private = with_peak(partial(rzc.build, from_pretrained, path))
+        del ref
+        trim()
+        _, resident = with_peak(partial(rzc.build, from_pretrained, path), resident_memory)
+        return private / nbytes, resident / nbytes - 1
+
+
+def builds(folder, rounds):
+    """A row of the table for each build."""
+    builder = Builder.remote()
+    acts = {
+        "loaded": from_pretrained,
+        "built": partial(rzc.build, from_pretrained),
+        "put": lambda path: rzc.put(from_pretrained(path)),
+    }
+    for name, path in BUILDS.items():
+        path, seconds = folder / path, {act: [] for act in acts}
+        for count in range(-1, rounds):
+            for act in random.Random(count).sample([*acts], len(acts)):
+                elapsed, result = timed(acts[act], path)
+                del result
+                gc.collect()
+                settle()
+                if count >= 0:  # the first turn imports
+                    seconds[act].append(elapsed)
+        loaded, built, put = (median(seconds[act]) for act in acts)
+        private, beside = ray.get(builder.shares.remote(path))
+        yield [
+            name,
+            *(ms(loaded), ms(put), ms(built), times(built / loaded)),
+            *(f"{100 * share:.0f} %" for share in (private, beside)),
+        ]
+
+
+@contextmanager
+def saved():
+    """The files, on the disk that the repository is on."""
+    (ROOT / "target").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "target") as folder, silence():
+        from transformers import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        save(Path(folder))
+        yield Path(folder)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def from_disk():
+    with saved() as folder:
+        ours = [*rows(OURS, folder, attrgetter("put"), rounds=7, between=evict)]
+        able, refusals = enlist(RIVALS, folder)
+        rivals = [*rows(able, folder, attrgetter("total"), rounds=3)]
+        rivals += [[name, reason, *[""] * 4] for name, reason in refusals.items()]
+        built = [*builds(folder, rounds=7)]
+    header = ["", "warm, ms", "x pread", "cold, ms", "x best", "private memory"]
+    return section(
+        "From disk",
+        "Files on a disk, into pages of the store written to before. Warm, they are in the page "
+        "cache; cold, the kernel has been told to forget them. *pread* is two threads that read "
+        "them into shared memory and do nothing else; *best* is eight threads, the better of "
+        "buffered and direct. Private memory: by how much RssAnon of the process grew at most.",
+        "The put alone, by ray_zerocopy; cold, the files leave the page cache once more after the "
+        "loader, which reads a part of them:",
+        table(header, ours),
+        "Llama in bfloat16, 755 MiB in three files, to a reference: loader and put, warm and cold:",
+        table(header, rivals),
+        "What a loader converts, warm: `rzc.build(from_pretrained, path)`, beside the loader alone "
+        "and `rzc.put` of what it gives. Memory that `build` takes at most, as parts of the model: "
+        "private, and all of the node's beside the block.",
+        table(["", "loader, ms", "put, ms", "build, ms", "x loader", "private", "node"], built),
+    )
+
+
+def enlist(ways, folder):
+    """Who can, and why others cannot."""
+    able, refusals = [], {}
+    for way in ways:
+        try:
+            take(way, folder)
+            able.append(way)
+        except Exception as error:  # whatever a rival raises is a row of the table
+            refusals[way.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return able, refusals
+
+
+def rows(ways, folder, part, rounds, between=nothing):
+    """A row of the table for each way; `part` is of a `Turn`."""
+    turns, read, private = race(ways, folder, rounds, between)
+    for way in ways:
+        warm, cold = (median(map(part, each)) for each in turns[way.name])
+        pread, best = read[way.path]
+        best = min(median(seconds) for seconds in zip(*best, strict=True))
+        nbytes = sum(path.stat().st_size for path in files(folder / way.path))
+        yield [
+            bold(way.name),
+            *(ms(warm), times(warm / median(pread)), ms(cold), times(cold / best)),
+            f"{mib(private[way.name])} MiB, {100 * private[way.name] / nbytes:.0f} %",
+        ]
+
+
+if __name__ == "__main__":
+    with session(2 * GIB):
+        touch_store()
+        print(from_disk())

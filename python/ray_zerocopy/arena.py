@@ -1,0 +1,248 @@
+"""A loader's tensors in shared memory, from a cast or a merge on, or as a module is given them.
+
+    cast, stack, cat ─▶ arena ◀─ moved as a module registers it ─ private memory
+                          └─▶ block, and each page given back once it is written
+
+A private copy would cost the node the model twice. What lies in a file's mapping stays there: the
+block is read from the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from ray_zerocopy import _core, torch_inside
+
+_FROM_NBYTES = 4096  # a lot has at least a page
+_MERGES = {torch.stack, torch.cat, torch.concat, torch.concatenate}
+_COPIES = {torch.Tensor.clone, torch.clone, torch.Tensor.contiguous}
+_HERE = threading.local()
+
+
+@contextlib.contextmanager
+def following(arena: _core.Arena) -> Iterator[None]:
+    """Have what this thread loads, and threads that it starts meanwhile, lie in the arena."""
+    loading = _Loading(arena)
+    with contextlib.ExitStack() as stack:
+        stack.callback(loading.end)
+        for register in (
+            torch_module.register_module_parameter_registration_hook,
+            torch_module.register_module_buffer_registration_hook,
+        ):
+            stack.callback(register(loading.registered).remove)
+        stack.enter_context(_followed_threads)
+        stack.enter_context(loading.here())
+        yield
+
+
+class _Loading:
+    """One run of a loader: the hooks' side, which sees the modules of every thread."""
+
+    def __init__(self, arena: _core.Arena) -> None:
+        self.arena = arena
+        self.running = True
+        self.births = _Births(self)
+        # not shown off a terminal, nor before a second has passed
+        self.progress = tqdm(
+            desc="build", unit="B", unit_scale=True, delay=1, disable=None, leave=False
+        )
+        self.lock = threading.Lock()
+
+    def end(self) -> None:
+        self.running = False
+        self.progress.close()
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """Follow this thread."""
+        outer = vars(_HERE).copy()
+        _HERE.loading, _HERE.waiting = self, None
+        try:
+            with self.births:
+                yield
+            self.registered(None, "", None)
+        finally:
+            vars(_HERE).clear()
+            vars(_HERE).update(outer)
+
+    def registered(self, module: Any, name: str, tensor: torch.Tensor | None) -> None:
+        """Move what a module of this loader's has been given, in place: it stays the object it is.
+
+        What a local variable of the loader shares still, as transformers' `set_param_for_module`
+        does, is moved when the thread registers the next.
+        """
+        if getattr(_HERE, "loading", None) is not self:
+            return
+        waiting, _HERE.waiting = _HERE.waiting and _HERE.waiting(), None
+        with torch_inside.outside_of_torch_functions():
+            for candidate in (waiting, tensor):
+                if candidate is not None and not self._move(candidate) and candidate is tensor:
+                    _HERE.waiting = weakref.ref(tensor)
+
+    def _move(self, tensor: torch.Tensor) -> bool:
+        """Move a tensor that has its storage to itself; false if it has not."""
+        if not _is_plain(tensor) or tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
+            return True
+        storage = tensor.untyped_storage()
+        # only what torch's allocator has made, and numpy has not seen, can be resized: not files'
+        # mappings, other shared memory, the arena's own
+        if storage.nbytes() < _FROM_NBYTES or not storage.resizable():
+            return True
+        if torch_inside.holders(storage) != 2:  # the tensor, and `storage`
+            return False
+        with torch.no_grad():
+            bytes_ = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+            moved = self.lend(storage.nbytes()).copy_(bytes_).untyped_storage()
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+                moved, tensor.storage_offset(), tensor.shape, tensor.stride()
+            )
+        return True
+
+    def lend(self, nbytes: int) -> torch.Tensor:
+        """Give that many bytes of the arena, as a tensor of uint8 over a storage of its own."""
+        with self.lock:
+            self.progress.update(nbytes)
+        return torch.frombuffer(self.arena.lend(nbytes), dtype=torch.uint8)
+
+
+class _Births(TorchFunctionMode):  # type: ignore[misc]
+    """Has the results of casts and merges lie in the arena from the start.
+
+    Loaders' threads run ahead of the one that sets parameters: moving alone left 0.7 of a model
+    that is cast in private memory.
+    """
+
+    def __init__(self, loading: _Loading) -> None:
+        super().__init__()
+        self.loading = loading
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.loading.running and not torch.jit.is_tracing():
+            if function is torch.Tensor.to and args and "copy" not in kwargs:
+                born = self._cast(args[0], args[1:], kwargs)
+            elif function in _COPIES and len(args) == 1 and not kwargs:
+                born = self._copied(function, args[0])
+            elif function in _MERGES and args and "out" not in kwargs:
+                born = self._merged(function, args, kwargs)
+            else:
+                born = None
+            if born is not None:
+                return born
+        return function(*args, **kwargs)
+
+    def _cast(self, source: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | None:
+        if not _can_be_copied(source) or not source.is_contiguous():
+            return None
+        device, dtype, _, memory_format = torch_inside.parse_to(*args, **kwargs)
+        stays = device is None or device.type == "cpu"
+        if dtype is None or dtype == source.dtype or not stays or memory_format is not None:
+            return None
+        return self._copy(source, dtype, source.stride())
+
+    def _copied(self, function: Any, source: Any) -> torch.Tensor | None:
+        if not _can_be_copied(source):
+            return None
+        if function is torch.Tensor.contiguous:
+            return None if source.is_contiguous() else self._copy(source, source.dtype)
+        return self._copy(source, source.dtype, source.stride()) if source.is_contiguous() else None
+
+    def _copy(
+        self, source: torch.Tensor, dtype: torch.dtype, stride: tuple[int, ...] | None = None
+    ) -> torch.Tensor | None:
+        if source.numel() * dtype.itemsize < _FROM_NBYTES:
+            return None
+        copy = self._empty(source.numel(), dtype).view(source.shape)
+        if stride is not None:  # what is contiguous can have others where a length is 1
+            copy = copy.as_strided(source.shape, stride)
+        return copy.copy_(source)
+
+    def _merged(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | None:
+        sources = args[0]
+        if not isinstance(sources, (list, tuple)) or not all(map(_can_be_copied, sources)):
+            return None
+        numel = sum(source.numel() for source in sources)
+        alike = len({source.dtype for source in sources}) == 1
+        if not alike or numel * sources[0].dtype.itemsize < _FROM_NBYTES:
+            return None
+        # not all that is contiguous has these: any stride goes with a length of 1
+        if any(source.stride() != _strides(source.shape) for source in sources):
+            return None
+        # torch gives it the shape; an empty one that has the bytes already is not allocated anew
+        out = self._empty(numel, sources[0].dtype)[:0]
+        return function(*args, **kwargs, out=out)
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.loading.lend(numel * dtype.itemsize).view(dtype)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of torch's own over a storage of this host's memory."""
+    kind = type(tensor)
+    dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not dispatches and tensor.is_cpu and _core.has_plain_storage(tensor)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
+def _can_be_copied(source: Any) -> bool:
+    return (
+        type(source) in (torch.Tensor, torch.nn.Parameter)
+        and _is_plain(source)
+        and not (source.is_conj() or source.is_neg())
+        and not (source.requires_grad and torch.is_grad_enabled())
+    )
+
+
+class _FollowedThreads:
+    """While any loader runs: threads that a followed one starts are followed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loaders = 0
+        self.start: Callable[[threading.Thread], None] = threading.Thread.start
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.loaders += 1
+            if self.loaders == 1:
+                self.start = threading.Thread.start
+                threading.Thread.start = _start  # type: ignore[method-assign, assignment]
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.loaders -= 1
+            # whoever has wrapped it meanwhile calls it further on
+            if not self.loaders and threading.Thread.start is _start:
+                threading.Thread.start = self.start  # type: ignore[method-assign, assignment]
+
+
+_followed_threads = _FollowedThreads()
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a thread; up to 3.13 none inherits the context variables of the one that does."""
+    loading = getattr(_HERE, "loading", None)
+    if loading is not None:
+        run = thread.run
+
+        def run_followed() -> None:
+            del thread.run  # the class's again
+            with loading.here():
+                run()
+
+        thread.run = run_followed  # type: ignore[method-assign]
+    _followed_threads.start(thread)

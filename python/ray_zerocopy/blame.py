@@ -1,0 +1,48 @@
+"""Which part of an object graph cannot be published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ray_zerocopy.block import gather
+from ray_zerocopy.skeleton import split
+
+
+def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
+    """Give the path to the innermost part of an object graph that cannot be published.
+
+    Or, with `accepts`, to one that can, but whose skeleton is not accepted.
+    """
+    path, seen = type(obj).__name__, set()
+    while id(obj) not in seen:
+        seen.add(id(obj))
+        for step, part in _parts_of(obj):
+            if id(part) not in seen and not _can_be_published(part, accepts):
+                path, obj = path + step, part
+                break
+    return f"{path} ({type(obj).__name__})"
+
+
+def _can_be_published(obj: object, accepts: Callable[[bytes], bool]) -> bool:
+    try:
+        parts = split(obj)
+        gather(parts)
+    except Exception:
+        return False
+    return accepts(parts.skeleton)
+
+
+def _parts_of(obj: object) -> Iterator[tuple[str, object]]:
+    """Name the parts of an object as one would write them after it."""
+    if isinstance(obj, dict):
+        yield from ((f"[{key!r}]", value) for key, value in obj.items())
+    elif isinstance(obj, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", value) for index, value in enumerate(obj))
+    else:
+        attributes = dict(getattr(obj, "__dict__", {}))
+        if isinstance(obj, torch.nn.Module):
+            for registry in ("_parameters", "_buffers", "_modules"):
+                attributes |= attributes.pop(registry, {})
+        yield from ((f".{name}", value) for name, value in attributes.items())

@@ -1,0 +1,105 @@
+"""Graphs of torch.fx, node by node, and the modules that are made of them.
+
+A `GraphModule` pickles as its code, which is traced again where it loads: metadata is lost, and so
+is what tracing does not see. Here the graph travels, and the code is made from it, as `recompile`
+does. Fake tensors and symbolic sizes in the nodes' metadata stay behind: they belong to the trace
+that made them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate, map_arg
+
+from ray_zerocopy import torch_inside as inside
+
+OPERATORS = (inside.HigherOrderOperator, inside.OpOverload, inside.OpOverloadPacket)
+_TRACED = (inside.FakeTensor, torch.SymBool, torch.SymFloat, torch.SymInt)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in its graph a node is that another one takes."""
+
+    index: int
+
+
+def module_reducer(kind: Any) -> Callable[[Any], Any] | None:
+    """Give what reduces a graph's module to its dict; None if the class reduces itself."""
+    return _reduce_module if kind.__reduce__.__module__.startswith("torch.fx.") else None
+
+
+def _reduce_module(module: fx.GraphModule) -> Any:
+    own, base = type(module).__mro__[:2]  # `GraphModule.__new__` makes a class for each module
+    return _new_module, (base, own.__name__), module.__getstate__(), None, None, _restore_module
+
+
+def _new_module(base: Any, name: str) -> fx.GraphModule:
+    module: fx.GraphModule = base.__new__(base)
+    type(module).__name__ = name
+    return module
+
+
+def _restore_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
+    module.__setstate__(state)
+    module.graph = state["_graph"]  # makes the code
+
+
+def reduce_graph(graph: fx.Graph) -> Any:
+    """Reduce a graph to its nodes; those that a node takes come before it."""
+    places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    nodes = [
+        (node.op, node.target, args, kwargs, node.name, node.type)
+        for node in graph.nodes
+        for args, kwargs in [map_arg((node.args, node.kwargs), places.__getitem__)]
+    ]
+    metadata = [
+        {key: value for key, value in node.meta.items() if not _is_traced(value)}
+        for node in graph.nodes
+    ]
+    made = (_graph, (graph._tracer_cls, graph._codegen, nodes))
+    return (*made, metadata, None, None, _set_metadata)
+
+
+def _is_traced(value: object) -> bool:
+    return any(isinstance(leaf, _TRACED) for leaf in inside.tree_leaves(value))
+
+
+def _graph(tracer: Any, codegen: Any, nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph(tracer_cls=tracer)
+    made: list[fx.Node] = []
+    for op, target, args, kwargs, name, kind in nodes:
+        args, kwargs = map_aggregate((args, kwargs), lambda part: _at(part, made))
+        made.append(graph.create_node(op, target, args, kwargs, name, kind))
+    graph.set_codegen(codegen)
+    return graph
+
+
+def _at(part: Any, made: list[fx.Node]) -> Any:
+    return made[part.index] if isinstance(part, _Place) else part
+
+
+def _set_metadata(graph: fx.Graph, metadata: list[dict[str, Any]]) -> None:
+    for node, meta in zip(graph.nodes, metadata, strict=True):
+        node.meta = meta
+
+
+def reduce_node(node: fx.Node) -> Any:
+    """Reduce a node that something outside of its graph's arguments holds."""
+    return _node, (node.graph, list(node.graph.nodes).index(node))
+
+
+def _node(graph: fx.Graph, index: int) -> fx.Node:
+    return list(graph.nodes)[index]
+
+
+def reduce_operator(op: Any) -> Any:
+    """Reduce one of `OPERATORS` to where `torch.ops` has it."""
+    path = f"higher_order.{op.name()}" if isinstance(op, inside.HigherOrderOperator) else str(op)
+    return operator.attrgetter(f"ops.{path}"), (torch,)

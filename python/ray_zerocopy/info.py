@@ -1,0 +1,162 @@
+"""What `inspect` tells of a stored object."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ray_zerocopy import _core, room, views
+from ray_zerocopy.skeleton import unshared_nbytes
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One view of a block; shape, stride and offset in elements, offset from its span's start."""
+
+    span: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a reference holds, and how this process would hold it."""
+
+    nbytes: int
+    """Bytes in the block."""
+    padding: int
+    """Bytes of the block that belong to no span: header, checksums, what alignment costs."""
+    skeleton_nbytes: int
+    """Bytes of the object minus its tensors."""
+    unshared_nbytes: int
+    """Those of them that are data which each load copies: what an object's `__getstate__` has
+    packed into `bytes`, as skorch does with its weights."""
+    spans: list[tuple[int, int]]
+    """Offset and bytes of each storage in the block."""
+    checksums: list[int] | None
+    """The XXH3 of each as it was written; None in blocks that an older version has put."""
+    tensors: list[TensorInfo]
+    """The views over them."""
+    where: str
+    """`"store"` (shared memory), `"disk"` (Ray's fallback), `"inline"` (sent along by Ray), or
+    `"file"`: a snapshot."""
+    file: str | None
+    """The store's file, as the kernel names it, or the snapshot."""
+    inode: int | None
+    """Its inode: the same in every process that shares the block."""
+    offset: int | None
+    """Where in the file the block starts, in bytes."""
+    huge_nbytes: int | None
+    """Bytes that lie in huge pages, of 2 MiB each; None where that cannot be told: before Linux
+    6.7, or where pages are not private."""
+    held: str
+    """`"private"` or `"shared"` pages of the store, `"copied"` into private memory, or
+    `"not at all"`: a snapshot."""
+    fallback: str | None
+    """Why the pages are not private, if they are not."""
+    ways: dict[str, str]
+    """What `ways()` tells of this process."""
+    verified: bool = False
+    """Whether every byte was compared with the checksums."""
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors have each dtype."""
+        names = [tensor.dtype for tensor in self.tensors]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    def __str__(self) -> str:
+        dtypes = ", ".join(f"{count} {name}" for name, count in self.dtypes.items())
+        unshared = f", {self.unshared_nbytes:,} of them copied by each load"
+        copied = unshared if self.unshared_nbytes else ""
+        lines = [
+            f"{len(self.tensors)} tensors ({dtypes}) over {len(self.spans)} storages",
+            f"block of {self.nbytes:,} bytes, {self.padding:,} of them padding; "
+            f"skeleton of {self.skeleton_nbytes:,}{copied}",
+            f"in {self.where}" + (f": {self.file} at byte {self.offset:,}" if self.file else ""),
+        ]
+        if self.where != "file":
+            huge = self.huge_nbytes
+            lines += [
+                f"held {self.held}"
+                + (f", {huge:,} bytes in huge pages" if huge is not None else "")
+                + (f": {self.fallback}" if self.fallback else ""),
+                "views by {views}, put by {put}".format(**self.ways),
+            ]
+        if self.verified:
+            lines.append("verified: every byte is as it was written")
+        return "\n".join(lines)
+
+
+def ways() -> dict[str, str]:
+    """Tell by which ways this process makes views and puts blocks, as its torch and Ray allow.
+
+    `"views"` is `"dlpack"`, or the slower `"from_numpy"`; `"put"` is `"room"`, or the slower
+    `"ray.put"`.
+    """
+    return {"views": views.way, "put": room.way}
+
+
+def describe(block: _core.Block, skeleton: bytes, verify: bool = False) -> Info:
+    """Tell of a block as this process holds it; `verify` raises `BlockError` on damage."""
+    if verify:
+        block.verify()
+    nbytes = memoryview(block).nbytes
+    file, inode, offset = block.source or (None, None, None)
+    return Info(
+        nbytes=nbytes,
+        padding=nbytes - sum(nbytes for _, nbytes in block.spans),
+        skeleton_nbytes=len(skeleton),
+        unshared_nbytes=unshared_nbytes(skeleton),
+        spans=block.spans,
+        checksums=block.checksums,
+        tensors=_tensors(block),
+        where=_where(file),
+        file=file,
+        inode=inode,
+        offset=offset,
+        huge_nbytes=block.huge_nbytes(),
+        held=block.held,
+        fallback=block.fallback,
+        ways=ways(),
+        verified=verify,
+    )
+
+
+def describe_file(
+    snapshot: _core.Snapshot, path: str, checksums: list[int], verified: bool
+) -> Info:
+    """Tell of a snapshot, of which only what precedes the block was read."""
+    return Info(
+        nbytes=snapshot.nbytes,
+        padding=snapshot.nbytes - sum(nbytes for _, nbytes in snapshot.spans),
+        skeleton_nbytes=len(snapshot.skeleton),
+        unshared_nbytes=unshared_nbytes(snapshot.skeleton),
+        spans=snapshot.spans,
+        checksums=checksums,
+        tensors=_tensors(snapshot),
+        where="file",
+        file=path,
+        inode=None,
+        offset=snapshot.offset,
+        huge_nbytes=None,
+        held="not at all",
+        fallback=None,
+        ways=ways(),
+        verified=verified,
+    )
+
+
+def _tensors(block: _core.Block | _core.Snapshot) -> list[TensorInfo]:
+    return [
+        TensorInfo(span, dtype, shape, stride, offset)
+        for span, dtype, _, offset, shape, stride in block.views
+    ]
+
+
+def _where(file: str | None) -> str:
+    if file is None:
+        return "inline"
+    return "store" if os.path.dirname(file) == "/dev/shm" else "disk"

@@ -1,0 +1,135 @@
+"""What is counted, and shown by Ray's Prometheus endpoint as `ray_rzc_…`.
+
+record ─ a list ─▶ a thread, a second later ─▶ ray.util.metrics
+
+A load only appends to a list: Ray's own counters cost 10 µs each, and the first of a process an
+import. Gauges are set again every few seconds: Ray 2.60 forgets what has not been for 20.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections import Counter
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import ray
+
+from ray_zerocopy import _core
+
+_FLUSH_S = 1.0
+_REPEAT_S = 5.0
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
+
+# Kind, what it tells, and by what it is told apart; the unit is in the name.
+_METRICS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str, tuple[str, ...]]] = {
+    "rzc_published_bytes": ("counter", "Bytes put into the store as blocks", ()),
+    "rzc_loads": (
+        "counter",
+        "Objects loaded, by name and by how their pages are held",
+        ("name", "way"),
+    ),
+    "rzc_load_seconds": ("histogram", "Seconds that a load took", ("name", "way")),
+    "rzc_mapped_bytes": ("counter", "Bytes of blocks mapped by loads", ("way",)),
+    "rzc_fallbacks": ("counter", "Loads and puts that took a slower way, by reason", ("reason",)),
+    "rzc_versions": ("gauge", "Versions of published models, by name and state", ("name", "state")),
+    "rzc_followers": ("gauge", "Processes that follow a published model", ("name",)),
+    "rzc_rebuilds": ("counter", "Blocks of published models made again, by reason", ("reason",)),
+    "rzc_swap_seconds": (
+        "histogram",
+        "Seconds from hearing of a version to its use, by a follower",
+        ("name",),
+    ),
+}
+
+LOADING = ContextVar("ray_zerocopy_loading", default="")
+"""The name under which what is being loaded was published."""
+
+_lock = threading.Lock()
+_recorded: list[tuple[str, float, tuple[str, ...]]] = []
+_flushing = False
+_standing: dict[tuple[str, tuple[str, ...]], float] = {}
+_repeating = False
+_made: dict[str, Any] = {}
+
+
+def record(metric: str, value: float = 1.0, *tags: str) -> None:
+    """Count, set or observe a value of one of the metrics; the tags in the table's order."""
+    global _flushing
+    _recorded.append((metric, value, tags))
+    if not _flushing:
+        with _lock:
+            if _flushing:
+                return
+            _flushing = True
+        _thread.start_new_thread(_flush_later, ())  # `threading` waits until it runs: 0.1 ms
+
+
+def loaded(block: _core.Block, isolation: str, seconds: float) -> None:
+    """Record a load of a block that was wanted with this isolation."""
+    name, way = LOADING.get(), block.held
+    record("rzc_loads", 1, name, way)
+    record("rzc_load_seconds", seconds, name, way)
+    record("rzc_mapped_bytes", memoryview(block).nbytes, way)
+    if block.fallback and way != isolation:
+        record("rzc_fallbacks", 1, f"pages {way}")
+
+
+def _flush_later() -> None:
+    global _flushing
+    time.sleep(_FLUSH_S)
+    _flushing = False
+    flush()
+
+
+def flush() -> None:
+    """Hand what was recorded to Ray; dropped where Ray is gone."""
+    global _repeating
+    with _lock:
+        recorded, _recorded[:] = _recorded[:], []
+        if not ray.is_initialized():
+            return
+        counted: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        for metric, value, tags in recorded:
+            kind = _METRICS[metric][0]
+            if kind == "counter":
+                counted[metric, tags] += value  # type: ignore[assignment]
+            elif kind == "gauge":
+                _standing[metric, tags] = value
+            else:
+                _metric(metric).observe(value, _named(metric, tags))
+        for (metric, tags), value in counted.items():
+            if value > 0:
+                _metric(metric).inc(value, _named(metric, tags))
+        for (metric, tags), value in list(_standing.items()):
+            _metric(metric).set(value, _named(metric, tags))
+            if not value:  # let Ray forget it
+                del _standing[metric, tags]
+        if _standing and not _repeating:
+            _repeating = True
+            threading.Thread(target=_repeat, name="ray_zerocopy.gauges", daemon=True).start()
+
+
+def _repeat() -> None:
+    while True:
+        time.sleep(_REPEAT_S)
+        flush()
+
+
+def _named(metric: str, tags: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(_METRICS[metric][2], tags, strict=True))
+
+
+def _metric(name: str) -> Any:
+    if name not in _made:
+        from ray.util import metrics
+
+        kind, told, keys = _METRICS[name]
+        if kind == "histogram":
+            _made[name] = metrics.Histogram(name, told, list(_SECONDS), keys)
+        else:
+            make = metrics.Counter if kind == "counter" else metrics.Gauge
+            _made[name] = make(name, told, keys)
+    return _made[name]

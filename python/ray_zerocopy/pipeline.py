@@ -1,0 +1,168 @@
+"""The models in any object: found however deep they hang, and replaced in a copy.
+
+pipeline ─ replace ─▶ the same with something else where its models were; all else is shared
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import operator
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from ray_zerocopy.registry.catalog import Version
+from ray_zerocopy.registry.follower import Live
+
+PUBLISHED = (Version, Live)
+MODELS = (torch.nn.Module, *PUBLISHED)  # models, and what stands for one
+
+
+class Leaf:
+    """Base of what is whole: no model is looked for in it."""
+
+
+# How a part is placed in what holds it, under which key, and the part itself.
+Part = tuple[Callable[[Any, Any, Any], None], Any, Any]
+
+_LEAVES = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, type),
+    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
+    *(torch.Tensor, np.ndarray, ray.ObjectRef, Leaf),
+)
+_FIXED = (tuple, frozenset, functools.partial, types.MethodType)
+
+
+def replace(root: Any, stand_in: Callable[[Any], Any]) -> Any:
+    """Copy what leads to a model, with `stand_in(model)` where the models were.
+
+    Each is copied and replaced once, so that what was one object stays one. The root itself is not
+    changed; what does not lead to a model is shared with the copy.
+    """
+    return _Replacer(root, stand_in).copy(root)
+
+
+class _Replacer:
+    def __init__(self, root: object, stand_in: Callable[[Any], Any]) -> None:
+        self.leading = leading_to_models(root)
+        self.stand_in = stand_in
+        self.copies: dict[int, Any] = {}
+
+    def copy(self, node: Any) -> Any:
+        if id(node) not in self.leading:
+            return node
+        if id(node) not in self.copies:
+            if isinstance(node, MODELS):
+                self.copies[id(node)] = self.stand_in(node)
+            elif isinstance(node, _FIXED):
+                remade = _remade(node, [self.copy(part) for part in _held(node)])
+                self.copies.setdefault(id(node), remade)  # one in a cycle has been made by now
+            else:
+                self.copies[id(node)] = new = _shallow(node)
+                for place, key, part in _parts(node):
+                    if id(part) in self.leading:
+                        place(new, key, self.copy(part))
+        return self.copies[id(node)]
+
+
+def leading_to_models(root: object) -> dict[int, object]:
+    """Find the root, the models that hang on it, and all that lies between, by id."""
+    found, waiting = {id(root): root}, [root]
+    models: list[object] = []
+    holders: dict[int, list[object]] = {}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, MODELS):
+            models.append(node)
+            continue
+        for _, _, part in _parts(node):
+            if isinstance(part, _LEAVES):
+                continue
+            holders.setdefault(id(part), []).append(node)
+            if id(part) not in found:
+                found[id(part)] = part
+                waiting.append(part)
+
+    leading: dict[int, object] = {}
+    while models:
+        node = models.pop()
+        if id(node) not in leading:
+            leading[id(node)] = node
+            models += holders.get(id(node), [])
+    return leading | {id(root): root}
+
+
+def _parts(node: Any) -> Iterator[Part]:
+    if isinstance(node, _FIXED):
+        yield from ((operator.setitem, index, part) for index, part in enumerate(_held(node)))
+        return
+    if isinstance(node, dict):
+        yield from ((operator.setitem, key, part) for key, part in node.items())
+    elif isinstance(node, list | deque):
+        yield from ((operator.setitem, index, part) for index, part in enumerate(node))
+    elif isinstance(node, set):
+        yield from ((_exchange, part, part) for part in node)
+    yield from _attributes(node)
+
+
+def _attributes(node: Any) -> Iterator[Part]:
+    attributes = getattr(node, "__dict__", None)
+    if isinstance(attributes, dict):
+        yield from ((_set_in_dict, name, part) for name, part in attributes.items())
+    for name in copyreg._slotnames(type(node)):  # type: ignore[attr-defined]
+        if hasattr(node, name):
+            yield object.__setattr__, name, getattr(node, name)
+
+
+def _set_in_dict(node: Any, name: str, part: object) -> None:
+    """Set an attribute past frozen dataclasses and properties of the same name."""
+    node.__dict__[name] = part
+
+
+def _exchange(node: set[Any], old: object, new: object) -> None:
+    node.discard(old)
+    node.add(new)
+
+
+def _shallow(node: Any) -> Any:
+    """Copy an object past its own way of copying and pickling, which may leave things behind."""
+    if isinstance(node, dict | list | deque | set):
+        return copy.copy(node)
+    try:
+        new = object.__new__(type(node))
+    except TypeError:  # a class with a layout of its own
+        return copy.copy(node)
+    for place, name, part in _attributes(node):
+        place(new, name, part)
+    return new
+
+
+def _held(node: Any) -> tuple[Any, ...]:
+    """Give what an object that cannot be changed is made of."""
+    match node:
+        case functools.partial():
+            return node.func, node.args, node.keywords
+        case types.MethodType():
+            return (node.__self__,)
+    return tuple(node)
+
+
+def _remade(node: Any, parts: list[Any]) -> Any:
+    match node:
+        case functools.partial():
+            function, args, keywords = parts
+            return type(node)(function, *args, **keywords)
+        case types.MethodType():
+            [owner] = parts
+            replaced = isinstance(node.__self__, torch.nn.Module)
+            return getattr(owner, node.__name__) if replaced else node.__func__.__get__(owner)
+        case tuple() if hasattr(node, "_make"):
+            return node._make(parts)
+    return type(node)(parts)

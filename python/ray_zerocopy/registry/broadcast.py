@@ -1,0 +1,149 @@
+"""A block sent ahead to every node, once each: nodes that have it feed those that do not.
+
+    wave 1   A ─▶ B                       as many transfers at a time as there are nodes that have
+    wave 2   A ─▶ C    B ─▶ D             the block, so that their number doubles; who is done
+    wave 3   A ─▶ E    B ─▶ F  …          starts the next transfer and waits for nobody
+
+Simultaneous cold gets are a star: all pull from where the block is known to lie, one node.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Collection
+
+import ray
+from ray.experimental import get_object_locations
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_zerocopy.errors import LostVersionError
+from ray_zerocopy.registry.publication import find
+
+# A transfer that takes this many times as long as the median so far gives up its place, not itself.
+_SLOW = 3.0
+_PATIENCE_S = 2.0
+_LOCATED_S = 60.0
+_INLINE_NBYTES = 100 * 1024  # what Ray's `max_direct_call_object_size` is unless set
+
+
+def prefetch(
+    ref_or_name: ray.ObjectRef | str,
+    nodes: Collection[str] | None = None,
+    *,
+    timeout: float = 600.0,
+) -> dict[str, float | None]:
+    """Send a block to every node of the cluster, or to these, once each, and wait.
+
+    The first load there then finds it. A node that joins later fetches it at its first load. What a
+    node was sent is a copy, which it may drop when its store is full.
+
+    Args:
+        ref_or_name: what `put` gave, or the name of a published model, whose current version is
+            sent.
+        nodes: the ids of nodes, as `ray.nodes()` gives them.
+        timeout: seconds for one transfer; a node that takes longer keeps no other one waiting.
+
+    Returns:
+        Seconds by node, 0.0 where the block lay already; None for a node that died, took too long,
+        or has no room for it.
+
+    Raises:
+        ValueError: there is no live node of an id given.
+        UnknownVersionError: nothing is published under that name.
+        LostVersionError: no node has the block.
+
+    """
+    ref = _reference(ref_or_name, timeout)
+    stores = {
+        node["NodeID"]: node["Resources"].get("object_store_memory", 0)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    wanted = list(stores if nodes is None else nodes)
+    if unknown := set(wanted) - set(stores):
+        raise ValueError(f"there is no live node {sorted(unknown)}; there are {sorted(stores)}")
+    ray.wait([ref], timeout=timeout, fetch_local=False)  # until it is made
+    located = get_object_locations([ref], int(_LOCATED_S * 1000))[ref]
+    holders, nbytes = set(located["node_ids"]), located["object_size"] or 0
+    if not holders and nbytes <= _INLINE_NBYTES:
+        return dict.fromkeys(wanted, 0.0)  # it comes along with the reference
+    if not holders:
+        raise LostVersionError(f"no node has the block of {ref_or_name}: put or publish it again")
+    seconds: dict[str, float | None] = dict.fromkeys(wanted)
+    seconds.update((node, 0.0) for node in wanted if node in holders)
+    waiting = deque(node for node in wanted if node not in holders and stores[node] >= nbytes)
+    _Waves(ref, len(holders), seconds, timeout).send(waiting)
+    return seconds
+
+
+def _reference(ref_or_name: ray.ObjectRef | str, timeout: float) -> ray.ObjectRef:
+    if not isinstance(ref_or_name, str):
+        return ref_or_name
+    deadline_s = time.monotonic() + timeout
+    while (version := find(ref_or_name)).ref is None:
+        if time.monotonic() > deadline_s:
+            raise LostVersionError(
+                f"version {version.number} of {ref_or_name!r} was not made again in {timeout:g} s"
+            )
+    return version.ref
+
+
+class _Waves:
+    def __init__(
+        self, ref: ray.ObjectRef, holders: int, seconds: dict[str, float | None], timeout: float
+    ) -> None:
+        self._ref = ref
+        self._holders = holders
+        self._seconds = seconds
+        self._timeout = timeout
+        self._running: dict[ray.ObjectRef, tuple[str, float]] = {}  # node, and when it started
+
+    def send(self, waiting: deque[str]) -> None:
+        while waiting or self._running:
+            while waiting and self._places() < self._holders:
+                self._start(waiting.popleft())
+            done, _ = ray.wait(list(self._running), timeout=_PATIENCE_S / 4)
+            for answer in done:
+                node, _ = self._running.pop(answer)
+                self._seconds[node] = _seconds(answer)
+                self._holders += self._seconds[node] is not None
+            now_s = time.monotonic()
+            late = (
+                a for a, (_, start_s) in self._running.items() if now_s > start_s + self._most()
+            )
+            for answer in list(late):
+                ray.cancel(answer, force=True)
+                del self._running[answer]
+
+    def _start(self, node: str) -> None:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        answer = _fetch.options(scheduling_strategy=strategy).remote([self._ref], self._timeout)
+        self._running[answer] = node, time.monotonic()
+
+    def _places(self) -> int:
+        """Count the transfers that are not slow: a dying node does not hold the others up."""
+        took = [seconds for seconds in self._seconds.values() if seconds]
+        patience_s = max(_PATIENCE_S, _SLOW * statistics.median(took)) if took else self._timeout
+        since_s = time.monotonic() - patience_s
+        return sum(start_s > since_s for _, start_s in self._running.values())
+
+    def _most(self) -> float:
+        return self._timeout + _LOCATED_S  # for a worker to start
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _fetch(refs: list[ray.ObjectRef], timeout: float) -> float | None:
+    """Have this node fetch an object, which nobody unpickles; gives the seconds it took."""
+    start = time.perf_counter()
+    ready, _ = ray.wait(refs, timeout=timeout, fetch_local=True)
+    return time.perf_counter() - start if ready else None
+
+
+def _seconds(answer: ray.ObjectRef) -> float | None:
+    try:
+        took: float | None = ray.get(answer)
+    except ray.exceptions.RayError:
+        return None
+    return took

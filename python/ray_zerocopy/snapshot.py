@@ -1,0 +1,222 @@
+"""Snapshots: an object as a file, saved from the store and restored into it.
+
+ref or object ─ save ─▶ head + block ═ file ═▶ restore ─▶ room in the store ─▶ ref
+
+The head holds skeleton and table; the format is in docs/reference/format.md. What is restored is
+compared with its checksums, span by span, on its way in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import ray
+
+from ray_zerocopy import _core, metrics, room, store
+from ray_zerocopy.blame import culprit
+from ray_zerocopy.errors import BlockError, PublishError, SaveError
+from ray_zerocopy.info import Info, describe_file
+from ray_zerocopy.shared import Parts, Reading, reading
+
+# What is copied at a time from and to a file.
+_CHUNK_NBYTES = 8 * 2**20
+
+# What Ray's pickles of references and actors call to come back: nothing that outlives a cluster.
+_REFERENCES = (b"_object_ref_deserializer", b"_rdt_ref_deserializer", b"_actor_handle_deserializer")
+
+Path = str | os.PathLike[str]
+
+
+def save(obj: Any, path: Path) -> None:
+    """Write a snapshot of what a reference holds, or of an object: all of it, in one file.
+
+    The file appears under its name at once, whole and on the disk, or not at all. What a reference
+    holds is written as it lies in the store, and not loaded; an object is not put there.
+    `path` may be a URL that `fsspec` knows (`s3://`, `gs://`, `memory://`) where that is installed.
+
+    Raises:
+        PublishError: the object does not pickle, or holds an ObjectRef or an actor, which live no
+            longer than their cluster; the message gives the path to it.
+        SaveError: the file cannot be written, as on a full disk.
+        NotABlockError: the reference does not come from `put`.
+        BlockError: the block in the store is damaged.
+
+    """
+    stored = isinstance(obj, ray.ObjectRef)
+    saved = store.parts_of(obj) if stored else Parts.of(obj)
+    if not _outlives_the_cluster(saved.skeleton):
+        loaded = store.get(obj) if stored else obj
+        raise PublishError(
+            f"{culprit(loaded, _outlives_the_cluster)} cannot be saved: references and actors live "
+            "no longer than their cluster"
+        )
+    if stored:
+        store.inspect(obj, verify=True)
+    with _writing(os.fspath(path)) as file:
+        for chunk in _progress(_chunks(saved), saved.nbytes, "save"):
+            file.write(chunk)
+
+
+def restore(path: Path) -> ray.ObjectRef:
+    """Store what a snapshot holds, as `put` would have, at the disk's speed.
+
+    Its bytes go straight into the store, read by several threads, and each span is compared with
+    its checksum on the way. `path` may be a URL that `fsspec` knows; it is read as a stream.
+
+    The object is unpickled by whoever loads it: as with any pickle, load only what you trust.
+    `inspect(path)` unpickles nothing.
+
+    Raises:
+        BlockError: the file is damaged, truncated or no snapshot; the message names the span and
+            its tensor. Nothing is left in the store.
+        StoreFullError: the store has no room; the message gives the bytes it takes.
+        ClientError: this is a Ray Client, with no object store on its side.
+
+    """
+    store.refuse_client()
+    path = os.fspath(path)
+    with _reading(path) as file:
+        snapshot = _head(file)
+        skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
+        anchor = bytes(_core.HEADER_NBYTES)
+        with store.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
+            with reading(Reading(anchor=True)):
+                stored = Parts(skeleton, buffers, table, [anchor], anchored=True)
+                placed = room.put(stored, lambda: snapshot.nbytes)
+            if placed is None:
+                memory: Any = np.empty(snapshot.nbytes, np.uint8)
+                _fill(snapshot, path, file, memory, memory)
+                return ray.put(Parts(skeleton, buffers, table, [memory]))
+        ref, start, room_there = placed
+        _fill(snapshot, path, file, start, room_there)
+        metrics.record("rzc_published_bytes", snapshot.nbytes)
+        return ref
+
+
+def inspect(path: Path, *, verify: bool = False) -> Info:
+    """Tell what a snapshot holds; `verify` reads all of it. Nothing is unpickled."""
+    with _reading(os.fspath(path)) as file:
+        snapshot = _head(file)
+
+        def read(offset: int, nbytes: int) -> bytes:
+            file.seek(snapshot.offset + offset)
+            return file.read(nbytes)
+
+        if verify:
+            snapshot.verify(read)
+        checksums = snapshot.checksums(read(0, snapshot.start_nbytes))
+        return describe_file(snapshot, os.fspath(path), checksums, verify)
+
+
+def _head(file: BinaryIO) -> _core.Snapshot:
+    """Read what precedes the block; no more than there is, whatever it says."""
+    nbytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(_core.SNAPSHOT_HEADER_NBYTES)
+    needed = _core.snapshot_head_nbytes(start)
+    if needed > nbytes:
+        raise BlockError(f"snapshot is truncated: {nbytes:,} bytes, its block starts at {needed:,}")
+    return _core.Snapshot(start + file.read(needed - len(start)), nbytes)
+
+
+def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, anchor: Any, memory: Any) -> None:
+    """Read the block to where `anchor` starts, and refuse it unless it is as it was saved."""
+    if not _is_url(path):
+        return snapshot.read(path, anchor, memory)
+    address = np.frombuffer(anchor, np.uint8).ctypes.data
+    start = address - np.frombuffer(memory, np.uint8).ctypes.data
+    block = memoryview(memory)[start : start + snapshot.nbytes].cast("B")
+    file.seek(snapshot.offset)
+    ends = range(_CHUNK_NBYTES, snapshot.nbytes + _CHUNK_NBYTES, _CHUNK_NBYTES)
+    chunks = (block[end - _CHUNK_NBYTES : end] for end in ends)
+    for chunk in _progress(chunks, snapshot.nbytes, "restore"):
+        while chunk and (nbytes := file.readinto(chunk)):  # type: ignore[attr-defined]
+            chunk = chunk[nbytes:]
+    snapshot.check(anchor, memory)
+    return None
+
+
+def _chunks(saved: Parts) -> Iterator[Any]:
+    """Give the file in order, in bounded chunks."""
+    yield _core.snapshot_head(saved.skeleton, saved.table, saved.buffers)
+    end = 0
+    for segment in saved.segments:
+        yield bytes(-end % 64)
+        for start in range(0, segment.nbytes, _CHUNK_NBYTES):
+            yield segment[start : start + _CHUNK_NBYTES]
+        end += -end % 64 + segment.nbytes
+
+
+def _progress(chunks: Iterator[Any], nbytes: int, what: str) -> Iterator[Any]:
+    """Show on a terminal how far it is, after a second, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from chunks
+        return
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, delay=1, disable=None) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _outlives_the_cluster(skeleton: bytes) -> bool:
+    return not any(mark in skeleton for mark in _REFERENCES)
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[BinaryIO]:
+    if not _is_url(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[Any]:
+    """Open a file that has its name when it is whole and on the disk, and else never has been."""
+    try:
+        if _is_url(path):
+            import fsspec
+
+            system, name = fsspec.core.url_to_fs(path)
+            with system.transaction, system.open(name, "wb") as file:
+                yield file
+            return
+        folder, name = os.path.split(os.path.abspath(path))
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o666 & ~_umask())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the name is on the disk, too
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""What is private to torch and needed here: the only file that knows torch from the inside.
+
+Seen on torch 2.6 to 2.15, unless said otherwise. Rust takes what it needs from here, too, and reads
+`Tensor._backward_hooks` and `UntypedStorage._cdata` by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses import FakeTensor
+from torch.jit._recursive import wrap_cpp_module
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "FakeTensor",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "tree_leaves",
+    "wrap_cpp_module",
+]
+
+# Tensors: what they are, and what makes them.
+has_storage = torch._C._has_storage
+make_subclass = torch.Tensor._make_subclass
+set_conj = torch._C._set_conj
+set_neg = torch._C._set_neg
+ignoring_torch_function = torch._C.DisableTorchFunctionSubclass
+outside_of_torch_functions = torch._C.DisableTorchFunction  # modes, too
+parse_to = torch._C._nn._parse_to
+
+# What a tensor's own `__reduce_ex__` keeps of its attributes and slots.
+get_state = torch._utils._get_obj_state
+set_state = torch._utils._set_obj_state
+
+# How `parametrize` makes a class for a module, and a property for a parameter.
+inject_class = parametrize._inject_new_class
+inject_property = parametrize._inject_property
+
+# TorchScript: what `torch.jit.save`, `torch.jit.load` and `torch.package` stand on. Only those warn
+# of deprecation, from 2.9 on.
+CompilationUnit = torch._C.CompilationUnit
+ConcreteModuleType = torch._C.ConcreteModuleType
+DeserializationStorageContext = torch._C.DeserializationStorageContext
+ModuleDict = torch._C.ModuleDict
+PyTorchFileReader = torch._C.PyTorchFileReader
+PyTorchFileWriter = torch._C.PyTorchFileWriter
+ScriptMethod = torch._C.ScriptMethod
+ScriptModuleSerializer = torch._C.ScriptModuleSerializer
+create_function_from_graph = torch._C._create_function_from_graph
+import_module_from_buffer = torch._C.import_ir_module_from_buffer
+import_module_from_package = torch._C._import_ir_module_from_package
+
+
+def holders(storage: torch.UntypedStorage) -> int:
+    """Count who holds a storage, this reference to it included (seen on torch 2.15)."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    """Make a typed storage as torch does for itself: without a warning of deprecation."""
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def untyped(storage: torch.TypedStorage) -> torch.UntypedStorage:
+    """Give what lies beneath a typed storage, without a warning of deprecation."""
+    return storage._untyped_storage
+
+
+def program_graph(program: torch.export.ExportedProgram) -> bytes:
+    """Write the graph of an exported program, as `torch.export.save` does, and no tensor of it.
+
+    torch can leave the tensors out from 2.12 on. Those before are given a program of empty ones.
+    """
+    from torch._export.serde.serialize import serialize  # and sympy, a second
+
+    tensors = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
+    if tensors[0] in inspect.signature(serialize).parameters:
+        return bytes(serialize(program, **dict.fromkeys(tensors, False)).exported_program)
+    hollow: Any = copy.copy(program)
+    hollow._state_dict = {name: _hollow(value) for name, value in program.state_dict.items()}
+    hollow._constants = {name: _hollow(value) for name, value in program.constants.items()}
+    hollow._example_inputs = None
+    return bytes(serialize(hollow).exported_program)
+
+
+def _hollow(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    empty = torch.empty(0)
+    return torch.nn.Parameter(empty) if isinstance(value, torch.nn.Parameter) else empty
+
+
+def program_of(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
+    """Build an exported program of its graph, state dict, constants and example inputs."""
+    from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+    with torch.inference_mode(False):
+        return deserialize(SerializedArtifact(graph, *tensors))

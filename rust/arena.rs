@@ -1,0 +1,432 @@
+//! Arena: shared memory for what a loader sets on its modules, lent in lots and given back as these are
+//! written.
+//!
+//! ```text
+//!  a file without a name   │█████ lot █│███████████│██  ██lot██│     ░ no pages: a hole
+//!                          │░░░░░░░░░░░│▒▒▒▒▒██████│██             ▒ written to the block
+//!                          └ huge pages: given back whole          small ones: by the page
+//! ```
+//!
+//! Of huge pages 256 MiB are there in 15 ms and given back in 1, where small ones take 171 and 62, and
+//! private memory 148.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::error::Result;
+use crate::huge::HUGE;
+use crate::layout::Piece;
+use crate::page_table;
+
+/// What is lent before anything lies in huge pages, of which some are held for a few bytes.
+const SMALL: usize = 64 << 20;
+
+/// One part of so many of what is lent may be kept idle besides: loaders merge in steps.
+const IDLE: usize = 8;
+
+/// Shared memory of this process, with pages only where lots lie.
+#[derive(Debug)]
+pub struct Arena {
+    memory: system::Memory,
+    lots: Mutex<Lots>,
+}
+
+#[derive(Debug, Default)]
+struct Lots {
+    /// What is free, {start: end}; neighbours are one.
+    free: BTreeMap<usize, usize>,
+    /// What is lent, by its start.
+    lent: BTreeMap<usize, Weak<Lot>>,
+    /// Bytes lent.
+    nbytes: usize,
+    /// Free parts of [`HUGE`] bytes that have kept their pages.
+    idle: Vec<usize>,
+}
+
+/// A part of an arena, at whole pages; dropped, it is free again.
+#[derive(Debug)]
+pub struct Lot {
+    arena: Arc<Arena>,
+    piece: Piece,
+    /// Of each huge page that it starts with, the bytes that are not given back.
+    held: Mutex<Vec<usize>>,
+}
+
+impl Arena {
+    /// An arena without any pages, of as many addresses as the machine has memory.
+    pub fn new() -> Result<Arc<Arena>> {
+        let memory = system::Memory::new()?;
+        let Range { start, end } = memory.addresses();
+        let lots = Lots { free: BTreeMap::from([(start, end)]), ..Lots::default() };
+        Ok(Arc::new(Arena { memory, lots: Mutex::new(lots) }))
+    }
+
+    /// Lends memory, whatever is in it, its page table filled; `None` when all addresses are lent.
+    pub fn lend(self: &Arc<Self>, nbytes: usize) -> Option<Arc<Lot>> {
+        let size = nbytes.next_multiple_of(page_table::page()).max(page_table::page());
+        let mut lots = lock(&self.lots);
+        let huge = if lots.nbytes < SMALL { 0 } else { nbytes / HUGE };
+        let start = lots.take(size, if huge > 0 { HUGE } else { page_table::page() })?;
+        let (piece, held) = (Piece { address: start, nbytes }, vec![HUGE; huge]);
+        let lot = Arc::new(Lot { arena: self.clone(), piece, held: Mutex::new(held) });
+        lots.lent.insert(start, Arc::downgrade(&lot));
+        lots.nbytes += nbytes;
+        let pages = start..start + huge * HUGE;
+        let fresh = !lots.wake(start..start + size, &pages, &self.memory);
+        drop(lots);
+        self.memory.make(piece, pages, fresh);
+        Some(lot)
+    }
+
+    /// The lot around an address.
+    pub fn lot_at(&self, address: usize) -> Option<Arc<Lot>> {
+        let lot = lock(&self.lots).lent.range(..=address).next_back()?.1.upgrade()?;
+        (address < lot.piece.address + lot.piece.nbytes).then_some(lot)
+    }
+
+    /// Bytes of the pages that it has.
+    pub fn nbytes(&self) -> u64 {
+        self.memory.nbytes()
+    }
+}
+
+impl Lots {
+    /// Takes the first free addresses of this size and alignment.
+    fn take(&mut self, size: usize, align: usize) -> Option<usize> {
+        let fit = |(&start, &end)| {
+            let at = usize::next_multiple_of(start, align);
+            (at + size <= end).then_some((start, at, end))
+        };
+        let (start, at, end) = self.free.iter().find_map(fit)?;
+        self.free.remove(&start);
+        self.free
+            .extend([(start, at), (at + size, end)].into_iter().filter(|(start, end)| start < end));
+        Some(at)
+    }
+
+    /// Uses what is idle among these pages; what is so elsewhere in the addresses goes. True if any was.
+    fn wake(
+        &mut self,
+        addresses: Range<usize>,
+        pages: &Range<usize>,
+        memory: &system::Memory,
+    ) -> bool {
+        let mut woken = false;
+        self.idle.retain(|&idle| {
+            let apart = idle + HUGE <= addresses.start || addresses.end <= idle;
+            if pages.contains(&idle) {
+                woken = true;
+            } else if !apart {
+                memory.punch(idle..idle + HUGE);
+            }
+            apart
+        });
+        woken
+    }
+
+    /// Gives pages back that are idle, but for so many bytes.
+    fn rest(&mut self, nbytes: usize, memory: &system::Memory) {
+        let kept = self.idle.len().min(nbytes / HUGE);
+        self.idle.drain(kept..).for_each(|idle| memory.punch(idle..idle + HUGE));
+    }
+
+    fn take_back(&mut self, piece: Piece) {
+        let (mut start, mut end) = (piece.address, piece.address + piece.nbytes.max(1));
+        end = end.next_multiple_of(page_table::page());
+        self.lent.remove(&start);
+        self.nbytes -= piece.nbytes;
+        if let Some(after) = self.free.remove(&end) {
+            end = after;
+        }
+        if let Some((&before, &until)) = self.free.range(..start).next_back()
+            && until == start
+        {
+            start = before;
+        }
+        self.free.insert(start, end);
+    }
+}
+
+impl Lot {
+    /// Its bytes, which whoever holds it may write.
+    pub fn piece(&self) -> Piece {
+        self.piece
+    }
+
+    /// Gives the pages back of which all bytes are given now, or were before: these addresses, each
+    /// once only. Small pages go if they lie wholly within.
+    pub fn give_back(&self, addresses: Range<usize>) {
+        let memory = &self.arena.memory;
+        lock(&self.arena.lots).rest(0, memory);
+        let mut held = lock(&self.held);
+        let mut start = self.piece.address;
+        for held in held.iter_mut() {
+            let given = start.max(addresses.start)..addresses.end.min(start + HUGE);
+            *held -= given.len();
+            if !given.is_empty() && *held == 0 {
+                memory.punch(start..start + HUGE);
+            }
+            start += HUGE;
+        }
+        let (page, end) = (page_table::page(), self.piece.address + self.piece.nbytes);
+        let stop = if addresses.end < end { addresses.end / page * page } else { end };
+        let start = start.max(addresses.start.next_multiple_of(page));
+        if start < stop {
+            memory.punch(start..stop.next_multiple_of(page));
+        }
+    }
+}
+
+impl Drop for Lot {
+    fn drop(&mut self) {
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Piece { address, nbytes } = self.piece;
+        let small = address + held.len() * HUGE;
+        let end = (address + nbytes).next_multiple_of(page_table::page());
+        if small < end {
+            self.arena.memory.punch(small..end);
+        }
+        let mut lots = lock(&self.arena.lots);
+        let pages = (address..small).step_by(HUGE).zip(held);
+        lots.idle.extend(pages.filter(|(_, held)| **held > 0).map(|(start, _)| start));
+        lots.take_back(self.piece);
+        let idle = lots.nbytes / IDLE;
+        lots.rest(idle, &self.arena.memory);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::fs::File;
+    use std::io;
+    use std::ops::Range;
+    use std::os::fd::{AsRawFd, FromRawFd};
+    use std::os::unix::fs::MetadataExt;
+
+    use memmap2::{MmapOptions, MmapRaw};
+
+    use crate::error::{Error, Result};
+    use crate::huge::{HUGE, Placed, Prices};
+    use crate::layout::Piece;
+    use crate::page_table::{self, page};
+
+    /// A file in memory that has no name, so that nothing is left of it whatever ends this process.
+    /// It counts as shared memory of the process, not against the size of `/dev/shm`.
+    #[derive(Debug)]
+    pub struct Memory {
+        file: File,
+        pub placed: Placed,
+        prices: Prices,
+    }
+
+    impl Memory {
+        pub fn new() -> Result<Memory> {
+            Memory::placed().map_err(|error| Error::refused("shared memory without a name", &error))
+        }
+
+        fn placed() -> io::Result<Memory> {
+            // SAFETY: a name that ends with a zero.
+            let fd = unsafe { libc::memfd_create(c"ray-zerocopy".as_ptr(), libc::MFD_CLOEXEC) };
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // SAFETY: open, and nobody else's.
+            let file = unsafe { File::from_raw_fd(fd) };
+            // SAFETY: only reads a number.
+            let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) } as usize;
+            file.set_len((pages * page()).next_multiple_of(HUGE) as u64)?;
+            let map: MmapRaw = MmapOptions::new().no_reserve_swap().map_raw(&file)?;
+            let anywhere = Piece { address: map.as_ptr().addr(), nbytes: map.len() };
+            let placed = Placed::again(anywhere)?; // where pages can be huge
+            Ok(Memory { file, placed, prices: Prices::default() })
+        }
+
+        pub fn addresses(&self) -> Range<usize> {
+            self.placed.chunks()
+        }
+
+        pub fn nbytes(&self) -> u64 {
+            self.file.metadata().map_or(0, |file| 512 * file.blocks())
+        }
+
+        /// Makes the pages of a piece: some huge if they are fresh, and cheaper than small ones.
+        pub fn make(&self, piece: Piece, huge: Range<usize>, fresh: bool) {
+            // this memory has no file system to be full
+            let fill = || {
+                let _ = page_table::fill_to_write(piece);
+            };
+            if huge.is_empty() || !fresh {
+                fill();
+            } else if self.prices.prefer_huge()
+                && self.prices.time_huge(huge.len(), || self.placed.make(huge))
+            {
+                fill(); // the rest
+            } else {
+                self.prices.time_small(piece.nbytes, fill);
+            }
+        }
+
+        /// Frees whole pages; where that fails they stay, and nothing else is wrong.
+        pub fn punch(&self, pages: Range<usize>) {
+            let offset = (pages.start - self.addresses().start) as libc::off_t;
+            let (file, nbytes) = (self.file.as_raw_fd(), pages.len() as libc::off_t);
+            let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            // SAFETY: no slice of the mapping is ever made, and only what has been written to a block,
+            // or that nobody holds any more, is punched.
+            let _ = unsafe { libc::fallocate(file, how, offset, nbytes) };
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::ops::Range;
+
+    use crate::error::{Error, Result};
+    use crate::layout::Piece;
+
+    #[derive(Debug)]
+    pub enum Memory {}
+
+    impl Memory {
+        pub fn new() -> Result<Memory> {
+            Err(Error::Unsupported {
+                reason: "only Linux gives shared memory back by the page".into(),
+            })
+        }
+
+        pub fn addresses(&self) -> Range<usize> {
+            match *self {}
+        }
+
+        pub fn nbytes(&self) -> u64 {
+            match *self {}
+        }
+
+        pub fn make(&self, _: Piece, _: Range<usize>, _: bool) {
+            match *self {}
+        }
+
+        pub fn punch(&self, _: Range<usize>) {
+            match *self {}
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::slice;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bytes<'a>(lot: &Lot) -> &'a mut [u8] {
+        let Piece { address, nbytes } = lot.piece();
+        // SAFETY: the lot is the test's alone, which keeps it longer.
+        unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) }
+    }
+
+    const PAGE: usize = 4096;
+
+    /// An arena that has lent so much that it lends huge pages, and what it has lent.
+    fn large() -> (Arc<Arena>, Arc<Lot>) {
+        let arena = Arena::new().unwrap();
+        let lot = arena.lend(SMALL).unwrap();
+        (arena, lot)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(30))]
+
+        #[test]
+        fn lots_never_overlap_and_leave_no_pages(
+            steps in prop::collection::vec(
+                (
+                    prop_oneof![0..40_000_usize, 0..3 * HUGE],
+                    any::<prop::sample::Index>(),
+                    any::<prop::sample::Index>(),
+                ),
+                1..20,
+            ),
+        ) {
+            let (arena, first) = large();
+            let mut lots: Vec<(Arc<Lot>, u8)> = Vec::new();
+            for (step, (nbytes, index, cut)) in steps.into_iter().enumerate() {
+                if step % 3 == 2 && !lots.is_empty() {
+                    let (lot, _) = lots.swap_remove(index.index(lots.len()));
+                    let Piece { address, nbytes } = lot.piece();
+                    // as it is written to a block: from the front, and some not to the end
+                    let cut = address + cut.index(nbytes + 1);
+                    if step % 2 == 0 {
+                        lot.give_back(address..cut);
+                        lot.give_back(cut..address + nbytes);
+                    }
+                }
+                let lot = arena.lend(nbytes).unwrap();
+                bytes(&lot).fill(step as u8 + 1);
+                lots.push((lot, step as u8 + 1));
+            }
+            for (lot, mark) in &lots {
+                prop_assert!(bytes(lot).iter().all(|byte| byte == mark));
+                if lot.piece().nbytes > 0 {
+                    let last = lot.piece().address + lot.piece().nbytes - 1;
+                    prop_assert!(Arc::ptr_eq(lot, &arena.lot_at(last).unwrap()));
+                }
+            }
+            lots.clear();
+            prop_assert!(arena.nbytes() as usize <= SMALL + SMALL / IDLE);
+            drop(first);
+            prop_assert_eq!(arena.nbytes(), 0);
+            prop_assert_eq!(lock(&arena.lots).free.len(), 1);
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_has_no_pages_and_its_neighbours_keep_their_bytes() {
+        let arena = Arena::new().unwrap();
+        let lot = arena.lend(10 * PAGE + 100).unwrap();
+        bytes(&lot).fill(7);
+        let start = lot.piece().address;
+        lot.give_back(start + 1..start + 3 * PAGE + 5);
+        assert_eq!(arena.nbytes(), 9 * PAGE as u64);
+        assert!(bytes(&lot)[..PAGE].iter().all(|&byte| byte == 7));
+        lot.give_back(start + 3 * PAGE..start + 10 * PAGE + 100);
+        assert_eq!(arena.nbytes(), PAGE as u64);
+    }
+
+    #[test]
+    fn a_huge_page_goes_once_all_of_it_is_given_back() {
+        let (arena, first) = large();
+        let nbytes = || arena.nbytes() as usize - first.piece().nbytes;
+        let lot = arena.lend(2 * HUGE + PAGE).unwrap();
+        bytes(&lot).fill(7);
+        let start = lot.piece().address;
+        assert_eq!(arena.memory.placed.huge_nbytes(start..start + 2 * HUGE), Some(2 * HUGE));
+        lot.give_back(start..start + 5);
+        lot.give_back(start + HUGE - 5..start + HUGE + 5);
+        assert_eq!(nbytes(), 2 * HUGE + PAGE);
+        lot.give_back(start + 5..start + HUGE - 5);
+        assert_eq!(nbytes(), HUGE + PAGE);
+        assert!(bytes(&lot)[HUGE..].iter().all(|&byte| byte == 7));
+        lot.give_back(start + HUGE + 5..start + 2 * HUGE + PAGE);
+        assert_eq!(nbytes(), 0);
+    }
+
+    #[test]
+    fn what_is_lent_next_has_the_pages_of_what_was_dropped() {
+        let (arena, first) = large();
+        drop(arena.lend(2 * HUGE));
+        assert_eq!(arena.nbytes() as usize, SMALL + 2 * HUGE);
+        let lot = arena.lend(2 * HUGE).unwrap();
+        assert_eq!(arena.nbytes() as usize, SMALL + 2 * HUGE);
+        first.give_back(first.piece().address..first.piece().address + SMALL);
+        assert_eq!(arena.nbytes() as usize, 2 * HUGE);
+        drop(lot);
+    }
+}

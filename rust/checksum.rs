@@ -1,0 +1,223 @@
+//! Checksums: what tells a damaged span from a whole one.
+//!
+//! A span's checksum is the XXH3 (64 bits) of its bytes. Where it is longer than a chunk, it is the
+//! XXH3 of its chunks' checksums, 8 bytes each, little-endian: so threads can share a span, and each
+//! chunk is summed while the processor has it at hand.
+
+use std::hash::Hasher;
+use std::ops::Range;
+use std::thread;
+
+use twox_hash::XxHash3_64;
+
+use crate::error::{Error, Result};
+use crate::layout::{Piece, Span};
+
+/// Bytes that are summed by themselves. Part of the format: never change.
+pub const CHUNK: usize = 1 << 20;
+
+/// Below this a second thread costs more than it saves.
+const SUM_ALONE: usize = 4 << 20;
+
+/// The XXH3 of bytes: the checksum of a span of at most one chunk.
+pub fn xxh3(bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot(bytes)
+}
+
+/// The XXH3 of numbers, 8 bytes each, little-endian.
+pub fn xxh3_of(numbers: &[u64]) -> u64 {
+    xxh3(&numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>())
+}
+
+/// The checksums of spans of these lengths, from those of all their chunks in order.
+fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<u64> {
+    let of_span = |nbytes: usize| {
+        let (own, rest) = chunks.split_at(nbytes.div_ceil(CHUNK));
+        chunks = rest;
+        match own {
+            [] => xxh3(&[]),
+            [chunk] => *chunk,
+            _ => xxh3_of(own),
+        }
+    };
+    lengths.map(of_span).collect()
+}
+
+/// The checksum of each piece, as if it were a span; by several threads where that pays.
+///
+/// # Safety
+/// The pieces are readable, and nobody writes them meanwhile.
+pub unsafe fn sums(pieces: &[Piece]) -> Vec<u64> {
+    // SAFETY: the caller's promise.
+    let bytes = pieces.iter().map(|piece| unsafe { piece.bytes() });
+    let chunks: Vec<_> = bytes.flat_map(|bytes| bytes.chunks(CHUNK)).collect();
+    let threads = match chunks.iter().map(|chunk| chunk.len()).sum() {
+        0..SUM_ALONE => 1,
+        _ => thread::available_parallelism().map_or(1, usize::from).min(8),
+    };
+    let mut sums = vec![0; chunks.len()];
+    let share = chunks.len().div_ceil(threads).max(1);
+    let sum_share = |sums: &mut [u64], chunks: &[&[u8]]| {
+        sums.iter_mut().zip(chunks).for_each(|(sum, chunk)| *sum = xxh3(chunk));
+    };
+    thread::scope(|scope| {
+        let mut shares = sums.chunks_mut(share).zip(chunks.chunks(share));
+        let own = shares.next();
+        for (sums, chunks) in shares {
+            scope.spawn(move || sum_share(sums, chunks));
+        }
+        if let Some((sums, chunks)) = own {
+            sum_share(sums, chunks);
+        }
+    });
+    combine(pieces.iter().map(|piece| piece.nbytes), &sums)
+}
+
+/// The chunks of spans by rising offset, each a range of the block and its place in the order that
+/// [`Chunks::combine`] wants.
+#[derive(Debug)]
+pub struct Chunks {
+    /// Where each lies in the block.
+    pub ranges: Vec<Range<usize>>,
+    order: Vec<usize>,
+    lengths: Vec<usize>,
+}
+
+impl Chunks {
+    /// Cuts spans into chunks. Refuses spans that share bytes.
+    pub fn of(spans: &[Span]) -> Result<Chunks> {
+        let mut by_offset: Vec<_> = (0..spans.len()).collect();
+        by_offset.sort_by_key(|&span| (spans[span].offset, spans[span].nbytes));
+        let mut end = 0;
+        for &span in &by_offset {
+            let Span { offset, .. } = spans[span];
+            if offset < end {
+                return Err(Error::Overlap { span, offset });
+            }
+            end = spans[span].end()?;
+        }
+        let lengths: Vec<_> = spans.iter().map(|span| span.nbytes as usize).collect();
+        let mut first = vec![0; spans.len()]; // of each span's chunks, in the order of the spans
+        for span in 1..spans.len() {
+            first[span] = first[span - 1] + lengths[span - 1].div_ceil(CHUNK);
+        }
+        let (mut ranges, mut order) = (Vec::new(), Vec::new());
+        for span in by_offset {
+            let Range { start, end } = spans[span].offset as usize..spans[span].end()? as usize;
+            for (index, start) in (start..end).step_by(CHUNK).enumerate() {
+                ranges.push(start..end.min(start + CHUNK));
+                order.push(first[span] + index);
+            }
+        }
+        Ok(Chunks { ranges, order, lengths })
+    }
+
+    /// The checksum of each span, in the spans' order, from those of the chunks.
+    pub fn combine(&self, sums: &[u64]) -> Vec<u64> {
+        let mut in_order = vec![0; sums.len()];
+        self.order.iter().zip(sums).for_each(|(&place, &sum)| in_order[place] = sum);
+        combine(self.lengths.iter().copied(), &in_order)
+    }
+}
+
+/// Sums chunks while their bytes go by, by rising offset.
+pub struct Summing<'a> {
+    ranges: &'a [Range<usize>],
+    sums: &'a mut [u64],
+    hasher: XxHash3_64,
+}
+
+impl<'a> Summing<'a> {
+    /// Is to fill in the sum of each of these ranges.
+    pub fn new(ranges: &'a [Range<usize>], sums: &'a mut [u64]) -> Summing<'a> {
+        Summing { ranges, sums, hasher: XxHash3_64::new() }
+    }
+
+    /// Whether there is nothing left to sum.
+    pub fn is_done(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Takes the bytes at an offset; those of no range are passed over.
+    pub fn take(&mut self, mut offset: usize, mut bytes: &[u8]) {
+        while let Some((range, others)) = self.ranges.split_first() {
+            let before = range.start.saturating_sub(offset).min(bytes.len());
+            (offset, bytes) = (offset + before, &bytes[before..]);
+            if bytes.is_empty() {
+                break;
+            }
+            let (own, rest) = bytes.split_at(bytes.len().min(range.end - offset));
+            offset += own.len();
+            let whole = own.len() == range.len();
+            if !whole {
+                self.hasher.write(own);
+            }
+            if offset == range.end {
+                let sums = std::mem::take(&mut self.sums);
+                let (sum, sums) = sums.split_first_mut().expect("as many sums as ranges");
+                *sum = if whole { xxh3(own) } else { self.hasher.finish() };
+                if !whole {
+                    self.hasher = XxHash3_64::new();
+                }
+                (self.ranges, self.sums) = (others, sums);
+            }
+            bytes = rest;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn it_is_the_published_hash() {
+        assert_eq!(xxh3(b""), 0x2d06_8005_38d3_94c2); // as the reference implementation has it
+    }
+
+    #[test]
+    fn spans_that_share_bytes_are_refused() {
+        let spans = [Span { offset: 128, nbytes: 100 }, Span { offset: 64, nbytes: 65 }];
+        let refused = Chunks::of(&spans).unwrap_err();
+        assert_eq!(refused, Error::Overlap { span: 0, offset: 128 });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn what_goes_by_in_parts_is_summed_as_a_whole(
+            sizes in prop::collection::vec(prop_oneof![0..200_usize, 0..3 * CHUNK], 1..6),
+            parts in prop::collection::vec(1..CHUNK, 1..9),
+            gap in 0..100_usize,
+        ) {
+            let mut offset = 64;
+            let place = |&nbytes: &usize| {
+                offset += gap + nbytes;
+                Span { offset: (offset - nbytes) as u64, nbytes: nbytes as u64 }
+            };
+            let mut spans: Vec<_> = sizes.iter().map(place).collect();
+            spans.reverse();
+            let block: Vec<_> = (0..offset).map(|i| (i * 31 % 251) as u8).collect();
+            let piece = |span: &Span| {
+                let bytes = &block[span.offset as usize..span.end().unwrap() as usize];
+                Piece { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
+            };
+            // SAFETY: the block lives and is only read.
+            let expected = unsafe { sums(&spans.iter().map(piece).collect::<Vec<_>>()) };
+
+            let chunks = Chunks::of(&spans).unwrap();
+            let mut found = vec![0; chunks.ranges.len()];
+            let mut summing = Summing::new(&chunks.ranges, &mut found);
+            let (mut at, mut parts) = (0, parts.iter().cycle());
+            while at < block.len() {
+                let end = block.len().min(at + parts.next().unwrap());
+                summing.take(at, &block[at..end]);
+                at = end;
+            }
+            prop_assert!(summing.is_done());
+            prop_assert_eq!(chunks.combine(&found), expected);
+        }
+    }
+}

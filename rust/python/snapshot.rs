@@ -1,0 +1,160 @@
+//! Snapshots: what precedes the block in the file, and the block on its way in.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::slice;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyTuple};
+
+use super::{block, buffer};
+use crate::block::{check, checksums, verify};
+use crate::checksum::{Chunks, xxh3};
+use crate::error::Error;
+use crate::layout::Piece;
+use crate::read::{How, Reader};
+use crate::snapshot::{self, Header};
+use crate::table::{Table, fingerprint};
+
+/// What precedes a block in a snapshot: read, and as it was written.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+pub(super) struct Snapshot {
+    /// The object minus its tensors.
+    #[pyo3(get)]
+    skeleton: Py<PyBytes>,
+    /// The offset table, encoded.
+    #[pyo3(get)]
+    table: Py<PyBytes>,
+    /// The views that are buffers.
+    #[pyo3(get)]
+    buffers: Vec<u32>,
+    /// Where in the file the block starts.
+    #[pyo3(get)]
+    offset: u64,
+    decoded: Table,
+}
+
+#[pymethods]
+impl Snapshot {
+    /// Reads all that precedes the block of a snapshot that is `nbytes` long.
+    #[new]
+    fn new(py: Python<'_>, head: &[u8], nbytes: u64) -> PyResult<Snapshot> {
+        let header = Header::decode(head)?;
+        let [skeleton, table, buffers] = header.parts(head)?;
+        let decoded = Table::decode(&head[table.clone()])?;
+        let offset = header.block_offset()?;
+        let expected = offset.checked_add(decoded.nbytes);
+        let expected = expected.ok_or(Error::Overflow { what: "the snapshot" })?;
+        if expected != nbytes {
+            return Err(Error::SnapshotLength { expected, found: nbytes }.into());
+        }
+        let (buffers, _) = head[buffers].as_chunks();
+        Ok(Snapshot {
+            skeleton: PyBytes::new(py, &head[skeleton]).unbind(),
+            table: PyBytes::new(py, &head[table]).unbind(),
+            buffers: buffers.iter().map(|&view| u32::from_le_bytes(view)).collect(),
+            offset,
+            decoded,
+        })
+    }
+
+    /// Bytes in the block.
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.decoded.nbytes
+    }
+
+    /// Bytes of the block's header and checksums.
+    #[getter]
+    fn start_nbytes(&self) -> usize {
+        snapshot::start_nbytes(&self.decoded)
+    }
+
+    /// Offset and bytes of each span.
+    #[getter]
+    fn spans(&self) -> Vec<(u64, u64)> {
+        block::spans(&self.decoded)
+    }
+
+    /// Span, dtype, flags, offset, shape and stride of each view, in elements.
+    #[getter]
+    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        block::views(py, &self.decoded)
+    }
+
+    /// The checksum of each span, from the start of the block.
+    fn checksums(&self, py: Python<'_>, start: &[u8]) -> PyResult<Vec<u64>> {
+        Ok(checksums(&self.decoded, self.fingerprint(py), start)?)
+    }
+
+    /// Raises `BlockError` unless each span is as it was written. `read` gives bytes of the block from
+    /// an offset on, and is asked for at most a MiB, by rising offset.
+    fn verify(&self, py: Python<'_>, read: &Bound<'_, PyAny>) -> PyResult<()> {
+        let table = &self.decoded;
+        let bytes = |offset, nbytes| read.call1((offset, nbytes))?.extract::<Vec<u8>>();
+        let expected = self.checksums(py, &bytes(0, self.start_nbytes())?)?;
+        let chunks = Chunks::of(&table.spans)?;
+        let sum = |chunk: &std::ops::Range<usize>| Ok(xxh3(&bytes(chunk.start, chunk.len())?));
+        let sums = chunks.ranges.iter().map(sum).collect::<PyResult<Vec<_>>>()?;
+        Ok(check(table, &expected, &chunks.combine(&sums))?)
+    }
+
+    /// Reads the block of a local file to where `anchor` starts in `room`, by several threads.
+    ///
+    /// Raises `BlockError` where it is not as it was written; what it leaves is then no block.
+    fn read(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        anchor: &Bound<'_, PyAny>,
+        room: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let reader = Reader::new(File::open(&path)?, &path, How::from_env())?;
+        let target = buffer::room_at(anchor, room, self.nbytes())?;
+        let encoded = self.table.as_bytes(py);
+        py.detach(|| {
+            // SAFETY: the room can be written and is held; nobody else knows of it yet.
+            let target =
+                unsafe { slice::from_raw_parts_mut(target.address as *mut u8, target.nbytes) };
+            snapshot::read(&self.decoded, encoded, Arc::new(reader), self.offset, target)
+        })?;
+        Ok(())
+    }
+
+    /// Raises `BlockError` unless the block that was written where `anchor` starts is as it was saved.
+    fn check(
+        &self,
+        py: Python<'_>,
+        anchor: &Bound<'_, PyAny>,
+        room: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let Piece { address, .. } = buffer::room_at(anchor, room, self.nbytes())?;
+        let block = Piece { address, nbytes: self.nbytes() as usize };
+        let fingerprint = self.fingerprint(py);
+        // SAFETY: within the room, which is held and which nobody else knows of yet.
+        Ok(py.detach(|| unsafe { verify(&self.decoded, fingerprint, block) })?)
+    }
+}
+
+impl Snapshot {
+    fn fingerprint(&self, py: Python<'_>) -> u64 {
+        fingerprint(self.table.as_bytes(py))
+    }
+}
+
+/// All that precedes the block of a snapshot.
+#[pyfunction]
+pub(super) fn snapshot_head(skeleton: &[u8], table: &[u8], buffers: Vec<u32>) -> PyResult<Vec<u8>> {
+    let buffers: Vec<_> = buffers.iter().flat_map(|view| view.to_le_bytes()).collect();
+    let header = Header::new([skeleton, table, &buffers]);
+    let mut head = [&header.encode()[..], skeleton, table, &buffers].concat();
+    head.resize(header.block_offset()? as usize, 0);
+    Ok(head)
+}
+
+/// Bytes of all that precedes the block of a snapshot that starts so.
+#[pyfunction]
+pub(super) fn snapshot_head_nbytes(start: &[u8]) -> PyResult<u64> {
+    Ok(Header::decode(start)?.block_offset()?)
+}

@@ -1,0 +1,481 @@
+//! Reading: ranges of files into memory, from many threads at once.
+//!
+//! ```text
+//!  in the page cache   pread ─────────────────────────────▶ target
+//!  on the disk         O_DIRECT ─▶ bounce buffer, aligned ─▶ target     or pread, whichever is faster here
+//! ```
+//!
+//! A read past the page cache moves whole blocks to aligned memory: a bounce buffer for each thread. It
+//! leaves the cache as it was. Files are never mapped here: where a mapping gives SIGBUS, because a
+//! file has shrunk or its server is gone, a read gives an error.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Instant, SystemTime};
+
+use memmap2::MmapMut;
+
+use crate::error::{Error, Result};
+use crate::mapping::Mapping;
+
+/// What a thread reads from the disk at once.
+const CHUNK: usize = 1 << 20;
+
+/// What it reads from the page cache at once: what is done with it next finds it in the processor's
+/// cache.
+const PART: usize = 256 << 10;
+
+/// The alignment of what is read past the cache: that of no disk's blocks is larger.
+const BLOCK: usize = 4096;
+
+/// Shorter ranges are read through the cache, which holds their neighbours from then on.
+const DIRECT_FROM: usize = 64 << 10;
+
+/// Bytes that are read each way before one is preferred.
+const TRIED: u64 = 8 << 20;
+
+/// The environment variable that says how what is not in the page cache is read: `direct`, `buffered`, or
+/// `auto`, the faster of both.
+pub const HOW: &str = "RAY_ZEROCOPY_READ";
+
+/// How what is not in the page cache is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// As turns out to be faster.
+    Auto,
+    /// Through the page cache.
+    Buffered,
+    /// Past it, where the file system can.
+    Direct,
+}
+
+impl How {
+    /// As [`HOW`] says.
+    pub fn from_env() -> How {
+        match std::env::var(HOW).as_deref() {
+            Ok("buffered") => How::Buffered,
+            Ok("direct") => How::Direct,
+            _ => How::Auto,
+        }
+    }
+}
+
+/// A file that is read by ranges, by any number of threads.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+    /// The same file, opened past the page cache.
+    direct: Option<File>,
+    /// Whether such reads have failed.
+    direct_failed: AtomicBool,
+    how: How,
+    /// How fast each way has been.
+    directly: Speed,
+    buffered: Speed,
+    as_opened: State,
+}
+
+/// What changes when a file is written.
+type State = (u64, SystemTime);
+
+/// Memory that blocks of a disk are read into, made when it is first needed.
+#[derive(Debug, Default)]
+pub struct Bounce(Option<MmapMut>);
+
+#[derive(Debug, Default)]
+struct Speed {
+    nbytes: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+impl Reader {
+    /// A file that is open already; `path` is what errors call it.
+    pub fn new(file: File, path: &Path, how: How) -> io::Result<Reader> {
+        let as_opened = state(&file)?;
+        system::read_no_further(&file);
+        let direct = if how == How::Buffered { None } else { system::reopen_direct(&file) };
+        Ok(Reader {
+            path: path.to_owned(),
+            file,
+            direct,
+            direct_failed: AtomicBool::new(false),
+            how,
+            directly: Speed::default(),
+            buffered: Speed::default(),
+            as_opened,
+        })
+    }
+
+    /// The mapped file, where it can be opened and lies on a disk; files in memory have nothing to read.
+    pub fn of(mapping: &Mapping, how: How) -> Option<Reader> {
+        let path = PathBuf::from(&mapping.backing.name);
+        let file = mapping.open_at(&path).or_else(|| mapping.open_at(&mapping.link()))?;
+        if system::is_in_memory(&file) { None } else { Reader::new(file, &path, how).ok() }
+    }
+
+    /// Whether so little of where a range starts is in the page cache that it comes from the disk.
+    pub fn is_cold(&self, offset: u64, nbytes: usize) -> bool {
+        let nbytes = nbytes.min(CHUNK);
+        system::cached(&self.file, offset, nbytes).is_some_and(|cached| cached < nbytes as u64 / 2)
+    }
+
+    /// Fills memory with the bytes of the file from `offset` on.
+    pub fn read(&self, offset: u64, target: &mut [u8], bounce: &mut Bounce) -> Result<()> {
+        self.read_by_parts(offset, target, bounce, |_, _| {})
+    }
+
+    /// The same, and shows each part as soon as it is there, with where in the target it starts.
+    pub fn read_by_parts(
+        &self,
+        offset: u64,
+        target: &mut [u8],
+        bounce: &mut Bounce,
+        mut show: impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        for (index, chunk) in target.chunks_mut(CHUNK).enumerate() {
+            let start = index * CHUNK;
+            let cold = self.is_cold(offset + start as u64, chunk.len());
+            for (index, part) in chunk.chunks_mut(if cold { CHUNK } else { PART }).enumerate() {
+                let start = start + index * PART;
+                let offset = offset + start as u64;
+                let read = match cold {
+                    true => self.read_cold(offset, part, bounce),
+                    false => self.file.read_exact_at(part, offset),
+                };
+                read.map_err(|error| self.error(offset, part.len(), &error))?;
+                show(start, part);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a file that somebody has written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let changed = || io::Error::other("it was written to while it was read");
+        match state(&self.file) {
+            Ok(state) if state == self.as_opened => Ok(()),
+            Ok(_) => Err(self.error(0, self.as_opened.0 as usize, &changed())),
+            Err(error) => Err(self.error(0, self.as_opened.0 as usize, &error)),
+        }
+    }
+
+    fn read_cold(&self, offset: u64, target: &mut [u8], bounce: &mut Bounce) -> io::Result<()> {
+        if target.len() >= DIRECT_FROM
+            && let Some(direct) = self.prefers_direct()
+        {
+            match self.directly.time(target, |target| read_direct(direct, offset, target, bounce)) {
+                Ok(()) => return Ok(()),
+                // whether the file can be read at all, the other way tells
+                Err(_) => self.direct_failed.store(true, Ordering::Relaxed),
+            }
+        }
+        self.buffered.time(target, |target| self.file.read_exact_at(target, offset))
+    }
+
+    fn prefers_direct(&self) -> Option<&File> {
+        let direct = self.direct.as_ref()?;
+        let prefers = !self.direct_failed.load(Ordering::Relaxed)
+            && match self.how {
+                How::Buffered => false,
+                How::Direct => true,
+                How::Auto => match (self.directly.tried(), self.buffered.tried()) {
+                    (false, _) => true,
+                    (true, false) => false,
+                    (true, true) => self.directly.is_at_least(&self.buffered),
+                },
+            };
+        prefers.then_some(direct)
+    }
+
+    fn error(&self, offset: u64, nbytes: usize, error: &io::Error) -> Error {
+        let reason = match (error.kind(), self.file.metadata()) {
+            (io::ErrorKind::UnexpectedEof, Ok(now)) => format!("it has {} bytes now", now.len()),
+            _ => error.to_string(),
+        };
+        let (path, end) = (self.path.display().to_string(), offset + nbytes as u64);
+        Error::Unreadable { path, start: offset, end, reason }
+    }
+}
+
+impl Speed {
+    fn time<T>(
+        &self,
+        target: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let start = Instant::now();
+        let nbytes = target.len() as u64;
+        let done = read(target)?;
+        self.nanoseconds.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
+        Ok(done)
+    }
+
+    fn tried(&self) -> bool {
+        self.nbytes.load(Ordering::Relaxed) >= TRIED
+    }
+
+    fn is_at_least(&self, other: &Speed) -> bool {
+        let of = |speed: &Speed| {
+            let nanoseconds = speed.nanoseconds.load(Ordering::Relaxed);
+            speed.nbytes.load(Ordering::Relaxed) as f64 / nanoseconds as f64
+        };
+        of(self) >= of(other)
+    }
+}
+
+/// Reads the blocks around a range past the page cache, and copies the range out of them.
+fn read_direct(file: &File, offset: u64, target: &mut [u8], bounce: &mut Bounce) -> io::Result<()> {
+    let before = (offset % BLOCK as u64) as usize;
+    let needed = before + target.len();
+    let bounce = match &mut bounce.0 {
+        Some(memory) => memory,
+        empty => empty.insert(MmapMut::map_anon(CHUNK + 2 * BLOCK)?),
+    };
+    let blocks = &mut bounce[..needed.next_multiple_of(BLOCK)];
+    let mut read = 0;
+    while read < needed {
+        // the last block of a file is short; what comes after a short read starts at a block again
+        let at = read - read % BLOCK;
+        match file.read_at(&mut blocks[at..], offset - before as u64 + at as u64) {
+            Ok(nbytes) if at + nbytes > read => read = at + nbytes,
+            Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    target.copy_from_slice(&blocks[before..needed]);
+    Ok(())
+}
+
+fn state(file: &File) -> io::Result<State> {
+    let metadata = file.metadata()?;
+    Ok((metadata.len(), metadata.modified()?))
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::fs::File;
+    use std::io;
+    use std::mem::MaybeUninit;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    /// Linux 6.5, one number for all architectures; `libc` knows it for some.
+    const SYS_CACHESTAT: libc::c_long = 451;
+
+    /// `linux/magic.h`
+    const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
+
+    /// The kernel's `struct cachestat_range` and `struct cachestat` (linux/mman.h).
+    #[repr(C)]
+    struct Range {
+        offset: u64,
+        nbytes: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    struct Cached {
+        pages: u64,
+        dirty: u64,
+        in_writeback: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+
+    /// Bytes of a range that are in the page cache; `None` where the kernel does not say.
+    pub fn cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
+        let range = Range { offset, nbytes: nbytes as u64 };
+        let mut cached = Cached::default();
+        // SAFETY: two structures of the kernel's, the second to be written.
+        let status = unsafe {
+            libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut cached, 0)
+        };
+        if status == 0 {
+            Some(cached.pages * 4096)
+        } else {
+            first_byte_cached(file, offset, nbytes)
+        }
+    }
+
+    /// Judges a range by its first byte: on older kernels, and for those who may not write the file,
+    /// whom `cachestat` does not tell.
+    fn first_byte_cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
+        let mut byte = 0_u8;
+        let target = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        // SAFETY: one byte that can be written.
+        let read = unsafe {
+            libc::preadv2(file.as_raw_fd(), &raw const target, 1, offset as i64, libc::RWF_NOWAIT)
+        };
+        match (read, io::Error::last_os_error().raw_os_error()) {
+            (1, _) => Some(nbytes as u64),
+            (-1, Some(libc::EAGAIN)) => Some(0),
+            _ => None,
+        }
+    }
+
+    /// Whether a file has no disk behind it.
+    pub fn is_in_memory(file: &File) -> bool {
+        let mut found = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: room for the structure.
+        if unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) } != 0 {
+            return false;
+        }
+        // SAFETY: the kernel has filled it.
+        let found = unsafe { found.assume_init() }.f_type;
+        [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&found)
+    }
+
+    /// Has the kernel read what is asked for and no more: the rest may come past the page cache.
+    pub fn read_no_further(file: &File) {
+        // SAFETY: advice.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+    }
+
+    /// The same file past the page cache; `None` where its file system cannot.
+    pub fn reopen_direct(file: &File) -> Option<File> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        File::options().read(true).custom_flags(libc::O_DIRECT).open(path).ok()
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::fs::File;
+
+    pub fn cached(_: &File, _: u64, _: usize) -> Option<u64> {
+        None
+    }
+
+    pub fn is_in_memory(_: &File) -> bool {
+        false
+    }
+
+    pub fn read_no_further(_: &File) {}
+
+    pub fn reopen_direct(_: &File) -> Option<File> {
+        None
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::env;
+    use std::fs;
+    use std::os::fd::AsRawFd;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NBYTES: usize = (5 << 20) + 777;
+
+    /// A file of the test's own, and its bytes.
+    struct Written(PathBuf, Vec<u8>);
+
+    impl Written {
+        fn new(name: &str) -> Written {
+            let path = env::temp_dir().join(format!("rzc-read-{name}-{}", std::process::id()));
+            let bytes: Vec<_> = (0..NBYTES).map(|i| (i % 251) as u8).collect();
+            fs::write(&path, &bytes).unwrap();
+            Written(path, bytes)
+        }
+
+        fn open(&self, how: How) -> Reader {
+            Reader::new(File::open(&self.0).unwrap(), &self.0, how).unwrap()
+        }
+
+        fn evict(&self) {
+            let file = File::open(&self.0).unwrap();
+            file.sync_all().unwrap();
+            // SAFETY: advice.
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        }
+    }
+
+    impl Drop for Written {
+        fn drop(&mut self) {
+            let _ = fs::remove_file(&self.0);
+        }
+    }
+
+    fn read(reader: &Reader, offset: u64, nbytes: usize) -> Result<Vec<u8>> {
+        let mut target = vec![0; nbytes];
+        reader.read(offset, &mut target, &mut Bounce::default())?;
+        Ok(target)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn every_range_is_read_to_the_byte_whichever_way(
+            start in 0..NBYTES,
+            nbytes in prop_oneof![0..10_000_usize, Just(NBYTES)],
+            how in prop_oneof![Just(How::Auto), Just(How::Buffered), Just(How::Direct)],
+            evicted: bool,
+        ) {
+            let file = Written::new("range");
+            if evicted {
+                file.evict();
+            }
+            let range = start..NBYTES.min(start + nbytes);
+            let read = read(&file.open(how), start as u64, range.len()).unwrap();
+            prop_assert!(read == file.1[range]);
+        }
+    }
+
+    #[test]
+    fn what_is_cold_is_told_from_what_is_warm_and_stays_cold_when_read_directly() {
+        let file = Written::new("cold");
+        let reader = file.open(How::Direct);
+        assert!(!reader.is_cold(0, NBYTES));
+        file.evict();
+        assert!(reader.is_cold(0, NBYTES));
+        assert!(read(&reader, 0, NBYTES).unwrap() == file.1);
+        assert!(reader.direct.is_none() || reader.is_cold(0, NBYTES));
+        assert!(read(&file.open(How::Buffered), 0, NBYTES).unwrap() == file.1);
+        assert!(!reader.is_cold(0, NBYTES));
+    }
+
+    #[test]
+    fn a_file_that_has_shrunk_is_an_error_with_its_name_and_range() {
+        let file = Written::new("shrunk");
+        for how in [How::Buffered, How::Direct] {
+            let reader = file.open(how);
+            File::options().write(true).open(&file.0).unwrap().set_len(1 << 20).unwrap();
+            file.evict();
+            let error = read(&reader, 4096, 2 << 20).unwrap_err();
+            let path = file.0.display().to_string();
+            let reason = "it has 1048576 bytes now".to_owned();
+            let (start, end) = (4096, 4096 + (1 << 20));
+            assert_eq!(error, Error::Unreadable { path, start, end, reason });
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_an_error_with_its_name_and_range() {
+        let path = Path::new("/proc/self/mem"); // nothing is mapped at 4096
+        let reader = Reader::new(File::open(path).unwrap(), path, How::Auto).unwrap();
+        let error = read(&reader, 4096, 100).unwrap_err();
+        let reason = io::Error::from_raw_os_error(libc::EIO).to_string();
+        let path = "/proc/self/mem".to_owned();
+        assert_eq!(error, Error::Unreadable { path, start: 4096, end: 4196, reason });
+    }
+
+    #[test]
+    fn a_file_that_was_written_to_is_refused() {
+        let file = Written::new("written");
+        let reader = file.open(How::Auto);
+        assert_eq!(reader.check_unchanged(), Ok(()));
+        std::thread::sleep(std::time::Duration::from_millis(20)); // a tick of the clock of files
+        fs::write(&file.0, &file.1).unwrap();
+        let message = reader.check_unchanged().unwrap_err().to_string();
+        assert!(message.ends_with("it was written to while it was read"), "{message}");
+    }
+}

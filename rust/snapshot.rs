@@ -1,0 +1,188 @@
+//! Snapshots: a block as a file, and what it takes to make its object again.
+//!
+//! ```text
+//!  │ header │ skeleton │ table │ buffers │ pad │ block: header, checksums, spans │
+//!  0        64                                 a multiple of 4096                end of the file
+//! ```
+//!
+//! The header, little-endian:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 4 | magic `RZCS` |
+//! | 2 + 2 | version 1, zero |
+//! | 8 + 8 + 8 | bytes of the skeleton, of the table, of the list of buffers |
+//! | 8 + 8 + 8 | XXH3 of each |
+//! | 8 | XXH3 of the bytes before |
+//!
+//! The list of buffers names the views that are no tensors but buffers, such as numpy's, 4 bytes each.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::block::{check, checksums, place, seal};
+use crate::checksum::xxh3;
+use crate::error::{Error, Result};
+use crate::layout::{CHECKSUM_NBYTES, HEADER_NBYTES};
+use crate::read::{Bounce, Reader};
+use crate::source::Source;
+use crate::table::{Table, fingerprint};
+
+const MAGIC: &[u8; 4] = b"RZCS";
+const VERSION: u16 = 1;
+
+/// Bytes of the header.
+pub const SNAPSHOT_HEADER_NBYTES: usize = 64;
+
+/// The block starts at a multiple of this: of a page, and of the blocks of every disk.
+const BLOCK_ALIGN: u64 = 4096;
+
+/// The parts before the block, as errors call them.
+const PARTS: [&str; 3] =
+    ["the skeleton of the snapshot", "the table of the snapshot", "the list of buffers"];
+
+/// How long the parts before the block are, and their checksums.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    nbytes: [u64; 3],
+    sums: [u64; 3],
+}
+
+impl Header {
+    /// The header of a skeleton, a table and a list of buffers.
+    pub fn new(parts: [&[u8]; 3]) -> Header {
+        Header { nbytes: parts.map(|part| part.len() as u64), sums: parts.map(xxh3) }
+    }
+
+    /// The header as bytes; the inverse of [`Header::decode`].
+    pub fn encode(&self) -> [u8; SNAPSHOT_HEADER_NBYTES] {
+        let mut bytes = [0; SNAPSHOT_HEADER_NBYTES];
+        bytes[..4].copy_from_slice(MAGIC);
+        bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        let (words, _) = bytes[8..].as_chunks_mut::<8>();
+        let numbers = self.nbytes.iter().chain(&self.sums);
+        words.iter_mut().zip(numbers).for_each(|(word, number)| *word = number.to_le_bytes());
+        let sum = xxh3(&bytes[..56]);
+        bytes[56..].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header, and believes it only whole.
+    pub fn decode(bytes: &[u8]) -> Result<Header> {
+        if !bytes.starts_with(MAGIC) {
+            return Err(Error::NotASnapshot { found: bytes[..bytes.len().min(4)].to_vec() });
+        }
+        let (needed, found) = (SNAPSHOT_HEADER_NBYTES as u64, bytes.len() as u64);
+        let bytes: &[u8; SNAPSHOT_HEADER_NBYTES] =
+            bytes.first_chunk().ok_or(Error::SnapshotLength { expected: needed, found })?;
+        let (words, _) = bytes[8..].as_chunks::<8>();
+        let word = |index: usize| u64::from_le_bytes(words[index]);
+        if word(6) != xxh3(&bytes[..56]) {
+            return Err(Error::Corrupt { what: "the header of the snapshot" });
+        }
+        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
+        if version != VERSION {
+            return Err(Error::SnapshotVersion { found: version, supported: VERSION });
+        }
+        let header = Header { nbytes: [0, 1, 2].map(word), sums: [3, 4, 5].map(word) };
+        header.block_offset()?;
+        Ok(header)
+    }
+
+    /// Where the block starts.
+    pub fn block_offset(&self) -> Result<u64> {
+        let sum = self
+            .nbytes
+            .iter()
+            .try_fold(SNAPSHOT_HEADER_NBYTES as u64, |sum, &nbytes| sum.checked_add(nbytes));
+        sum.and_then(|sum| sum.checked_next_multiple_of(BLOCK_ALIGN))
+            .ok_or(Error::Overflow { what: "the snapshot" })
+    }
+
+    /// Where skeleton, table and list of buffers lie in all that precedes the block. Refuses what is
+    /// not as it was written.
+    pub fn parts(&self, head: &[u8]) -> Result<[Range<usize>; 3]> {
+        let mut start = SNAPSHOT_HEADER_NBYTES;
+        let mut ranges = [const { 0..0 }; 3];
+        for (index, range) in ranges.iter_mut().enumerate() {
+            // no overflow: `block_offset` was computed of a header that was read
+            *range = start..start + self.nbytes[index] as usize;
+            let (expected, found) = (range.end as u64, head.len() as u64);
+            let part = head.get(range.clone()).ok_or(Error::SnapshotLength { expected, found })?;
+            if xxh3(part) != self.sums[index] {
+                return Err(Error::Corrupt { what: PARTS[index] });
+            }
+            start = range.end;
+        }
+        Ok(ranges)
+    }
+}
+
+/// Bytes of a block's header and checksums.
+pub fn start_nbytes(table: &Table) -> usize {
+    HEADER_NBYTES as usize + CHECKSUM_NBYTES as usize * table.spans.len()
+}
+
+/// Reads the block that starts at an offset of a file into a target, by several threads, and compares
+/// each span on its way with its checksum. The block's header is written last: until then, and where
+/// anything is refused, the target is no block.
+pub fn read(
+    table: &Table,
+    encoded: &[u8],
+    reader: Arc<Reader>,
+    offset: u64,
+    target: &mut [u8],
+) -> Result<()> {
+    let mut start = vec![0; start_nbytes(table)];
+    reader.read(offset, &mut start, &mut Bounce::default())?;
+    let fingerprint = fingerprint(encoded);
+    let expected = checksums(table, fingerprint, &start)?;
+    let (first, offset) = (start.len() as u64, offset + start.len() as u64);
+    let nbytes = (table.nbytes - first) as usize; // a table with room for less was refused
+    let source = Source::File { reader, offset, nbytes };
+    // SAFETY: no source is memory.
+    let found = unsafe { place(vec![(first, source)], &table.spans, target) }?;
+    check(table, &expected, &found)?;
+    seal(target, table.nbytes, fingerprint, &expected);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn decode_is_the_inverse_of_encode(parts: [Vec<u8>; 3]) {
+            let header = Header::new([&parts[0], &parts[1], &parts[2]]);
+            prop_assert_eq!(Header::decode(&header.encode()), Ok(header.clone()));
+            let head = [&header.encode()[..], &parts[0], &parts[1], &parts[2]].concat();
+            let found = header.parts(&head).unwrap().map(|range| head[range].to_vec());
+            prop_assert_eq!(&found, &parts);
+            prop_assert!(header.block_offset().unwrap() >= head.len() as u64);
+        }
+
+        #[test]
+        fn a_header_of_which_any_byte_has_changed_is_refused(
+            parts: [Vec<u8>; 3], at in 0..SNAPSHOT_HEADER_NBYTES, change in 1..=u8::MAX,
+        ) {
+            let mut bytes = Header::new([&parts[0], &parts[1], &parts[2]]).encode();
+            bytes[at] ^= change;
+            prop_assert!(Header::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn a_truncated_header_is_refused(parts: [Vec<u8>; 3], cut in 0..SNAPSHOT_HEADER_NBYTES) {
+            let bytes = Header::new([&parts[0], &parts[1], &parts[2]]).encode();
+            prop_assert!(Header::decode(&bytes[..cut]).is_err());
+        }
+
+        #[test]
+        fn numbers_that_nobody_wrote_never_panic(nbytes: [u64; 3], sums: [u64; 3], head: Vec<u8>) {
+            if let Ok(header) = Header::decode(&Header { nbytes, sums }.encode()) {
+                let _ = header.parts(&head);
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+"""What a process and a node may run out of, one after the other: exact by another way, or refused.
+
+Run by `test_limits.py` in an interpreter of its own, which has mounts and limits of its own.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from fresh import tell
+
+MIB = 2**20
+LIBC = ctypes.CDLL(None, use_errno=True)
+MODEL = torch.arange(MIB, dtype=torch.float32)
+LARGE = torch.arange(16 * MIB, dtype=torch.float32)
+TAKEN = Path("/dev/shm/taken")
+
+
+def start(store_nbytes):
+    ray.init(
+        "local",
+        num_cpus=1,
+        object_store_memory=store_nbytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+
+
+def assert_whole(ref, held="private", model=MODEL):
+    assert rzc.inspect(ref).held == held
+    assert torch.equal(ray.get(ref), model)
+
+
+def loads_shared_and_says(ref, match):
+    with pytest.warns(rzc.IsolationWarning, match=match):
+        loaded = rzc.get(ref)
+    assert torch.equal(loaded, MODEL)
+
+
+@contextlib.contextmanager
+def limited(what, most):
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+def address_space_for(nbytes):
+    """This process may map so much more than it has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    return limited(resource.RLIMIT_AS, used + nbytes)
+
+
+@contextlib.contextmanager
+def charged_at_most(nbytes):
+    """This process is in a cgroup that has so much for what it takes from now on.
+
+    Where no cgroup can be made, its address space is what is limited.
+    """
+    group = Path(f"/sys/fs/cgroup/memory/rzc-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        with address_space_for(LARGE.nbytes + nbytes):
+            yield
+        return
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(nbytes))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+@contextlib.contextmanager
+def no_file_left():
+    held = []
+    with limited(resource.RLIMIT_NOFILE, 1024):
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            yield
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def mounts_of_its_own():
+    """For this thread, and what it starts, until the end."""
+    before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    try:
+        unshared_mounts()
+        yield
+    finally:
+        assert LIBC.setns(before, 0) == 0
+        os.close(before)
+
+
+def unshared_mounts():
+    new_namespace, private, recursive = 0x20000, 1 << 18, 1 << 14
+    assert LIBC.unshare(new_namespace) == 0, "only root may have mounts of its own"
+    mount(b"none", b"/", None, private | recursive)
+
+
+def mount(*arguments, options=None):
+    assert LIBC.mount(*arguments, options) == 0, os.strerror(ctypes.get_errno())
+
+
+# --- a process ------------------------------------------------------------------------------------
+
+
+def no_file_descriptor():
+    first, second = rzc.put(MODEL), rzc.put(MODEL)
+    with tempfile.TemporaryDirectory() as folder, no_file_left():
+        loads_shared_and_says(first, r"Too many open files .*ulimit -n")
+        loads_shared_and_says(second, "Too many open files .*ulimit -n")
+        third = rzc.put(MODEL)
+        with pytest.raises(rzc.SaveError, match="Too many open files"):
+            rzc.save(first, f"{folder}/model.rzc")
+        with pytest.raises(rzc.BlockError, match=r"Too many open files .*ulimit -n"):
+            rzc.build(torch.nn.Linear, 10, 10)
+    for ref in (first, second, third):
+        assert_whole(ref)
+
+
+def thousands_of_loads_held():
+    """A mapping each, of which a process may have 65,530."""
+    ref = rzc.put(MODEL)
+    held = [rzc.get(ref, prefault=False) for _ in range(3000)]
+    assert len({loaded.data_ptr() for loaded in held}) == 3000
+    assert all(torch.equal(loaded, MODEL) for loaded in held[::100])
+
+
+def no_address_space():
+    ref = rzc.put(MODEL)
+    with address_space_for(MIB):
+        with pytest.raises(rzc.BlockError, match=r"copy of 4\d{6} bytes: .*ulimit -v"):
+            rzc.get(ref, isolation="copy")
+        loads_shared_and_says(ref, "Cannot allocate memory .*ulimit -v")
+    assert_whole(ref)
+
+
+def no_memory_for_huge_pages():
+    """The kernel charges them to whom it makes them for; it refuses, and the small ones stay."""
+    ref = ray.put(rzc.Shared(LARGE))
+    with charged_at_most(16 * MIB):
+        loaded = rzc.get(ref)
+        time.sleep(1.5)  # the thread that makes huge pages begins after a second
+        assert torch.equal(loaded, LARGE)
+        loaded[0] = 7
+        assert_whole(ref, model=LARGE)
+    assert loaded[0] == 7
+    assert_whole(ref, model=LARGE)
+
+
+def another_user():
+    """Who may open neither the kernel's link nor the raylet's files."""
+    ref, nobody = rzc.put(MODEL), 65534
+    os.seteuid(nobody)
+    try:
+        loads_shared_and_says(ref, "nor a file of the raylet opens .* Operation not permitted")
+        assert torch.equal(rzc.get(ref, isolation="copy"), MODEL)
+    finally:
+        os.seteuid(0)
+    assert_whole(ref)
+
+
+def no_proc():
+    ref = rzc.put(MODEL)
+    with mounts_of_its_own():
+        mount(b"none", b"/proc", b"tmpfs", 0)
+        loads_shared_and_says(ref, "private pages cannot be had")
+        assert torch.equal(rzc.get(rzc.put(MODEL), isolation="copy"), MODEL)
+    assert_whole(ref)
+
+
+def shared_memory_is_read_only():
+    ref = rzc.put(MODEL)
+    with mounts_of_its_own():
+        read_only, remount, bind = 1, 32, 4096
+        mount(b"none", b"/dev/shm", None, read_only | remount | bind)
+        with pytest.raises(OSError, match="Read-only"):
+            TAKEN.touch()
+        assert_whole(ref)
+        assert_whole(rzc.put(MODEL))
+
+
+# --- a node ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def little_shared_memory_left():
+    """Ray writes a few pages of its own beside each object: without those the raylet dies."""
+    free = os.statvfs("/dev/shm")
+    try:
+        with TAKEN.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 16 * MIB)
+        yield
+    finally:
+        TAKEN.unlink()
+
+
+def shared_memory_is_full():
+    """Ray's own `put` dies of it, by SIGBUS."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.rzc"
+        rzc.save(LARGE, path)
+        with little_shared_memory_left():
+            for put in (lambda: rzc.put(LARGE), lambda: rzc.restore(path)):
+                with pytest.raises(rzc.StoreFullError, match=r"no room for 67,?\d{3},?\d{3} bytes"):
+                    put()
+        assert_whole(rzc.put(LARGE), model=LARGE)
+        assert_whole(rzc.restore(path), model=LARGE)
+
+
+def spilled_in_the_middle_of_loads():
+    """Four threads load objects of which the store has room for two, and another puts more."""
+    models = [torch.full((8 * MIB,), float(value)) for value in range(6)]
+    refs = [rzc.put(model) for model in models]
+
+    def load(thread):
+        for turn in range(6):
+            at = (thread + turn) % len(refs)
+            assert torch.equal(rzc.get(refs[at]), models[at])
+
+    with ThreadPoolExecutor(5) as pool:
+        loading = [pool.submit(load, thread) for thread in range(4)]
+        more = pool.submit(lambda: [rzc.put(models[0]) for _ in range(8)])
+        for each in (*loading, more):
+            each.result()
+    for ref, model in zip(refs, models, strict=True):
+        assert torch.equal(ray.get(ref), model)
+
+
+def shared_memory_is_smaller_than_the_store():
+    """Ray has its store on the disk then."""
+    ray.shutdown()
+    start(400 * MIB)
+    refs = [rzc.put(LARGE) for _ in range(3)]
+    for ref in refs:
+        assert_whole(ref, model=LARGE)
+        assert rzc.inspect(ref).where == "disk"
+
+
+ROWS = {
+    row.__name__: row
+    for row in (
+        no_file_descriptor,
+        thousands_of_loads_held,
+        no_address_space,
+        another_user,
+        no_proc,
+        shared_memory_is_read_only,
+        shared_memory_is_full,  # before any row has the store take as much
+        no_memory_for_huge_pages,
+        spilled_in_the_middle_of_loads,
+        shared_memory_is_smaller_than_the_store,
+    )
+}
+
+
+if __name__ == "__main__":
+    unshared_mounts()
+    mount(b"none", b"/dev/shm", b"tmpfs", 0, options=b"size=200m")
+    start(150 * MIB)
+    tell(ROWS, sys.argv[1:] or ROWS)
+    ray.shutdown()

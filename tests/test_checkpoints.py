@@ -1,0 +1,67 @@
+"""A checkpoint that was loaded and put is, in a worker, what its loader gives."""
+
+import pytest
+import ray
+import ray_zerocopy as rzc
+from checkpoints import CHECKPOINTS
+from exact import assert_same_description, describe
+from footprint import with_peak
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Reader:
+    def describe(self, model):
+        return describe(model)
+
+    def describe_weights(self, model):
+        return describe(weights(model))
+
+
+def weights(model):
+    """What two loads of one file have in common; hooks are numbered by a counter of the process."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
+
+
+@pytest.fixture(scope="module")
+def reader(start):
+    (reader,) = start(Reader)
+    return reader
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_exact_in_a_worker(reader, tmp_path, name):
+    checkpoint = CHECKPOINTS[name]
+    checkpoint.save(tmp_path)
+    model = checkpoint.load(tmp_path)
+    ref = rzc.put(model)
+    expected = describe(model)
+    assert_same_description(expected, ray.get(reader.describe.remote(ref)))
+    ref = rzc.build(checkpoint.load, tmp_path)
+    expected = describe(weights(model))
+    assert_same_description(expected, ray.get(reader.describe_weights.remote(ref)))
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
+
+
+@pytest.mark.parametrize("shard", ["50GB", "5MB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_model_is_saved_as_its_source_is_and_not_copied(cluster, tmp_path, tied, shard):
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=512, num_hidden_layers=2, tie_word_embeddings=tied
+    )
+    model = LlamaForCausalLM(config)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "source", max_shard_size=shard)
+    loaded = ray.get(rzc.put(model))
+    save = lambda: loaded.save_pretrained(tmp_path / "loaded", max_shard_size=shard)  # noqa: E731
+    _, peak = with_peak(save)
+    assert peak < 0.05 * nbytes
+    assert bytes_of(tmp_path / "loaded") == bytes_of(tmp_path / "source")
+
+    distinct = {tensor.data_ptr(): (name, tensor) for name, tensor in loaded.state_dict().items()}
+    _, peak = with_peak(lambda: save_file(dict(distinct.values()), tmp_path / "file"))
+    assert peak < 0.05 * nbytes

@@ -1,0 +1,78 @@
+"""Every snippet of the README and of the site runs as it stands, one after the other."""
+
+import re
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from models import simple
+from ray import serve
+
+TOP = Path(__file__).parents[1]
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PAGES = [
+    page
+    for page in (TOP / "README.md", *sorted((TOP / "docs").rglob("*.md")))
+    if SNIPPET.search(page.read_text()) and "_build" not in page.parts
+]
+
+
+class Pipeline:
+    """What the pages call `pipeline`."""
+
+    def __init__(self):
+        self.model = simple().model
+
+    def __call__(self, x):
+        return self.model(x).argmax(-1)
+
+
+def given(path):
+    """The names that pages use without making them; in the file lies the model."""
+    case = simple()
+    x = case.args[0]
+    torch.save(case.model, path)
+    return {
+        "torch": torch,
+        "model": case.model,
+        "path": path,
+        "pipeline": Pipeline(),
+        "x": x,
+        "batches": [x, x + 1],
+        "dataset": ray.data.from_numpy(torch.randn(64, 16).numpy()),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
+def test_every_snippet_runs(page, cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    names, own = given(path), given(path)
+    try:
+        for snippet in SNIPPET.findall(page.read_text()):
+            if page.name == "README.md":  # its snippets stand each for itself
+                names |= own | {"ref_a": names.get("ref"), "ref_b": names.get("ref")}
+            exec(snippet.replace('device="cuda"', 'device="meta"'), names)
+    finally:
+        serve.shutdown()
+    if page.name == "README.md":
+        assert set(names["scored"].take(1)[0]) == {"data", "class"}
+        assert all(torch.equal(output, own["model"](own["x"])) for output in names["outputs"])
+
+
+def test_every_fault_names_a_test_that_exists():
+    rows = re.findall(
+        r"\| `(\S+)::(\S+)` \|$", (TOP / "docs/explanation/faults.md").read_text(), re.M
+    )
+    assert len(rows) >= 40
+    for file, name in rows:
+        assert re.search(rf"(def|fn) {name}\(", (TOP / file).read_text()), (file, name)
+
+
+def test_nothing_of_ours_listens_on_a_port():
+    files = [*(TOP / "python").rglob("*.py"), *(TOP / "rust").rglob("*.rs")]
+    assert len(files) > 40
+    assert not [
+        file for file in files if re.search(r"listen\(|Listener|socket\(", file.read_text())
+    ]

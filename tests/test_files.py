@@ -1,0 +1,215 @@
+"""What lies in mapped files is read from the files, to the bit, whatever happened to them since."""
+
+import os
+import re
+import warnings
+
+import fresh
+import numpy as np
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from exact import assert_exact
+from footprint import anonymous_memory, mapped_memory, trim, with_peak
+from safetensors.torch import load_file, save_file
+
+MIB = 1 << 20
+ROWS, COLUMNS = 24, MIB // 4  # of float32: 24 MiB
+
+
+def content(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(ROWS, COLUMNS, generator=generator)
+
+
+def rows(tensor):
+    """Tensors in another order than in the file, some of them small."""
+    return {
+        "last": tensor[ROWS // 2 :],
+        "first": tensor[: ROWS // 2],
+        "column": tensor[:, 3],
+        "few": tensor[5, 7:20],
+    }
+
+
+def save_safetensors(path):
+    save_file({f"{index:02}": row.contiguous() for index, row in enumerate(content())}, path)
+
+
+def save_torch(path):
+    torch.save([*content()], path)
+
+
+def save_numpy(path):
+    np.save(path, content().numpy())
+
+
+def save_raw(path):
+    content().numpy().tofile(path)
+
+
+def open_numpy(path, mode):
+    array = np.lib.format.open_memmap(path, mode=mode)
+    with warnings.catch_warnings(action="ignore"):  # that an array cannot be written
+        return rows(torch.from_numpy(array))
+
+
+def open_raw(path, shared):
+    storage = torch.UntypedStorage.from_file(str(path), shared, 4 * ROWS * COLUMNS)
+    return rows(torch.tensor([]).set_(storage).view(ROWS, COLUMNS))
+
+
+OPENED = {
+    "safetensors": (save_safetensors, load_file),
+    "torch.load": (save_torch, lambda path: torch.load(path, mmap=True)),
+    "memmap-r": (save_numpy, lambda path: open_numpy(path, "r")),
+    "memmap-r+": (save_numpy, lambda path: open_numpy(path, "r+")),
+    "memmap-c": (save_numpy, lambda path: open_numpy(path, "c")),
+    "from_file-shared": (save_raw, lambda path: open_raw(path, shared=True)),
+    "from_file-private": (save_raw, lambda path: open_raw(path, shared=False)),
+}
+
+
+def evict(path):
+    """Have the kernel forget the pages of a file; those that are mapped stay."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
+@pytest.fixture(scope="module")
+def store(cluster):
+    """A cluster to which something was put: what is imported on the way is not counted."""
+    ray.get(rzc.put(torch.ones(1000)))
+
+
+@pytest.fixture(params=OPENED, scope="module")
+def opened(request, tmp_path_factory):
+    """A path, and what opens the tensors in it."""
+    save, load = OPENED[request.param]
+    path = tmp_path_factory.mktemp("files") / "weights.npy"
+    save(path)
+    return path, load
+
+
+@pytest.mark.parametrize("how", ["auto", "direct", "buffered"])
+@pytest.mark.parametrize("state", ["warm", "cold"])
+def test_a_file_is_read_to_the_bit_and_not_through_its_mapping(
+    store, opened, state, how, monkeypatch
+):
+    monkeypatch.setenv("RAY_ZEROCOPY_READ", how)
+    path, load = opened
+    tensors = load(path)
+    if state == "cold":
+        evict(path)
+    before = mapped_memory(path)
+    ref, peak = with_peak(lambda: rzc.put(tensors))
+    assert mapped_memory(path) - before < MIB
+    assert peak < (14 * MIB if state == "cold" else 4 * MIB)  # eight bounce buffers
+    assert_exact(load(path), ray.get(ref))
+
+
+def test_what_was_written_since_wins_over_the_file(store, tmp_path):
+    save_safetensors(tmp_path / "weights")
+    tensors = load_file(tmp_path / "weights")
+    tensors["03"][1000:3000] = 7
+    tensors["04"].zero_()
+    before = mapped_memory(tmp_path / "weights")
+    loaded = ray.get(rzc.put(tensors))
+    assert mapped_memory(tmp_path / "weights") - before < MIB
+    assert_exact(tensors, loaded)
+    assert not torch.equal(loaded["03"], load_file(tmp_path / "weights")["03"])
+
+
+def test_what_was_written_through_a_shared_mapping_is_in_the_file(store, tmp_path):
+    save_raw(tmp_path / "weights")
+    tensors = open_raw(tmp_path / "weights", shared=True)
+    tensors["first"][3] = 7
+    assert_exact(tensors, ray.get(rzc.put(tensors)))
+
+
+@pytest.mark.parametrize("event", ["removed", "replaced"])
+def test_a_file_that_is_gone_is_read_as_it_was_mapped(store, tmp_path, event):
+    save_safetensors(tmp_path / "weights")
+    tensors = load_file(tmp_path / "weights")
+    if event == "removed":
+        (tmp_path / "weights").unlink()
+    else:
+        save_file({"00": torch.zeros(ROWS * COLUMNS)}, tmp_path / "new")
+        (tmp_path / "new").rename(tmp_path / "weights")
+    loaded = ray.get(rzc.put(tensors))
+    assert torch.equal(torch.stack([loaded[f"{row:02}"] for row in range(ROWS)]), content())
+
+
+def test_who_may_not_open_it_again_has_it_from_memory():
+    def without_capabilities():
+        import tempfile
+        from pathlib import Path
+
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+
+        folder = tempfile.TemporaryDirectory()
+        path = Path(folder.name) / "weights"
+        content = torch.randn(1 << 20)
+        content.numpy().tofile(path)
+        storage = torch.UntypedStorage.from_file(str(path), False, content.nbytes)
+        mapped = torch.tensor([]).set_(storage)
+        path.unlink()
+        ray.init(
+            address="local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False
+        )
+        assert torch.equal(ray.get(rzc.put(mapped)), content)
+        ray.shutdown()
+        folder.cleanup()
+
+    fresh.run(without_capabilities, unprivileged=True)
+
+
+@pytest.mark.parametrize("how", ["direct", "buffered"])
+def test_a_file_that_shrank_is_an_error_and_leaves_nothing(store, tmp_path, how, monkeypatch):
+    """Not SIGBUS, as to read it by its mapping would be."""
+    monkeypatch.setenv("RAY_ZEROCOPY_READ", how)
+    path = tmp_path / "weights"
+    save_safetensors(path)
+    tensors = load_file(path)
+    os.truncate(path, 10 * MIB)
+    evict(path)
+    before = anonymous_memory()
+    for _ in range(40):  # 960 MB: more than the store has room for
+        with pytest.raises(rzc.PublishError) as raised:
+            rzc.put(tensors)
+    message = r"bytes [0-9]+ to [0-9]+ cannot be read: it has 10485760 bytes now"
+    assert re.search(f"{re.escape(str(path))}: {message}", str(raised.value))
+    trim()
+    assert anonymous_memory() - before < 20 * MIB
+    assert ray.get(rzc.put(torch.ones(3))).tolist() == [1, 1, 1]
+
+
+ARRAYS = {
+    "memmap": lambda path: np.load(path, mmap_mode="r"),
+    "memmap, part": lambda path: np.load(path, mmap_mode="c")[3:9],
+    "matrix": lambda path: np.load(path).view(np.matrix),
+    "records": lambda path: np.load(path).view([("a", "f4"), ("b", "i4")]).view(np.recarray),
+    "array": np.load,
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_an_array_of_any_class_is_a_view_on_the_block(store, tmp_path, kind):
+    save_numpy(tmp_path / "array.npy")
+    array = ARRAYS[kind](tmp_path / "array.npy")
+    ref, peak = with_peak(lambda: rzc.put([array]))
+    assert peak < 4 * MIB
+    assert rzc.inspect(ref).skeleton_nbytes < MIB
+    (loaded,), peak = with_peak(lambda: ray.get(ref))
+    assert peak < 4 * MIB
+    assert type(loaded) is type(array)
+    assert loaded.dtype == array.dtype
+    assert loaded.strides == array.strides
+    assert loaded.tobytes() == array.tobytes()

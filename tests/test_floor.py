@@ -1,0 +1,36 @@
+"""What is older than the floor is refused in one line; what is newer than tried never is."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray_zerocopy as rzc
+from ray_zerocopy import floor
+
+
+@pytest.mark.parametrize(("name", "version"), [("torch", "2.5.1+cu124"), ("ray", "2.42.1")])
+def test_what_is_below_the_floor_is_refused_with_the_way_out(name, version):
+    with pytest.raises(rzc.VersionError) as refusal:
+        floor.check(floor.FLOORS, floor.VERSIONS | {name: version})
+    (line,) = str(refusal.value).splitlines()
+    assert f"{name} {version}" in line
+    assert f"pip install '{name}>={floor.FLOORS[name]}'" in line
+    assert isinstance(refusal.value, ImportError)
+
+
+@pytest.mark.parametrize("version", ["2.100.0", "3.0.0.dev1+cpu", "10.0"])
+def test_what_is_newer_is_not_refused(version):
+    floor.check(floor.FLOORS, dict.fromkeys(floor.VERSIONS, version))
+    floor.check(floor.FLOORS, floor.FLOORS)
+
+
+def test_a_ray_whose_raylet_would_end_publishes_nothing(cluster, monkeypatch):
+    monkeypatch.setitem(floor.VERSIONS, "ray", "2.45.0")
+    with pytest.raises(rzc.VersionError, match=r"publishing needs ray 2\.46 or newer"):
+        rzc.publish("too early", rzc.put([]))
+
+
+def test_the_package_asks_for_the_floors():
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    asked = pyproject["project"]["dependencies"]
+    assert {f"{name}>={version}" for name, version in floor.FLOORS.items()} <= set(asked)

@@ -1,0 +1,463 @@
+"""A name stands for one whole version, whoever publishes, moves or loads it, and from where."""
+
+import asyncio
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from exact import assert_exact
+from fresh import run
+from models import DIFFICULT, large, simple
+from ray_zerocopy.registry import catalog, follower, publication
+from ray_zerocopy.shared import Parts, Reading, reading
+from torch import nn
+
+
+def filled(value, size=64):
+    """A model whose every weight is its version's number."""
+    model = nn.Linear(size, size)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float(value))
+    return model
+
+
+def value_of(model):
+    """The number that all weights are; mixed ones have none."""
+    (value,) = {value for p in model.parameters() for value in p.unique().tolist()}
+    return int(value)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this takes too long"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def name(request, cluster):
+    """A name for one test alone, gone afterwards."""
+    name = request.node.name.replace("[", "-").rstrip("]")
+    yield name
+    if name in rzc.published():
+        rzc.retire(name)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["simple", "tied_weights", "channels_last", "pipeline"])
+def test_an_object_has_one_digest_wherever_it_lies(kind, cluster):
+    """Taken from memory, from what `put` wrote, and from what Ray copied of that."""
+    model = simple().model if kind == "simple" else DIFFICULT[kind]().model
+
+    def parts_of(ref):
+        with reading(Reading(parts=True)):
+            return ray.get(ref)
+
+    stored = parts_of(rzc.put(model))
+    copied = parts_of(ray.put(stored))
+    assert Parts.of(model).digest() == stored.digest() == copied.digest()
+    assert_exact(model, ray.get(ray.put(stored)))
+    assert_exact(model, ray.get(ray.put(Parts.of(model))))
+
+
+# --- publish and load -----------------------------------------------------------------------------
+
+
+def test_what_is_published_is_loaded_everywhere(name, start):
+    class Reader:
+        def load(self, name):
+            return rzc.load(name)
+
+    model = large().model
+    version = rzc.publish(name, model)
+    assert_exact(model, rzc.load(name))
+    assert_exact(model, ray.get(start(Reader)[0].load.remote(name)))
+    assert_exact(model, ray.get(version.ref))
+    assert (version.number, version.state, version.current) == (1, "live", True)
+    assert (version.source, version.heals) == ("object", False)
+    assert version.nbytes == rzc.inspect(version.ref).nbytes
+    assert rzc.versions(name) == [version]
+    assert name in rzc.published()
+    assert all(p.is_meta for p in rzc.load(name, device="meta").parameters())
+
+
+def test_a_loaded_model_shares_the_versions_block(name):
+    version = rzc.publish(name, large().model)
+    info = rzc.inspect(version.ref)
+    assert (info.where, info.held) == ("store", "private")
+
+
+def test_make_runs_in_the_cluster_and_heals(name):
+    version = rzc.publish(name, make=lambda: filled(7))
+    assert (version.source, version.heals) == ("make", True)
+    assert value_of(rzc.load(name)) == 7
+
+
+def test_make_runs_in_the_arena(name):
+    """What a loader casts is in shared memory from the start, as in `build`: never private."""
+
+    def make():
+        weight = torch.ones(5000).to(torch.float16)
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        arenas = [line for line in maps if "memfd:ray-zerocopy" in line]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in arenas]
+        return {"lies in one": any(start <= weight.data_ptr() < end for start, end in spans)}
+
+    rzc.publish(name, make=make)
+    assert rzc.load(name) == {"lies in one": True}
+
+
+def test_a_snapshot_is_published_by_its_path_or_on_the_way(name, tmp_path):
+    model, path = filled(3), tmp_path / "model.rzc"
+    saved = rzc.publish(name, model, snapshot=path)
+    assert (saved.source, saved.heals) == ("object", True)
+    assert_exact(model, rzc.load(name))
+    assert rzc.publish(name, path=path) == saved
+    version = rzc.publish(f"{name}/path", path=path)
+    assert (version.source, version.heals) == ("path", True)
+    assert_exact(model, rzc.load(f"{name}/path"))
+    rzc.retire(f"{name}/path")
+    with pytest.raises(rzc.CatalogError, match="nothing there"):
+        rzc.publish(name, path=tmp_path / "nothing there")
+    for wrong in ({}, {"obj": 1, "path": path}, {"path": path, "snapshot": path}):
+        with pytest.raises(TypeError):
+            rzc.publish(name, **wrong)
+
+
+def test_what_is_current_is_not_stored_again(name):
+    model = filled(1)
+    first = rzc.publish(name, model)
+    assert rzc.publish(name, model) == first
+    assert rzc.publish(name, make=lambda: rzc.load(name)).number in (1, 3)
+    second = rzc.publish(name, make=lambda: filled(2))
+    assert rzc.publish(name, make=lambda: filled(2)) == second
+
+
+def test_what_is_current_heals_once_somebody_says_how(name):
+    def make():
+        return filled(1)
+
+    first = rzc.publish(name, make())
+    assert not first.heals
+    same = rzc.publish(name, make=make)
+    assert (same.number, same.heals, same.digest) == (first.number, True, first.digest)
+
+
+def test_objects_are_copied_by_one_process(name):
+    """A worker that Ray ends between two versions would cost each of them seconds of imports."""
+
+    def copiers(owner):
+        return {node: copier._actor_id.hex() for node, (copier, _) in owner._copiers.items()}
+
+    seen = []
+    for value in range(2):
+        rzc.publish(name, filled(value))
+        owner = ray.get_actor("owner", catalog.NAMESPACE)
+        seen.append(ray.get(owner.__ray_call__.remote(copiers)))
+        time.sleep(1.5)
+    assert seen[0] == seen[1] != {}
+
+
+def test_versions_move_forward_and_back(name):
+    for value in (1, 2, 3, 4):
+        rzc.publish(name, filled(value), keep=3)
+    states = {version.number: version.state for version in rzc.versions(name)}
+    assert states == {1: "retired", 2: "live", 3: "live", 4: "live"}
+    assert rzc.promote(name, 2).current
+    assert value_of(rzc.load(name)) == 2
+    assert value_of(rzc.load(name, version=4)) == 4
+    rzc.retire(name, 3)
+    with pytest.raises(rzc.UnknownVersionError, match=r"version 3 of .* is retired"):
+        rzc.load(name, version=3)
+    with pytest.raises(rzc.UnknownVersionError, match=r"retired.*\[2, 4\]"):
+        rzc.promote(name, 3)
+    with pytest.raises(rzc.CatalogError, match="promote one of"):
+        rzc.retire(name, 2)
+    # What was current last stays, however old its number.
+    rzc.publish(name, filled(5), keep=2)
+    live = [version.number for version in rzc.versions(name) if version.state == "live"]
+    assert live == [2, 5]
+
+
+def test_a_retired_name_is_free_and_its_numbers_are_not(name):
+    rzc.publish(name, filled(1))
+    rzc.retire(name)
+    assert name not in rzc.published()
+    for verb in (rzc.load, rzc.follow, rzc.retire):
+        with pytest.raises(rzc.UnknownVersionError, match="nothing is published"):
+            verb(name)
+    assert rzc.publish(name, filled(1)).number == 2
+
+
+def test_publishers_at_once_have_distinct_numbers(name):
+    with ThreadPoolExecutor(8) as pool:
+        published = list(
+            pool.map(lambda value: rzc.publish(name, filled(value), keep=99), range(8))
+        )
+    assert sorted(version.number for version in published) == list(range(1, 9))
+    for value, version in enumerate(published):
+        assert value_of(rzc.load(name, version=version.number)) == value
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "ä", "a" * 129, "a\n", None, 3])
+def test_a_name_is_plain(bad, cluster):
+    for verb in (lambda name: rzc.publish(name, 1), rzc.load, rzc.follow, rzc.versions):
+        with pytest.raises(ValueError, match="1 to 128 letters"):
+            verb(bad)
+
+
+def test_what_cannot_be_made_leaves_the_name_alone(name):
+    def fails():
+        raise OSError("no such checkpoint")
+
+    rzc.publish(name, filled(1))
+    held = bytes(2**20)
+    for error, make in {
+        rzc.CatalogError: fails,
+        rzc.PublishError: lambda: len(held),
+    }.items():
+        with pytest.raises(error, match=r"no such checkpoint|1,048,576 at most"):
+            rzc.publish(name, make=make)
+    with pytest.raises(rzc.PublishError, match="lock"):
+        rzc.publish(name, {"lock": threading.Lock()})
+    assert value_of(rzc.load(name)) == 1
+    assert [version.number for version in rzc.versions(name)] == [1]
+
+
+def test_memory_comes_back(name):
+    def used():
+        gc.collect()
+        resources = ray.available_resources()
+        return ray.cluster_resources()["object_store_memory"] - resources["object_store_memory"]
+
+    before, size = used(), 2500  # 25 MB a version
+    rzc.publish(name, filled(1, size))
+    held = rzc.load(name)
+    for value in range(2, 6):
+        rzc.publish(name, filled(value, size), keep=1)
+    assert value_of(held) == 1
+    rzc.retire(name)
+    del held
+    until(lambda: used() < before + 25_000_000)
+
+
+# --- follow ---------------------------------------------------------------------------------------
+
+
+def test_live_changes_between_calls(name):
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    kept = live()
+    assert live() is kept
+    rzc.publish(name, filled(2))
+    until(lambda: value_of(live()) == 2)
+    assert live.version.number == 2
+    assert value_of(kept) == 1
+    rzc.promote(name, 1)
+    until(lambda: value_of(live()) == 1)
+    rzc.retire(name)
+    assert value_of(live()) == 1
+
+
+def test_live_asks_nobody_while_nothing_changes(name, monkeypatch):
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+
+    def asked(*args):
+        raise AssertionError("a message")
+
+    monkeypatch.setattr(publication, "_ask", asked)
+    monkeypatch.setattr(ray, "get", asked)
+    assert len({id(live()) for _ in range(1000)}) == 1
+
+
+def test_live_lets_go_of_the_old_version(name):
+    import weakref
+
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    old = weakref.ref(live())
+    rzc.publish(name, filled(2))
+    until(lambda: old() is None)
+
+
+def test_many_names_are_followed_in_one_call(name):
+    names = [f"{name}/{index}" for index in range(5)]
+    for each in names:
+        rzc.publish(each, filled(1))
+    lives = [rzc.follow(each) for each in names]
+    for each in reversed(names):
+        rzc.publish(each, filled(2))
+    until(lambda: {value_of(live()) for live in lives} == {2})
+    threads = [thread for thread in threading.enumerate() if thread.name == "ray_zerocopy.follow"]
+    assert len(threads) == 1
+    state = ray.get(publication.catalog().state.remote())
+    assert [state["names"][each]["followers"] for each in names] == [1] * 5
+    for each in names:
+        rzc.retire(each)
+
+
+def test_a_follower_of_two_names_asks_once_and_waits(name, monkeypatch):
+    """A new question ends the one before, whose answer is no reason to ask again."""
+
+    def counted(*args):
+        asked.append(args)
+        return wait(*args)
+
+    asked, wait = [], follower.Follower._wait
+    monkeypatch.setattr(follower.Follower, "_wait", counted)
+    names = [f"{name}/{index}" for index in range(2)]
+    for each in names:
+        rzc.publish(each, filled(1))
+    lives = [rzc.follow(each) for each in names]
+    time.sleep(1)
+    asked.clear()
+    time.sleep(2)
+    assert not asked
+    assert {value_of(live()) for live in lives} == {1}
+    for each in names:
+        rzc.retire(each)
+
+
+def test_live_travels_by_name(name, start):
+    class User:
+        def __init__(self, live):
+            self.live = live
+
+        def value(self):
+            return value_of(self.live())
+
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    assert len(pickle.dumps(live)) < 200
+    assert value_of(pickle.loads(pickle.dumps(live))()) == 1
+    (user,) = [ray.remote(User).options(num_cpus=0).remote(live)]
+    assert ray.get(user.value.remote()) == 1
+    rzc.publish(name, filled(2))
+    until(lambda: ray.get(user.value.remote()) == 2)
+    ray.kill(user)
+
+
+def test_threads_see_whole_versions_only(name):
+    rzc.publish(name, filled(0))
+    live, done, seen = rzc.follow(name), threading.Event(), set()
+
+    def use():
+        while not done.wait(0.001):
+            seen.add(value_of(live()))
+
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use) for _ in range(4)]
+        for value in range(1, 6):
+            rzc.publish(name, filled(value))
+        until(lambda: 5 in seen)
+        done.set()
+        for user in users:
+            user.result()
+    assert seen <= set(range(6))
+
+
+def test_the_verbs_can_be_awaited(name):
+    async def publish_and_follow():
+        version = await rzc.aio.publish(name, filled(1))
+        live = await rzc.aio.follow(name)
+        loaded = await rzc.aio.load(name)
+        return version.number, value_of(live()), value_of(loaded)
+
+    assert asyncio.run(publish_and_follow()) == (1, 1, 1)
+
+
+# --- the faces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["version", "live"])
+def test_the_faces_take_what_is_published(name, kind):
+    version, x = rzc.publish(name, filled(1)), torch.ones(1, 64)
+    published = version if kind == "version" else rzc.follow(name)
+    now = 2 if kind == "live" else 1
+    wrapper = pickle.loads(pickle.dumps(rzc.ModelWrapper.from_model(published)))
+    fast = rzc.rewrite_pipeline({"model": published})["model"]
+    predictor = rzc.data.Predictor(published)
+    assert ray.get(rzc.call_model.remote(published, (x,)))[0, 0] == fast(x)[0, 0] == 65
+
+    rzc.publish(name, filled(2))
+    if kind == "live":
+        until(lambda: published.version.number == 2)
+        until(lambda: value_of(predictor.model) == 2)
+    assert value_of(wrapper.load()) == now
+    assert value_of(predictor.model) == now
+    assert ray.get(rzc.call_model.remote(published, (x,)))[0, 0] == 65 * now
+    assert pickle.loads(pickle.dumps(fast))(x)[0, 0] == 65 * now
+
+
+# --- across jobs ----------------------------------------------------------------------------------
+
+
+def other_job(code, *args, env=None):
+    """Run a script as a job of its own in the suite's Ray."""
+    address = ray.get_runtime_context().gcs_address
+    how = {"log_to_driver": False, **(env or {})}
+    head = f"import ray, sys, ray_zerocopy as rzc; ray.init({address!r}, **{how!r})\n"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", head + code, *args],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def test_a_version_outlives_its_publisher(name):
+    code = "import models; print(rzc.publish(sys.argv[1], models.simple().model).number)"
+    done = other_job(code, name)
+    assert done.stdout.strip() == "1", done.stderr
+    assert_exact(simple().model, rzc.load(name))
+
+
+def test_make_from_a_working_dir_is_told_at_publish(name, tmp_path):
+    Path(tmp_path, "only_in_this_job.py").write_text("def make(): return [1]")
+    code = """
+import only_in_this_job
+try:
+    rzc.publish(sys.argv[1], make=only_in_this_job.make)
+except rzc.PublishError as error:
+    print(error)
+"""
+    code = f"sys.path.insert(0, {str(tmp_path)!r})\n{code}"
+    done = other_job(code, name, env={"runtime_env": {"working_dir": str(tmp_path)}})
+    assert "No module named 'only_in_this_job'" in done.stdout, done.stderr
+    assert "register_pickle_by_value" in done.stdout
+    assert name not in rzc.published()
+
+
+def test_nothing_starts_before_the_first_publish():
+    @run
+    def fresh():
+        import pytest
+        import ray
+        import ray_zerocopy as rzc
+
+        ray.init(address="local", num_cpus=1, object_store_memory=80_000_000)
+        assert rzc.published() == rzc.versions("a") == []
+        with pytest.raises(rzc.UnknownVersionError, match="nothing is published"):
+            rzc.load("a")
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+
+
+def test_the_actors_take_no_cpu_and_are_told_by_their_class(name):
+    rzc.publish(name, filled(1))
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = {each["name"] for each in named if each["namespace"] == catalog.NAMESPACE}
+    assert ours == {"catalog", "owner"}
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
