@@ -27,6 +27,7 @@ def test_five_nodes_are_sent_it_and_one_without_room_is_told():
         import ray_zerocopy as rzc
         from ray.cluster_utils import Cluster
         from ray.experimental import get_object_locations
+        from ray_zerocopy.registry import catalog
 
         cluster = Cluster()
         for index in range(5):
@@ -45,6 +46,12 @@ def test_five_nodes_are_sent_it_and_one_without_room_is_told():
             again = rzc.prefetch(ref, sorted(have))
             assert set(again.values()) == {0.0}
             assert ray.get(ref)[-1] == (12 << 20) - 1
+
+            rzc.publish("five", [1])
+            for name in ("catalog", "owner"):
+                actor = ray.get_actor(name, catalog.NAMESPACE)
+                where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+                assert ray.get(where) == ray.get_runtime_context().get_node_id(), "not the head"
         finally:
             ray.shutdown()
             cluster.shutdown()

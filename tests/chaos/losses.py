@@ -145,9 +145,21 @@ class Stage:
 def place(node):
     """Have the cluster's actors run on this node, until it is lost."""
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    anywhere = catalog.ACTOR | {"resources": {}, "memory": 1}  # soft counts where one is asked for
     for name, kind in (("owner", Owner), ("catalog", catalog.Catalog)):
-        actor = ray.remote(kind).options(name=name, scheduling_strategy=where, **catalog.ACTOR)
-        ray.get(actor.remote().__ray_ready__.remote(), timeout=catalog.START_S)
+        actor = ray.remote(kind).options(name=name, scheduling_strategy=where, **anywhere).remote()
+        assert runs_on(actor) == node.node_id
+
+
+def runs_on(actor):
+    asked = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+    return ray.get(asked, timeout=catalog.START_S)
+
+
+def nodes_of(name):
+    """Where the block of a name lies."""
+    ref = rzc.versions(name)[-1].ref
+    return ray.experimental.get_object_locations([ref])[ref]["node_ids"]
 
 
 def refused(error, told, action):
@@ -216,6 +228,7 @@ def _published(stage):
     _, b, c = stage.nodes
     stage.on(b, "publish", "make", KINDS["make"], True)
     stage.on(c, "publish", "object", KINDS["object"], False)
+    assert [nodes_of(name) for name in KINDS] == [[b.node_id], [c.node_id]]
     rzc.publish("random", make=lambda: torch.nn.Linear(1500, 1500))
     _hold(stage)
 
@@ -290,6 +303,7 @@ def block_lost_with_a_copy_elsewhere(stage):
     stage.on(c, "publish", "healed", 2, True)
     stage.on(c, "publish", "unhealed", 3, False)
     stage.on(b, "publish", "moved", 4, True)
+    assert nodes_of("unhealed") == [c.node_id]
     assert stage.everywhere("hold", "moved") == {4}
     stage.on(b, "hold", "copied")
     stage.lose(c)
@@ -343,7 +357,7 @@ def main():
         try:
             row(stage)
             told = "stands"
-        except Exception:  # told, and the next one has its turn
+        except (Exception, pytest.fail.Exception):  # told, and the next one has its turn
             told = traceback.format_exc().replace("\n", "\\n")
         print(f"row\t{name}\t{told}", flush=True)
         print(f"{name}: {time.monotonic() - start_s:.1f} s", file=sys.stderr, flush=True)

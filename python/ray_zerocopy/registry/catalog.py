@@ -28,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_zerocopy import metrics
 from ray_zerocopy.errors import (
@@ -40,7 +39,7 @@ from ray_zerocopy.errors import (
 )
 from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.registry.owner import Key, Made, Owner, Plan, Source, at
+from ray_zerocopy.registry.owner import Key, Made, Owner, Plan, Source
 
 NAMESPACE = "ray_zerocopy"
 ACTOR = {
@@ -48,6 +47,7 @@ ACTOR = {
     "lifetime": "detached",
     "get_if_exists": True,
     "num_cpus": 0,
+    "resources": {"node:__internal_head__": 0.001},  # without that node there is no cluster
     "max_restarts": -1,
     "max_concurrency": 100_000,  # every follower of the cluster waits in one call
 }
@@ -143,7 +143,7 @@ class Catalog:
         self._up: asyncio.Task[None] | None = None
         for name in self._entries:
             self._count(name)
-        owner = ray.remote(Owner).options(name="owner", scheduling_strategy=head(), **ACTOR)
+        owner = ray.remote(Owner).options(name="owner", **ACTOR)
         self._owner = owner.remote()
 
     # --- publishing ---------------------------------------------------------------------------
@@ -530,14 +530,6 @@ def _ours(error: ray.exceptions.RayTaskError) -> Exception:
     return CatalogError(f"the block could not be made: {type(cause).__name__}: {cause}")
 
 
-def head() -> NodeAffinitySchedulingStrategy | str:
-    """Give where the cluster's actors run: the head node, without which there is no cluster."""
-    for node in ray.nodes():
-        if node["Alive"] and "node:__internal_head__" in node["Resources"]:
-            return at(node["NodeID"])
-    return "DEFAULT"
-
-
 def start(address: str) -> None:
     """Start the catalog of a cluster, unless it is there: as a job of its own, which then ends.
 
@@ -545,5 +537,5 @@ def start(address: str) -> None:
     path would go with it.
     """
     ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    catalog = ray.remote(Catalog).options(name="catalog", scheduling_strategy=head(), **ACTOR)
+    catalog = ray.remote(Catalog).options(name="catalog", **ACTOR)
     ray.get(catalog.remote().names.remote(), timeout=START_S)

@@ -104,7 +104,8 @@ class Owner:
         if copied:
             block, (nbytes, digest, stored) = await self._copy(key, plan.node, copied)
         else:
-            block, facts = _build.options(scheduling_strategy=at(plan.node)).remote(key, plan)
+            there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
+            block, facts = _build.options(scheduling_strategy=there).remote(key, plan)
             nbytes, digest, stored = await facts
         if not stored:
             return Made(nbytes, digest)
@@ -114,16 +115,17 @@ class Owner:
 
     async def _copy(self, key: Key, node: str, copied: list[ray.ObjectRef]) -> Any:
         """Have an object copied by the node's copier: the block, and what `_build` says of one."""
-        copier = self._let_go(node) or Copier.options(scheduling_strategy=at(node)).remote()  # type: ignore[attr-defined]
+        there = NodeAffinitySchedulingStrategy(node, soft=False)  # soft, Ray puts actors anywhere
+        copier = self._let_go(node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
         leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, node)
         self._copiers[node] = copier, leaving
         block, facts = copier.copy.remote(key, copied)
         try:
             return block, await facts
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             self._let_go(node)
             raise CatalogError(
-                f"{key[0]!r} was not copied, publish it again; who copied it died: {error}"
+                f"{key[0]!r} was not copied, publish it again; who copied it is gone: {error}"
             ) from error
 
     def _let_go(self, node: str) -> Any:
@@ -150,11 +152,6 @@ class Owner:
         """Let go of blocks; their bytes are free when nobody has them mapped."""
         for key in keys:
             self._blocks.pop(key, None)
-
-
-def at(node: str) -> NodeAffinitySchedulingStrategy:
-    """Run there, or where that node is gone anywhere."""
-    return NodeAffinitySchedulingStrategy(node, soft=True)
 
 
 @ray.remote(num_cpus=0, max_concurrency=8)
