@@ -36,8 +36,10 @@ from duel import (  # noqa: E402
     touch_store,
 )
 from fidelity import TRAITS, obeys  # noqa: E402
+from followers import message_nbytes, time_live, time_updates  # noqa: E402
 from newcomer import AtHome, time_firsts  # noqa: E402
 from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
+from prefetching import NBYTES, time_sending  # noqa: E402
 from rivals import CONTENDERS, Floor, Ours, PlainRay, PlainWay, Prefaulted, RayFlag  # noqa: E402
 from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
 
@@ -151,7 +153,7 @@ def sections(only=None):
         (6 * GIB, [], [fresh_worker, running]),
         (3 * GIB, [], [from_disk, publish_memory, memory, memory_over_models]),
         (9 * GIB, [eight_workers], []),
-        (1 * GIB, [traits, importing], []),
+        (1 * GIB, [traits, importing, followers], []),
     )
     for nbytes, *each in stores:
         new, used = (
@@ -163,6 +165,8 @@ def sections(only=None):
                 if used:
                     touch_store()
                 yield from map(step, used)
+    if only is None or prefetching.__name__ in only:
+        yield step(prefetching)  # in a cluster of its own
 
 
 def step(write, *arguments):
@@ -608,6 +612,38 @@ print(time.perf_counter() - start)"""
     ]
     return section(
         "Import", f"`import ray_zerocopy` after ray and torch: {ms(median(seconds))} ms."
+    )
+
+
+def followers():
+    asked, told = message_nbytes()
+    rows = []
+    for processes, each in ((20, 1), (20, 10)):
+        half_s, all_s, cpu_s = time_updates(processes, each)
+        count = processes * each
+        cells = (ms(half_s), ms(all_s), f"{count / all_s:,.0f}", f"{1e6 * cpu_s / count:,.0f}")
+        rows.append([f"{count} in {processes} processes", *cells])
+    return section(
+        "Followers",
+        "A publish of 32 MiB: milliseconds from when `publish` returns until half of the followers, "
+        "and all of them, answer with the new weights; what the catalog computes for each. "
+        f"`live()` takes {1e6 * time_live():.2f} µs while nothing changes. A follower of one name "
+        f"sends {asked} bytes every 15 to 30 seconds, and after each change, which it is told of in "
+        f"{told} bytes.",
+        table(["", "half, ms", "all, ms", "followers a second", "catalog, µs each"], rows),
+    )
+
+
+def prefetching():
+    rows = [
+        [way, ms(seconds), *(mib(nbytes) for nbytes in sent)]
+        for way, (seconds, sent) in time_sending().items()
+    ]
+    return section(
+        "To five nodes",
+        f"A block of {mib(NBYTES)} MiB from one node to four others, all on this machine: what it "
+        "takes, and MiB that leave each node, as Ray counts them.",
+        table(["", "ms", *(f"sender {place}" for place in range(1, 6))], rows),
     )
 
 
