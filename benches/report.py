@@ -625,11 +625,11 @@ def followers():
         rows.append([f"{count} in {processes} processes", *cells])
     return section(
         "Followers",
-        "A publish of 32 MiB: milliseconds from when `publish` returns until half of the followers, "
-        "and all of them, answer with the new weights; what the catalog computes for each. "
+        "A publish of 32 MiB: from when `publish` returns until half of the followers, and all of "
+        "them, answer with the new weights; what the catalog computes for each of them. "
         f"`live()` takes {1e6 * time_live():.2f} µs while nothing changes. A follower of one name "
-        f"sends {asked} bytes every 15 to 30 seconds, and after each change, which it is told of in "
-        f"{told} bytes.",
+        f"sends {asked} bytes each 15 to 30 seconds and after a change, of which {told} bytes "
+        "tell it.",
         table(["", "half, ms", "all, ms", "followers a second", "catalog, µs each"], rows),
     )
 

@@ -1,0 +1,100 @@
+"""Many who follow one name: how soon after a publish each of them answers with it.
+
+A process here takes 300 MB, so beyond 20 of them each stands for several: every follower has a
+long poll of its own and loads for itself, as it would in a process of its own.
+"""
+
+import os
+import pickle
+import time
+from statistics import median
+from unittest.mock import patch
+
+import psutil
+import ray
+import ray_zerocopy as rzc
+import subjects
+from ray_zerocopy.registry import catalog, follower
+
+SETTLE_S = 2.0  # for the last swaps, and their garbage
+PATIENCE_S = 120.0
+
+
+@ray.remote(num_cpus=0)
+class Crowd:
+    """A process with followers of a name."""
+
+    def __init__(self, name, count):
+        self.lives = [self.follow(name) for _ in range(count)]
+
+    def follow(self, name):
+        with patch.object(follower, "_FOLLOWER", follower.Follower()):
+            return rzc.follow(name)
+
+    def when(self, number):
+        """When each of them answers with this version, by the machine's monotonic clock."""
+        waiting, seen_s = list(self.lives), []
+        deadline_s = time.monotonic() + PATIENCE_S
+        while waiting and time.monotonic() < deadline_s:
+            behind = [live for live in waiting if live.version.number < number]
+            seen_s += [time.monotonic()] * (len(waiting) - len(behind))
+            waiting = behind
+            time.sleep(0.005)
+        return seen_s
+
+
+def time_updates(processes, each, rounds=10):
+    """Publish again and again: (seconds to the first half, to all, of the catalog's CPU).
+
+    Medians; seconds from when `publish` returns.
+    """
+    name, count = f"followed/{processes}x{each}", processes * each
+    number = rzc.publish(name, weights(0)).number
+    crowds = [Crowd.remote(name, each) for _ in range(processes)]
+    ray.get([crowd.__ray_ready__.remote() for crowd in crowds])
+    decider, halves_s, all_s, cpu_s = process("catalog"), [], [], []
+    for _ in range(rounds):
+        asked = [crowd.when.remote(number + 1) for crowd in crowds]
+        time.sleep(SETTLE_S)
+        before_s = sum(decider.cpu_times()[:2])
+        number = rzc.publish(name, weights(number)).number
+        start_s = time.monotonic()
+        seen_s = sorted(at - start_s for told in ray.get(asked) for at in told)
+        assert len(seen_s) == count, "a follower is not told"
+        halves_s.append(median(seen_s))
+        all_s.append(seen_s[-1])
+        cpu_s.append(sum(decider.cpu_times()[:2]) - before_s)
+    for crowd in crowds:
+        ray.kill(crowd)
+    rzc.retire(name)
+    return median(halves_s), median(all_s), median(cpu_s)
+
+
+def weights(value):
+    """Another model of the same 32 MiB each time."""
+    model = subjects.linears(8, 1024)
+    next(model.parameters()).data.fill_(value)
+    return model
+
+
+def process(name):
+    actor = ray.get_actor(name, catalog.NAMESPACE)
+    return psutil.Process(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+
+
+def message_nbytes():
+    """What a follower of one name sends, and what it is told: pickled, without Ray's envelope."""
+    version = rzc.publish("followed/message", [1])
+    asked = ("0" * 32, {version.name: (version.number, version.generation)}, 30.0)
+    told = {version.name: version}
+    return len(pickle.dumps(asked)), len(ray.cloudpickle.dumps(told))
+
+
+def time_live(count=100_000):
+    """Seconds that `live()` takes while nothing changes."""
+    rzc.publish("followed/still", [1])
+    live = rzc.follow("followed/still")
+    start_s = time.perf_counter()
+    for _ in range(count):
+        live()
+    return (time.perf_counter() - start_s) / count
