@@ -31,6 +31,9 @@ const FILLED_AT_ONCE: usize = 16 << 20;
 /// takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
+/// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
+const TRIES: u32 = 5;
+
 /// A block mapped into this process.
 #[derive(Debug)]
 pub enum Pages {
@@ -195,12 +198,12 @@ fn unsupported(reason: impl Into<String>) -> Error {
 #[cfg(target_os = "linux")]
 mod system {
     use std::fs::{self, File};
-    use std::io;
+    use std::io::{self, ErrorKind};
     use std::iter;
     use std::path::{Path, PathBuf};
     use std::sync::Mutex;
 
-    use super::{SETTLED_AFTER, Stop, unsupported};
+    use super::{SETTLED_AFTER, Stop, TRIES, unsupported};
     use crate::error::{Error, Result};
     use crate::huge::Placed;
     use crate::layout::Piece;
@@ -312,13 +315,18 @@ mod system {
         let Ok(map) = Placed::shared(&file, backing.offset, piece.nbytes) else {
             return;
         };
-        while !stop.is_set() && map.is_huge() != Some(true) {
+        let all = || map.huge_nbytes(map.chunks()) == Some(map.chunks().len());
+        let mut tries = 0;
+        while !stop.is_set() && tries < TRIES && !all() {
             if file.try_lock().is_ok() {
-                // where the kernel refuses, they stay small
-                let _ = map.collapse_all(|| stop.is_set());
-                return;
+                let made = map.collapse_all(|| stop.is_set());
+                let _ = file.unlock();
+                if made.is_err_and(|error| error.kind() != ErrorKind::OutOfMemory) {
+                    return; // for good; no 2 MiB in one piece, or pages in use, are another matter
+                }
+                tries += 1;
             }
-            stop.wait(SETTLED_AFTER);
+            stop.wait(SETTLED_AFTER * (1 << tries));
         }
     }
 }
