@@ -124,7 +124,7 @@ def test_every_truncation_and_foreign_files_are_refused(path):
     with pytest.raises(rzc.BlockError, match=rf"should have {len(whole)} bytes"):
         rzc.restore(path)
     path.write_bytes(b"PK\3\4" + whole)
-    with pytest.raises(rzc.BlockError, match="not a snapshot"):
+    with pytest.raises(rzc.BlockError, match=rf"{path.name}: not a snapshot"):
         rzc.restore(path)
 
 

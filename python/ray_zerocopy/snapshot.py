@@ -175,14 +175,20 @@ def _is_url(path: str) -> bool:
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[BinaryIO]:
-    if not _is_url(path):
-        with open(path, "rb") as file:
+    """Open a snapshot; what is wrong with it is told with its path."""
+    try:
+        with _open(path) as file:
             yield file
-        return
+    except BlockError as error:
+        raise BlockError(f"{path}: {error}") from error
+
+
+def _open(path: str) -> Any:
+    if not _is_url(path):
+        return open(path, "rb")
     import fsspec
 
-    with fsspec.open(path, "rb") as file:
-        yield file
+    return fsspec.open(path, "rb")
 
 
 @contextlib.contextmanager
