@@ -47,10 +47,12 @@ _METRICS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str, tuple[s
 LOADING = ContextVar("ray_zerocopy_loading", default="")
 """The name under which what is being loaded was published."""
 
+_Series = tuple[str, tuple[str, ...]]  # a metric and its tags
+
 _lock = threading.Lock()
 _recorded: list[tuple[str, float, tuple[str, ...]]] = []
 _flushing = False
-_standing: dict[tuple[str, tuple[str, ...]], float] = {}
+_standing: dict[_Series, float] = {}
 _repeating = False
 _made: dict[str, Any] = {}
 
@@ -91,22 +93,21 @@ def flush() -> None:
         recorded, _recorded[:] = _recorded[:], []
         if not ray.is_initialized():
             return
-        counted: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        counted: Counter[_Series] = Counter()
+        changed: dict[_Series, float] = {}
         for metric, value, tags in recorded:
             kind = _METRICS[metric][0]
             if kind == "counter":
                 counted[metric, tags] += value  # type: ignore[assignment]
             elif kind == "gauge":
-                _standing[metric, tags] = value
+                changed[metric, tags] = value
             else:
                 _metric(metric).observe(value, _named(metric, tags))
         for (metric, tags), value in counted.items():
             if value > 0:
                 _metric(metric).inc(value, _named(metric, tags))
-        for (metric, tags), value in list(_standing.items()):
-            _metric(metric).set(value, _named(metric, tags))
-            if not value:  # let Ray forget it
-                del _standing[metric, tags]
+        _standing.update(changed)
+        _set(changed)
         if _standing and not _repeating:
             _repeating = True
             threading.Thread(target=_repeat, name="ray_zerocopy.gauges", daemon=True).start()
@@ -115,7 +116,16 @@ def flush() -> None:
 def _repeat() -> None:
     while True:
         time.sleep(_REPEAT_S)
-        flush()
+        with _lock:
+            if ray.is_initialized():
+                _set(dict(_standing))
+
+
+def _set(gauges: dict[_Series, float]) -> None:
+    for (metric, tags), value in gauges.items():
+        _metric(metric).set(value, _named(metric, tags))
+        if not value:  # let Ray forget it
+            del _standing[metric, tags]
 
 
 def _named(metric: str, tags: tuple[str, ...]) -> dict[str, str]:
