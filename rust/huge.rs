@@ -42,6 +42,9 @@ const MOMENTS_MS: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
 /// from the crumbs of memory that was never given back.
 const DEAR: Duration = Duration::from_millis(1);
 
+/// How many pages of a block at most are asked, to speak for all of them.
+const ASKED: usize = 8;
+
 /// In place of nanoseconds: the kernel makes no huge pages here.
 const REFUSED: u64 = u64::MAX;
 
@@ -139,12 +142,20 @@ impl Placed {
         Ok(())
     }
 
-    /// Whether the last page that can be huge is, which speaks for all: they become so in order.
-    /// `None` where the kernel does not tell (before Linux 6.7), or nothing can be huge.
+    /// Whether a page of each eighth is huge, which speaks for all: who lay here before may have left
+    /// some huge and others not. Asked of a mapping that is new. `None` where the kernel does not tell
+    /// (before Linux 6.7), or nothing can be huge.
     pub fn is_huge(&self) -> Option<bool> {
         let chunks = self.chunks();
-        let last = chunks.end.checked_sub(HUGE).filter(|last| chunks.contains(last))?;
-        Some(self.huge_nbytes(last..chunks.end)? > 0)
+        let step = (chunks.len() / HUGE).div_ceil(ASKED) * HUGE;
+        let asked = chunks.len().checked_div(step)?;
+        Some(self.huge_nbytes_of(chunks, step)? >= asked * HUGE)
+    }
+
+    /// How much of this range of [`Placed::chunks`] lies in huge pages; `None` where the kernel does
+    /// not tell (before Linux 6.7).
+    pub fn huge_nbytes(&self, range: Range<usize>) -> Option<usize> {
+        self.huge_nbytes_of(range, HUGE)
     }
 }
 
@@ -248,11 +259,10 @@ mod system {
             }
         }
 
-        /// How much of this range of [`Placed::chunks`] lies in huge pages; `None` where the kernel
-        /// does not tell (before Linux 6.7).
-        pub fn huge_nbytes(&self, range: Range<usize>) -> Option<usize> {
+        /// How much of this range of [`Placed::chunks`] lies in huge pages, of those at each `step`.
+        pub fn huge_nbytes_of(&self, range: Range<usize>, step: usize) -> Option<usize> {
             assert!(self.contains(&range));
-            for address in range.clone().step_by(HUGE) {
+            for address in range.clone().step_by(step) {
                 // only what is in the page table counts
                 touch(address);
             }
@@ -426,7 +436,7 @@ mod system {
         }
 
         /// Never reached.
-        pub fn huge_nbytes(&self, _: Range<usize>) -> Option<usize> {
+        pub fn huge_nbytes_of(&self, _: Range<usize>, _: usize) -> Option<usize> {
             match *self {}
         }
     }
@@ -521,6 +531,18 @@ mod tests {
         assert_eq!(changed(&one), [HUGE]);
         assert_eq!(changed(&other), [2 * HUGE]);
         assert!(read(&private()) == bytes);
+        assert_eq!(private().is_huge(), Some(true));
+    }
+
+    #[test]
+    fn one_small_page_among_huge_ones_is_seen() {
+        let (file, _) = file();
+        let private = || Placed::private(&file, 0, NBYTES).unwrap();
+        let shared = Placed::shared(&file, 0, NBYTES).unwrap();
+        let chunks = shared.chunks();
+        shared.collapse(chunks.start + HUGE..chunks.end).unwrap();
+        assert_eq!(private().is_huge(), Some(false));
+        shared.collapse_all(|| false).unwrap();
         assert_eq!(private().is_huge(), Some(true));
     }
 
