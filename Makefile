@@ -22,12 +22,14 @@ test: build
 	$(BIN)/mypy
 	$(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# KILLS of publishers and readers, then ten minutes of faults at random; the same again with the same SEED.
+# The head lost, for which Debian has redis-server; KILLS of publishers and readers; ten minutes of
+# faults at random, the same again with the same SEED.
 KILLS ?= 100
 MINUTES ?= 10
 SEED ?= 0
 
 chaos: build
+	$(BIN)/python -W ignore tests/chaos/head.py
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
 	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
 
