@@ -28,9 +28,10 @@ KILLS ?= 100
 MINUTES ?= 10
 SEED ?= 0
 
+chaos: export PYTHONPATH = tests
 chaos: build
 	$(BIN)/python -W ignore tests/chaos/head.py
-	PYTHONPATH=tests $(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
+	$(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
 	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
 
 # CASES of each law of table, header, snapshot, layout and view, and of what torch makes of them.

@@ -17,6 +17,7 @@ import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
+from losses import runs_on
 from ray_zerocopy.registry import catalog
 
 SOON_S = 180
@@ -75,9 +76,7 @@ def after():
         if node["Alive"] and "node:__internal_head__" in node["Resources"]
     )
     for name in ("catalog", "owner"):
-        actor = ray.get_actor(name, catalog.NAMESPACE)
-        where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-        assert ray.get(where, timeout=SOON_S) == head
+        assert runs_on(ray.get_actor(name, catalog.NAMESPACE)) == head
 
 
 def drive(act, address):

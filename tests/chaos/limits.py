@@ -142,9 +142,9 @@ def no_file_descriptor():
 def thousands_of_loads_held():
     """A mapping each, of which a process may have 65,530."""
     ref = rzc.put(MODEL)
-    held = [rzc.get(ref, prefault=False) for _ in range(3000)]
-    assert len({loaded.data_ptr() for loaded in held}) == 3000
-    assert all(torch.equal(loaded, MODEL) for loaded in held[::100])
+    held = [rzc.get(ref, prefault=False) for _ in range(30_000)]
+    assert len({loaded.data_ptr() for loaded in held}) == 30_000
+    assert all(torch.equal(loaded, MODEL) for loaded in held[::300])
 
 
 def no_address_space():

@@ -8,6 +8,7 @@
 Run by `test_losses.py` in an interpreter of its own; tells of each row as it stands.
 """
 
+import functools
 import itertools
 import os
 import signal
@@ -15,12 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 
 import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
+from fresh import tell
 from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -352,15 +353,7 @@ ROWS = {
 def main():
     stage = Stage()
     place(stage.nodes[1])
-    for name, row in ROWS.items():
-        start_s = time.monotonic()
-        try:
-            row(stage)
-            told = "stands"
-        except (Exception, pytest.fail.Exception):  # told, and the next one has its turn
-            told = traceback.format_exc().replace("\n", "\\n")
-        print(f"row\t{name}\t{told}", flush=True)
-        print(f"{name}: {time.monotonic() - start_s:.1f} s", file=sys.stderr, flush=True)
+    tell({name: functools.partial(row, stage) for name, row in ROWS.items()}, ROWS)
     ray.shutdown()
     stage.cluster.shutdown()
 

@@ -20,4 +20,4 @@ def rows():
 
 @pytest.mark.parametrize("name", SHORT)
 def test_after_a_kill(rows, name):
-    assert rows.get(name) == "stands"
+    assert rows[name] == "stands"

@@ -20,4 +20,4 @@ def rows():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_at_a_limit(rows, name):
-    assert rows.get(name) == "stands"
+    assert rows[name] == "stands"

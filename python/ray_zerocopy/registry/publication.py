@@ -243,7 +243,7 @@ def is_running() -> bool:
     """Whether anything was ever published in this cluster; its catalog is then there to ask."""
     store.refuse_client()
     try:
-        ray.get_actor("catalog", NAMESPACE)
+        catalog()
     except ValueError:
         if not Manifest().names():
             return False
@@ -252,7 +252,7 @@ def is_running() -> bool:
 
 
 def catalog() -> Any:
-    """Give the handle of the catalog."""
+    """Give the handle of the catalog; raises `ValueError` where there is none."""
     return ray.get_actor("catalog", NAMESPACE)
 
 
@@ -265,7 +265,7 @@ def _start() -> None:
     """Start the catalog where there is none; it takes a few seconds, once in a cluster's life."""
     store.refuse_client()
     try:
-        ray.get_actor("catalog", NAMESPACE)
+        catalog()
     except ValueError:
         address = ray.get_runtime_context().gcs_address
         code = f"from ray_zerocopy.registry import catalog; catalog.start({address!r})"
