@@ -264,7 +264,8 @@ mod system {
             assert!(self.contains(&range));
             for address in range.clone().step_by(step) {
                 // only what is in the page table counts
-                touch(address);
+                // SAFETY: mapped as long as this is.
+                unsafe { page_table::touch(address) };
             }
             scan(range)
         }
@@ -313,12 +314,6 @@ mod system {
         unmap(start, shift);
         unmap(pages.address + mapped, spare - shift);
         Ok(Placed { piece: Piece { address: pages.address + before, nbytes }, pages })
-    }
-
-    /// Brings one page into the page table, and into memory.
-    fn touch(address: usize) {
-        // SAFETY: called with what is mapped, for as long as that is.
-        unsafe { page_table::fill_to_read(Piece { address, nbytes: 1 }) };
     }
 
     /// Unmaps pages of our own that nothing refers to any more.
@@ -392,7 +387,8 @@ mod system {
         let file = File::from(unsafe { OwnedFd::from_raw_fd(file) });
         file.set_len(HUGE as u64)?;
         let placed = Placed::shared(&file, 0, HUGE)?;
-        touch(placed.piece().address);
+        // SAFETY: mapped until the end.
+        unsafe { page_table::touch(placed.piece().address) };
         placed.collapse(placed.chunks())
     }
 }

@@ -6,7 +6,11 @@ use std::ops::Range;
 
 use crate::layout::Piece;
 
-pub use system::{fill_to_read, fill_to_write, give_back, is_in_memory, page};
+pub use system::{fill_to_write, give_back, is_in_memory, page, touch};
+
+/// Of a file, the kernel fills in the pages of so many bytes around one that is read
+/// (`fault_around_bytes`), if they are in memory.
+pub const AROUND: usize = 64 << 10;
 
 /// What tells which pages are in the page table.
 #[derive(Debug)]
@@ -102,8 +106,12 @@ mod system {
     /// refused for another reason faults as it is written.
     #[must_use]
     pub fn fill_to_write(piece: Piece) -> bool {
-        populate(piece, libc::MADV_POPULATE_WRITE)
-            || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
+        let start = piece.address - piece.address % page();
+        let nbytes = piece.address + piece.nbytes - start;
+        // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
+        let filled =
+            unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_POPULATE_WRITE) == 0 };
+        filled || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
     }
 
     /// Gives pages of a file in shared memory back to the system: those of which the piece has all
@@ -115,26 +123,13 @@ mod system {
         unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
     }
 
-    /// Fills in the pages of memory that is about to be read; where the kernel is too old (before
-    /// 5.14), by reading one byte of each.
+    /// Reads a byte, for which the kernel fills in its page, and those around it.
     ///
     /// # Safety
-    /// The memory is readable, and stays so meanwhile.
-    pub unsafe fn fill_to_read(piece: Piece) {
-        if !populate(piece, libc::MADV_POPULATE_READ) {
-            for address in (piece.address..piece.address + piece.nbytes).step_by(page()) {
-                // SAFETY: the caller's promise.
-                unsafe { ptr::read_volatile(address as *const u8) };
-            }
-        }
-    }
-
-    /// Fills in every page of which the piece has a byte.
-    fn populate(piece: Piece, how: libc::c_int) -> bool {
-        let start = piece.address - piece.address % page();
-        let nbytes = piece.address + piece.nbytes - start;
-        // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
-        unsafe { libc::madvise(start as *mut _, nbytes, how) == 0 }
+    /// It is readable.
+    pub unsafe fn touch(address: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { ptr::read_volatile(address as *const u8) };
     }
 }
 
@@ -175,11 +170,13 @@ mod system {
     ///
     /// # Safety
     /// None is asked for.
-    pub unsafe fn fill_to_read(_: Piece) {}
+    pub unsafe fn touch(_: usize) {}
 }
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use std::fs;
+
     use memmap2::{MmapMut, MmapOptions};
 
     use super::*;
@@ -211,10 +208,10 @@ mod tests {
     #[test]
     fn pages_of_a_file_that_were_written_are_told_from_those_that_were_read() {
         let path = std::env::temp_dir().join(format!("rzc-written-{}", std::process::id()));
-        std::fs::write(&path, vec![7; NBYTES]).unwrap();
+        fs::write(&path, vec![7; NBYTES]).unwrap();
         // SAFETY: the file is this test's own.
         let mut map = unsafe { MmapOptions::new().map_copy(&File::open(&path).unwrap()) }.unwrap();
-        std::fs::remove_file(&path).unwrap();
+        fs::remove_file(&path).unwrap();
         let start = map.as_ptr().addr();
         let written = |from, to| {
             let piece = Piece { address: start + from, nbytes: to - from };
@@ -232,10 +229,15 @@ mod tests {
     }
 
     #[test]
-    fn what_will_be_read_is_filled_in() {
-        let memory = MmapMut::map_anon(NBYTES).unwrap();
-        // SAFETY: mapped until the end.
-        unsafe { fill_to_read(piece(&memory)) };
-        assert!(!PageTable::open().lacks(memory.as_ptr().addr() + NBYTES - 1));
+    fn what_is_read_is_filled_in_with_what_is_around_it() {
+        let file = fs::File::open("/proc/self/exe").unwrap();
+        // SAFETY: nobody writes a program that runs.
+        let map = unsafe { MmapOptions::new().len(2 * AROUND).map_copy_read_only(&file) }.unwrap();
+        let start = map.as_ptr().addr();
+        for at in [0, AROUND, 2 * AROUND - 1] {
+            // SAFETY: mapped until the end.
+            unsafe { touch(start + at) };
+        }
+        assert!((0..2 * AROUND).step_by(page()).all(|at| !PageTable::open().lacks(start + at)));
     }
 }

@@ -24,9 +24,6 @@ use crate::layout::Piece;
 use crate::mapping::Backing;
 use crate::page_table::{self, PageTable};
 
-/// What is filled of a page table before anyone is asked whether to go on: about a millisecond.
-const FILLED_AT_ONCE: usize = 16 << 20;
-
 /// How long small pages are left as they are, for the sake of the first output: to make 400 MiB huge
 /// takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
@@ -112,18 +109,20 @@ impl Pages {
     }
 }
 
-/// Fills in the page table, unless it is stopped.
+/// Fills in the page table, unless it is stopped, by one fault for the pages around each.
+///
+/// `MADV_POPULATE_READ` is the slower way, 28 ms for 400 MiB beside 14, and holds the lock of the
+/// process's mappings: whoever starts a thread or allocates much waits for up to 16 ms meanwhile.
 ///
 /// # Safety
 /// The memory is readable, and stays so meanwhile.
 unsafe fn fill(piece: Piece, stop: &Stop) {
-    for start in (0..piece.nbytes).step_by(FILLED_AT_ONCE) {
+    for at in (0..piece.nbytes).step_by(page_table::AROUND).chain(piece.nbytes.checked_sub(1)) {
         if stop.is_set() {
             break;
         }
-        let nbytes = FILLED_AT_ONCE.min(piece.nbytes - start);
         // SAFETY: the caller's promise.
-        unsafe { page_table::fill_to_read(Piece { address: piece.address + start, nbytes }) };
+        unsafe { page_table::touch(piece.address + at) };
     }
 }
 

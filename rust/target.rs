@@ -6,8 +6,10 @@
 //!  in memory, huge                  through a second mapping, where address and offset agree
 //!  in memory, small                 where it is, the page table filled
 //!  not in memory                    through the second mapping, made huge where that is the cheaper way;
-//!                                   else where it is, filled with small pages, made huge afterwards
+//!                                   else where it is, filled with small pages
 //! ```
+//!
+//! What is small in the end is made huge behind the caller's back, for the sake of who reads it.
 
 use std::sync::OnceLock;
 use std::thread::{self, JoinHandle};
@@ -66,8 +68,7 @@ impl Target {
 
     /// The part in the second mapping, if its pages are huge or are made so here.
     fn huge(&self, part: Piece, fresh: bool) -> Option<Piece> {
-        let map = || (self.whole.nbytes >= 2 * HUGE).then(|| Placed::again(self.whole).ok())?;
-        let again = self.again.get_or_init(map).as_ref()?;
+        let again = self.again.get_or_init(|| self.map_again()).as_ref()?;
         let address = again.piece().address + (part.address - self.whole.address);
         let part = Piece { address, ..part };
         // those that start in it; the last may reach into the next part
@@ -89,14 +90,21 @@ impl Target {
         (made && page_table::fill_to_write(part)).then_some(part)
     }
 
+    fn map_again(&self) -> Option<Placed> {
+        (self.whole.nbytes >= 2 * HUGE).then(|| Placed::again(self.whole).ok())?
+    }
+
     /// Gives back what was made ready: of memory that is short, others need some to go on.
     pub fn give_back(self) {
         page_table::give_back(self.whole);
     }
 
     /// Has what was written into small pages made huge, on a thread that ends with that.
-    pub fn settle(self) -> Option<JoinHandle<io::Result<()>>> {
-        let again = self.again.into_inner().flatten().filter(|_| self.prices.left_some_small())?;
+    pub fn settle(mut self) -> Option<JoinHandle<io::Result<()>>> {
+        let again = self.again.take().unwrap_or_else(|| self.map_again())?;
+        if !self.prices.left_some_small() && again.is_huge() != Some(false) {
+            return None;
+        }
         // without a thread, or where the kernel refuses, they stay small
         let collapse = move || again.collapse_all(|| false);
         thread::Builder::new().name("rzc.huge".into()).spawn(collapse).ok()
@@ -170,10 +178,26 @@ mod tests {
             thread::sleep(Duration::from_millis(2));
             Ok(())
         });
-        assert_eq!((write(&target, &mut store), huge_nbytes(&store)), (0, 0));
+        assert_eq!(write(&target, &mut store), 0);
+        settle(target, &store);
+    }
+
+    /// Has small pages made huge, the bytes that [`write`] wrote as they were.
+    fn settle(target: Target, store: &[u8]) {
+        assert_eq!(huge_nbytes(store), 0);
         target.settle().unwrap().join().unwrap().unwrap();
-        assert_eq!(huge_nbytes(&store), NBYTES - HUGE);
+        assert_eq!(huge_nbytes(store), NBYTES - HUGE);
         assert!(store.iter().enumerate().all(|(i, &byte)| byte == (i / 251) as u8));
+        assert!(Target::of(store).settle().is_none());
+    }
+
+    #[test]
+    fn small_pages_that_others_wrote_are_made_huge_afterwards() {
+        let mut store = store("/dev/shm");
+        store.fill(0); // into this page table; of another process's they are in memory only
+        let target = Target::of(&store);
+        assert_eq!(write(&target, &mut store), 0);
+        settle(target, &store);
     }
 
     #[test]
@@ -182,5 +206,6 @@ mod tests {
         assert_eq!(write(&Target::of(&disk), &mut disk), 0);
         let mut own = MmapMut::map_anon(NBYTES).unwrap();
         assert_eq!(write(&Target::of(&own), &mut own), 0);
+        assert!(Target::of(&own).settle().is_none());
     }
 }
