@@ -43,7 +43,7 @@ FLOAT32, MIXTRAL = "float32", "mixtral"
 
 def save(folder):
     """A checkpoint in three shards, the same tied, its snapshot and `torch.save`; two that a loader
-    converts, in float32 and of experts; and an array.
+    converts, in float32 and of experts, and of each the like with one layer; and an array.
     """
     from safetensors.torch import load_file
 
@@ -54,9 +54,16 @@ def save(folder):
             rzc.save(model, folder / SNAPSHOT)
             model.float().save_pretrained(folder / FLOAT32, max_shard_size="600MB")
     subjects.mixtral().save_pretrained(folder / MIXTRAL, max_shard_size="300MB")
+    subjects.llama(layers=1).float().save_pretrained(folder / like(FLOAT32))
+    subjects.mixtral(layers=1).save_pretrained(folder / like(MIXTRAL))
     shards = [load_file(path) for path in files(folder / CHECKPOINT)]
     torch.save({name: tensor for shard in shards for name, tensor in shard.items()}, folder / TORCH)
     np.save(folder / NUMPY, np.random.default_rng(0).random(40_000_000))
+
+
+def like(name):
+    """The small checkpoint that goes with one."""
+    return f"{name}-like"
 
 
 def files(path):
@@ -234,43 +241,52 @@ def race(ways, folder, rounds, between=nothing):
 BUILDS = {"float32 files, cast to bfloat16": FLOAT32, "Mixtral, experts merged": MIXTRAL}
 
 
+ACTS = {
+    "loaded": from_pretrained,
+    "put": lambda path: rzc.put(from_pretrained(path)),
+    "built": partial(rzc.build, from_pretrained),
+}
+
+
 @ray.remote(num_cpus=0)
 class Builder:
-    """A process that has none of the store's pages mapped: of the block it maps what it writes."""
+    """A process that has imported what it will need: a publisher, too, loads a model once."""
 
-    def shares(self, path):
+    def __init__(self, path, small):
+        self.path = path
+        with silence():
+            rzc.build(from_pretrained, small)
+        trim()
+
+    def seconds(self, act):
+        return timed(ACTS[act], self.path)[0]
+
+    def shares(self):
         """What building takes at most: private memory, and all that is beside the block."""
-        ref = rzc.build(from_pretrained, path)  # what is imported on the way is not counted
+        ref, private = with_peak(partial(rzc.build, from_pretrained, self.path))
         nbytes = rzc.inspect(ref).nbytes
         del ref
         trim()
-        ref, private = with_peak(partial(rzc.build, from_pretrained, path))
-        del ref
-        trim()
-        _, resident = with_peak(partial(rzc.build, from_pretrained, path), resident_memory)
+        # of the block, this process maps what it writes
+        _, resident = with_peak(partial(rzc.build, from_pretrained, self.path), resident_memory)
         return private / nbytes, resident / nbytes - 1
 
 
 def builds(folder, rounds):
-    """A row of the table for each build."""
-    builder = Builder.remote()
-    acts = {
-        "loaded": from_pretrained,
-        "built": partial(rzc.build, from_pretrained),
-        "put": lambda path: rzc.put(from_pretrained(path)),
-    }
+    """A row of the table for each build, each time in a new process."""
     for name, path in BUILDS.items():
-        path, seconds = folder / path, {act: [] for act in acts}
-        for count in range(-1, rounds):
-            for act in random.Random(count).sample([*acts], len(acts)):
-                elapsed, result = timed(acts[act], path)
-                del result
-                gc.collect()
-                settle()
-                if count >= 0:  # the first turn imports
-                    seconds[act].append(elapsed)
-        loaded, built, put = (median(seconds[act]) for act in acts)
-        private, beside = ray.get(builder.shares.remote(path))
+        new = partial(Builder.remote, folder / path, folder / like(path))
+        seconds = {act: [] for act in ACTS}
+        for count in range(rounds):
+            builders = {act: new() for act in ACTS}
+            ray.get([builder.__ray_ready__.remote() for builder in builders.values()])
+            settle()
+            for act in random.Random(count).sample([*ACTS], len(ACTS)):
+                np.ones(3 * GIB, np.uint8)  # memory that the machine has had, for whoever comes next
+                seconds[act].append(ray.get(builders[act].seconds.remote(act)))
+                ray.kill(builders[act])
+        private, beside = ray.get(new().shares.remote())
+        loaded, put, built = (median(seconds[act]) for act in ACTS)
         yield [
             name,
             *(ms(loaded), ms(put), ms(built), times(built / loaded)),

@@ -34,14 +34,14 @@ def llama(layers=15, tied=True):
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def mixtral():
+def mixtral(layers=8):
     """743 MiB of bfloat16: experts, which lie in a checkpoint one by one and are merged on load."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         hidden_size=1024,
         intermediate_size=1792,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=2,
         num_local_experts=8,

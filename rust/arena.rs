@@ -19,10 +19,11 @@ use crate::huge::HUGE;
 use crate::layout::Piece;
 use crate::page_table;
 
-/// What is lent before anything lies in huge pages, of which some are held for a few bytes.
-const SMALL: usize = 64 << 20;
+/// Up to so much is lent in small pages: some of the huge ones are held for a few bytes.
+const SMALL: usize = 16 << 20;
 
-/// One part of so many of what is lent may be kept idle besides: loaders merge in steps.
+/// One part of so many of what is lent may be kept idle besides, as loaders merge in steps; or more, if
+/// as much was lent before.
 const IDLE: usize = 8;
 
 /// Shared memory of this process, with pages only where lots lie.
@@ -38,8 +39,9 @@ struct Lots {
     free: BTreeMap<usize, usize>,
     /// What is lent, by its start.
     lent: BTreeMap<usize, Weak<Lot>>,
-    /// Bytes lent.
+    /// Bytes lent, and the most that were.
     nbytes: usize,
+    peak: usize,
     /// Free parts of [`HUGE`] bytes that have kept their pages.
     idle: Vec<usize>,
 }
@@ -66,12 +68,13 @@ impl Arena {
     pub fn lend(self: &Arc<Self>, nbytes: usize) -> Option<Arc<Lot>> {
         let size = nbytes.next_multiple_of(page_table::page()).max(page_table::page());
         let mut lots = lock(&self.lots);
-        let huge = if lots.nbytes < SMALL { 0 } else { nbytes / HUGE };
+        let huge = if lots.nbytes + nbytes <= SMALL { 0 } else { nbytes / HUGE };
         let start = lots.take(size, if huge > 0 { HUGE } else { page_table::page() })?;
         let (piece, held) = (Piece { address: start, nbytes }, vec![HUGE; huge]);
         let lot = Arc::new(Lot { arena: self.clone(), piece, held: Mutex::new(held) });
         lots.lent.insert(start, Arc::downgrade(&lot));
         lots.nbytes += nbytes;
+        lots.peak = lots.peak.max(lots.nbytes);
         let pages = start..start + huge * HUGE;
         let fresh = !lots.wake(start..start + size, &pages, &self.memory);
         drop(lots);
@@ -191,7 +194,7 @@ impl Drop for Lot {
         let pages = (address..small).step_by(HUGE).zip(held);
         lots.idle.extend(pages.filter(|(_, held)| **held > 0).map(|(start, _)| start));
         lots.take_back(self.piece);
-        let idle = lots.nbytes / IDLE;
+        let idle = (lots.nbytes / IDLE).max(lots.peak - lots.nbytes).min(lots.nbytes);
         lots.rest(idle, &self.arena.memory);
     }
 }
@@ -380,7 +383,8 @@ mod tests {
                 }
             }
             lots.clear();
-            prop_assert!(arena.nbytes() as usize <= SMALL + SMALL / IDLE);
+            let most = lock(&arena.lots).peak.max(SMALL + SMALL / IDLE);
+            prop_assert!(arena.nbytes() as usize <= most);
             drop(first);
             prop_assert_eq!(arena.nbytes(), 0);
             prop_assert_eq!(lock(&arena.lots).free.len(), 1);
