@@ -19,14 +19,10 @@ use std::{mem, process};
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::huge::{HUGE, Placed};
+use crate::huge::{HUGE, Placed, SETTLED_AFTER};
 use crate::layout::Piece;
 use crate::mapping::Backing;
 use crate::page_table::{self, PageTable};
-
-/// How long small pages are left as they are, for the sake of the first output: to make 400 MiB huge
-/// takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
-const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -202,9 +198,9 @@ mod system {
     use std::path::{Path, PathBuf};
     use std::sync::Mutex;
 
-    use super::{SETTLED_AFTER, Stop, TRIES, unsupported};
+    use super::{Stop, TRIES, unsupported};
     use crate::error::{Error, Result};
-    use crate::huge::Placed;
+    use crate::huge::{Placed, SETTLED_AFTER};
     use crate::layout::Piece;
     use crate::mapping::{self, Backing, Mapping};
 

@@ -180,11 +180,8 @@ impl Reader {
         if target.len() >= DIRECT_FROM
             && let Some(direct) = self.prefers_direct()
         {
-            match self
-                .speeds
-                .directly
-                .time(target, |target| read_direct(direct, offset, target, bounce))
-            {
+            let read = |target: &mut [u8]| read_direct(direct, offset, target, bounce);
+            match self.speeds.directly.time(target, read) {
                 Ok(()) => return Ok(()),
                 // whether the file can be read at all, the other way tells
                 Err(_) => self.direct_failed.store(true, Ordering::Relaxed),

@@ -14,11 +14,10 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 use std::{io, slice};
 
 use crate::error::{Error, Result};
-use crate::huge::{HUGE, Placed, Prices};
+use crate::huge::{HUGE, Placed, Prices, SETTLED_AFTER};
 use crate::layout::Piece;
 use crate::page_table::{self, PageTable};
 
@@ -30,14 +29,12 @@ pub struct Target {
     /// All of it once more, where pages can be huge, once a part was not in the page table.
     again: OnceLock<Option<Placed>>,
     prices: Prices,
+    /// Which of [`TARGETS`] it is.
     number: u64,
 }
 
 /// How many there have been in this process.
 static TARGETS: AtomicU64 = AtomicU64::new(0);
-
-/// How long small pages that others have left wait for another target, which goes before them.
-const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 impl Target {
     /// The target that is this memory.
@@ -136,6 +133,7 @@ fn piece(memory: &[u8]) -> Piece {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use std::fs::{self, File};
+    use std::time::Duration;
 
     use memmap2::{MmapMut, MmapOptions};
 
