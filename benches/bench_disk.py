@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import ray_zerocopy as rzc  # noqa: E402
 import subjects  # noqa: E402
-from duel import nothing, session, settle, silence, timed, touch_store  # noqa: E402
+from duel import MIN_ROUNDS, nothing, session, settle, silence, timed, touch_store  # noqa: E402
 from footprint import resident_memory, trim, with_peak  # noqa: E402
 from page import GIB, bold, mib, ms, section, table, times  # noqa: E402
 
@@ -214,11 +214,12 @@ def take(way, folder, between=nothing):
     return Turn(load, put)
 
 
-def race(ways, folder, rounds, between=nothing):
+def race(ways, folder, warm, cold, between=nothing):
     """What ways and floors take in turns: {way: ([Turn], [Turn])}, {path: ([s], [(s, s)])}.
 
-    Warm and cold; a cold floor is buffered and direct. And by way, how much private memory. Cold,
-    the files go from the page cache before the load, and what `between` takes there before the put.
+    So many rounds warm and cold; a cold floor is buffered and direct. And by way, how much private
+    memory. Cold, the files go from the page cache before the load, and what `between` takes there
+    before the put.
     """
     floors = {path: Floor(files(folder / path)) for path in {way.path for way in ways}}
     turns = {way.name: ([], []) for way in ways}
@@ -229,20 +230,23 @@ def race(ways, folder, rounds, between=nothing):
         take(way, folder)  # what is imported on the way is not counted
         evict(files(folder / way.path))
         _, private[way.name] = with_peak(partial(take, way, folder))
-    for count in range(rounds):
+    for count in range(warm):
         for each in random.Random(count).sample(contenders, len(contenders)):
-            path = each if isinstance(each, str) else each.path
-            floor = floors[path]
-            floor.warm()
-            if each is path:
-                read[path][0].append(floor.warm())
-            else:
+            if isinstance(each, Way):
+                floors[each.path].warm()
                 turns[each.name][0].append(take(each, folder))
-            evict(floor.sizes)
-            if each is path:
-                read[path][1].append(floor.cold())
             else:
-                turns[each.name][1].append(take(each, folder, partial(between, floor.sizes)))
+                floors[each].warm()
+                read[each][0].append(floors[each].warm())
+    for count in range(cold):
+        for each in random.Random(count).sample(contenders, len(contenders)):
+            if isinstance(each, Way):
+                paths = floors[each.path].sizes
+                evict(paths)
+                turns[each.name][1].append(take(each, folder, partial(between, paths)))
+            else:
+                evict(floors[each].sizes)
+                read[each][1].append(floors[each].cold())
     return turns, read, private
 
 
@@ -321,9 +325,9 @@ def saved():
 
 def from_disk():
     with saved() as folder:
-        ours = [*rows(OURS, folder, attrgetter("put"), rounds=5, between=evict)]
+        ours = [*rows(OURS, folder, attrgetter("put"), MIN_ROUNDS, 5, evict)]
         able, refusals = enlist(RIVALS, folder)
-        rivals = [*rows(able, folder, attrgetter("total"), rounds=3)]
+        rivals = [*rows(able, folder, attrgetter("total"), 3, 3)]
         rivals += [[name, reason, *[""] * 4] for name, reason in refusals.items()]
         built = [*builds(folder, rounds=5)]
     header = ["", "warm, ms", "x pread", "cold, ms", "x best", "private memory"]
@@ -362,9 +366,9 @@ def enlist(ways, folder):
     return able, refusals
 
 
-def rows(ways, folder, part, rounds, between=nothing):
-    """A row of the table for each way; `part` is of a `Turn`."""
-    turns, read, private = race(ways, folder, rounds, between)
+def rows(ways, folder, part, *how):
+    """A row of the table for each way; `part` is of a `Turn`, the rest as for `race`."""
+    turns, read, private = race(ways, folder, *how)
     for way in ways:
         warm, cold = (median(map(part, each)) for each in turns[way.name])
         pread, best = read[way.path]

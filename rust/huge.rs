@@ -67,6 +67,11 @@ impl Prices {
         huge <= DEAR.as_nanos() as u64 || huge <= self.small.load(Ordering::Relaxed)
     }
 
+    /// Whether any huge page has been made.
+    pub fn know_huge(&self) -> bool {
+        self.huge.load(Ordering::Relaxed) > 0
+    }
+
     /// Makes huge pages; false where the kernel refuses.
     pub fn time_huge(&self, nbytes: usize, make: impl FnOnce() -> io::Result<()>) -> bool {
         let started = Instant::now();

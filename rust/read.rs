@@ -31,6 +31,10 @@ const CHUNK: usize = 1 << 20;
 /// cache.
 const PART: usize = 256 << 10;
 
+/// What tells for a chunk whether it is in the page cache: to ask for all of it takes 9 us for a MiB, a
+/// tenth of the time to read it from there; for so much, 1.5.
+const SAMPLE: usize = 64 << 10;
+
 /// The alignment of what is read past the cache: that of no disk's blocks is larger.
 const BLOCK: usize = 4096;
 
@@ -132,7 +136,7 @@ impl Reader {
 
     /// Whether so little of where a range starts is in the page cache that it comes from the disk.
     pub fn is_cold(&self, offset: u64, nbytes: usize) -> bool {
-        let nbytes = nbytes.min(CHUNK);
+        let nbytes = nbytes.min(SAMPLE);
         system::cached(&self.file, offset, nbytes).is_some_and(|cached| cached < nbytes as u64 / 2)
     }
 

@@ -11,6 +11,7 @@
 //!
 //! What is small in the end is made huge behind the caller's back, for the sake of who reads it.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -92,7 +93,16 @@ impl Target {
         if !self.prices.prefer_huge() {
             return None;
         }
-        let made = self.prices.time_huge(chunks.len(), || again.make(chunks));
+        let make = |chunks: Range<usize>| {
+            chunks.is_empty() || self.prices.time_huge(chunks.len(), || again.make(chunks))
+        };
+        let made = if self.prices.know_huge() {
+            make(chunks)
+        } else {
+            // the first page of all tells what the others would cost
+            let second = first + HUGE;
+            make(first..second) && self.prices.prefer_huge() && make(second..chunks.end)
+        };
         // the ends, and what was not collapsed
         (made && page_table::fill_to_write(part)).then_some(part)
     }
