@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::huge::{HUGE, Placed, SETTLED_AFTER};
 use crate::layout::Piece;
 use crate::mapping::Backing;
-use crate::page_table::{self, PageTable};
+use crate::page_table::{self, AROUND, PageTable};
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -76,27 +76,27 @@ impl Pages {
     pub unsafe fn prefault(&self) -> Prefault {
         let piece = self.piece();
         // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-        Prefault::start(move |stop| unsafe { fill(piece, stop) })
+        Prefault::start(move |stop| unsafe { fill(piece, AROUND, stop) })
     }
 
-    /// Starts to do what makes reads fast: nothing where pages are huge or in the page table. Others
-    /// are filled in, and a second later made huge, by one process of the node.
+    /// Starts to do what makes reads fast: nothing where pages are in the page table. Others are filled
+    /// in, and small ones a second later made huge, by one process of the node.
     ///
     /// # Safety
     /// The pages outlive what is returned.
     pub unsafe fn settle(&self) -> Option<Prefault> {
         let piece = self.piece();
         let last = piece.address + piece.nbytes.checked_sub(HUGE)?;
-        let beneath = match self {
+        let (step, beneath) = match self {
             Pages::Copied(_) => return None,
             Pages::Shared(_) if !PageTable::open().lacks(last) => return None,
-            Pages::Shared(_) => None,
-            Pages::Private { map, .. } if map.is_huge() == Some(true) => return None,
-            Pages::Private { beneath, backing, .. } => Some((*beneath, backing.clone())),
+            Pages::Shared(_) => (AROUND, None),
+            Pages::Private { map, .. } if map.is_huge() == Some(true) => (HUGE, None),
+            Pages::Private { beneath, backing, .. } => (AROUND, Some((*beneath, backing.clone()))),
         };
         Some(Prefault::start(move |stop| {
             // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-            unsafe { fill(piece, stop) };
+            unsafe { fill(piece, step, stop) };
             if let Some((beneath, backing)) = beneath {
                 stop.wait(SETTLED_AFTER);
                 system::make_huge(beneath, &backing, stop);
@@ -105,15 +105,15 @@ impl Pages {
     }
 }
 
-/// Fills in the page table, unless it is stopped, by one fault for the pages around each.
+/// Fills in the page table, unless it is stopped, by one fault for the pages around each `step`.
 ///
 /// `MADV_POPULATE_READ` is the slower way, 28 ms for 400 MiB beside 14, and holds the lock of the
 /// process's mappings: whoever starts a thread or allocates much waits for up to 16 ms meanwhile.
 ///
 /// # Safety
 /// The memory is readable, and stays so meanwhile.
-unsafe fn fill(piece: Piece, stop: &Stop) {
-    for at in (0..piece.nbytes).step_by(page_table::AROUND).chain(piece.nbytes.checked_sub(1)) {
+unsafe fn fill(piece: Piece, step: usize, stop: &Stop) {
+    for at in (0..piece.nbytes).step_by(step).chain(piece.nbytes.checked_sub(1)) {
         if stop.is_set() {
             break;
         }
@@ -423,8 +423,10 @@ mod tests {
         file.unlock().unwrap();
         settled.wait();
         assert_eq!(private().huge_nbytes(), Some(3 * HUGE));
-        // SAFETY: none is returned.
-        assert!(unsafe { private().settle() }.is_none());
+        let huge = private();
+        // SAFETY: done before the pages go.
+        unsafe { huge.settle() }.unwrap().wait();
+        assert!(!PageTable::open().lacks(huge.piece().address + part.nbytes - 1));
         assert_eq!(read(&one), &store[64..]);
         assert_eq!(read(&private()), &store[64..]);
     }

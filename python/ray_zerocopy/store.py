@@ -108,9 +108,9 @@ def get(
             the one page for this process. `"shared"`: plain views; a write changes the weights of
             every process on the node. `"copy"`: private memory of the model's size.
         prefault: fill the page table, so that the first forward does not. A thread does it while
-            the caller goes on, from the first tensor to the last. `"auto"` leaves huge pages, which
-            need it not; small ones it has filled in, and made huge a second later by one process of
-            the node. True fills them all in and does no more, False leaves them.
+            the caller goes on, from the first tensor to the last. `"auto"` takes one step for each
+            huge page; where they are small it takes more, and has them made huge a second later,
+            by one process of the node. True fills them in and does no more, False leaves them.
         device: copy the tensors there instead of leaving them on the CPU.
         timeout: seconds to wait for the object, as for `ray.get`.
 

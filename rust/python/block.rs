@@ -174,7 +174,8 @@ impl Block {
         self.prefault.get_or_init(|| Some(unsafe { self.pages.prefault() }));
     }
 
-    /// As `prefault`, where pages are not huge; then has them made huge, if no other process does.
+    /// As `prefault`, by few steps where pages are huge; where they are small, has them made huge later,
+    /// if no other process does.
     fn settle(&self) {
         // SAFETY: the block drops it before the pages.
         self.prefault.get_or_init(|| unsafe { self.pages.settle() });
