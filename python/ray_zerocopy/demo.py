@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 class Visit(NamedTuple):
-    """What one worker measured: seconds, and bytes of unique set size gained."""
+    """What one worker measured: seconds, and bytes of private memory gained."""
 
     load: float
     answer: float
@@ -42,13 +42,13 @@ class Worker:
 
     def visit(self, refs: list[Any], tokens: torch.Tensor) -> Visit:
         """Load the model, ask it once, and keep it."""
-        before = unique_nbytes()
+        before = private_nbytes()
         start = time.perf_counter()
         self.model = ray.get(refs[0])
         loaded = time.perf_counter()
         output = infer(self.model, tokens)
         answered = time.perf_counter()
-        return Visit(loaded - start, answered - start, unique_nbytes() - before, output)
+        return Visit(loaded - start, answered - start, private_nbytes() - before, output)
 
     def forget(self) -> None:
         """Drop the model."""
@@ -109,7 +109,7 @@ def report(
 ) -> dict[str, Any]:
     """Print the table, whether all outputs are exact, and the saving; give the figures."""
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    print(f"\n{'':18}{'load':>12}{'first inference':>20}{'unique set size':>20}")
+    print(f"\n{'':18}{'load':>12}{'first inference':>20}{'private memory':>20}")
     for name, visits in (("ray_zerocopy", ours), ("plain Ray", plain)):
         print(name)
         for number, visit in enumerate(visits, 1):
@@ -121,8 +121,8 @@ def report(
     mine, theirs = (sum(visit.growth for visit in visits) for visits in (ours, plain))
     faster = median_load(plain) / median_load(ours)
     print(
-        f"\nFirst inference counts from the request for the model to its first output; unique set\n"
-        f"size is the memory a worker has to itself, measured after it. The model has "
+        f"\nFirst inference counts from the request for the model to its first output; private\n"
+        f"memory is what a worker has to itself, measured after it. The model has "
         f"{nbytes / MIB:,.0f} MiB.\n"
         f"Outputs: {'identical to the source model, to the bit' if exact else 'NOT IDENTICAL'}.\n\n"
         f"ray_zerocopy saves {(theirs - mine) / MIB:,.0f} MiB in {WORKERS} workers "
@@ -156,15 +156,15 @@ def infer(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def unique_nbytes() -> int:
-    """Give the unique set size: the pages that no other process has.
+def private_nbytes() -> int:
+    """Give the private memory (RssAnon), without what is mapped of files, as the store's is.
 
     Free heap goes back to the kernel first, for plain Ray's sake: its load leaves 110 MiB of it.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
 
 
 @contextmanager
