@@ -139,7 +139,7 @@ impl Stop {
     }
 }
 
-/// Pages made ready to be read (`MADV_POPULATE_READ`, `MADV_COLLAPSE`), on a thread of its own.
+/// Pages made ready to be read, by faults and by `MADV_COLLAPSE`, on a thread of its own.
 ///
 /// Dropped, it stops within some milliseconds, and the pages may go.
 #[derive(Debug)]
