@@ -224,29 +224,30 @@ def race(ways, folder, warm, cold, between=nothing):
     floors = {path: Floor(files(folder / path)) for path in {way.path for way in ways}}
     turns = {way.name: ([], []) for way in ways}
     read = {path: ([], []) for path in floors}
-    contenders = [*floors, *ways]
+    contenders = [*((None, path) for path in floors), *((way, way.path) for way in ways)]
     private = {}
     for way in ways:
         take(way, folder)  # what is imported on the way is not counted
         evict(files(folder / way.path))
         _, private[way.name] = with_peak(partial(take, way, folder))
-    for count in range(warm):
-        for each in random.Random(count).sample(contenders, len(contenders)):
-            if isinstance(each, Way):
-                floors[each.path].warm()
-                turns[each.name][0].append(take(each, folder))
-            else:
-                floors[each].warm()
-                read[each][0].append(floors[each].warm())
-    for count in range(cold):
-        for each in random.Random(count).sample(contenders, len(contenders)):
-            if isinstance(each, Way):
-                paths = floors[each.path].sizes
-                evict(paths)
-                turns[each.name][1].append(take(each, folder, partial(between, paths)))
-            else:
-                evict(floors[each].sizes)
-                read[each][1].append(floors[each].cold())
+
+    def in_turns(rounds):
+        for count in range(rounds):
+            for way, path in random.Random(count).sample(contenders, len(contenders)):
+                yield way, path, floors[path]
+
+    for way, path, floor in in_turns(warm):
+        floor.warm()
+        if way is None:
+            read[path][0].append(floor.warm())
+        else:
+            turns[way.name][0].append(take(way, folder))
+    for way, path, floor in in_turns(cold):
+        evict(floor.sizes)
+        if way is None:
+            read[path][1].append(floor.cold())
+        else:
+            turns[way.name][1].append(take(way, folder, partial(between, floor.sizes)))
     return turns, read, private
 
 
