@@ -13,11 +13,10 @@ use std::thread;
 
 use memmap2::MmapMut;
 
-use crate::checksum::{self, Chunks, Summing, xxh3_of};
+use crate::checksum::{self, CHUNK, Chunks, xxh3, xxh3_of};
+use crate::copy::{copy_and_sum, copy_bytes};
 use crate::error::{Error, Result};
 use crate::huge::HUGE;
-#[cfg(target_arch = "x86_64")]
-use crate::layout::ALIGN;
 use crate::layout::{CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Piece, Segment, Span, align_up};
 use crate::read::Bounce;
 use crate::source::Source;
@@ -39,14 +38,6 @@ const LENT_PARTS: usize = 64;
 
 /// Threads that read files, however few the cores: a disk wants several requests at a time.
 const READING: usize = 8;
-
-/// Below this the caches are the better way.
-#[cfg(target_arch = "x86_64")]
-const STREAM_FROM: usize = 64 << 10;
-
-/// What is summed and then copied, while the first cache has it. 400 MiB by two threads, summed: 25 ms
-/// in tiles of 2 or 4 KiB, 29 of 8, and 22 not summed; the best of forty runs took 12.6 each.
-const TILE: usize = 4 << 10;
 
 impl Piece {
     /// The bytes.
@@ -241,14 +232,15 @@ pub unsafe fn place(
         true => (target.len() / LENT_PARTS).clamp(HUGE, PART),
         false => PART,
     };
-    let parts = Mutex::new(parts(target, part, &chunks.ranges, &mut sums).into_iter());
+    let whole = Part { start: 0, target, chunks: &chunks.ranges, sums: &mut sums };
+    let parts = Mutex::new(whole.cut(part).into_iter());
     let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
     let place_parts = || {
         let mut bounce = Bounce::default();
-        while let Some(Part { start, target, summing }) = next() {
-            let mut part = Part { start, target: ready.ready(target)?, summing };
+        while let Some(mut part) = next() {
+            part.target = ready.ready(part.target)?;
             // SAFETY: the caller's promise.
-            let placed = unsafe { place_part(&sources, &mut part, &mut bounce) };
+            let placed = unsafe { place_part(&sources, part, &mut bounce) };
             placed.inspect_err(|_| while next().is_some() {})?; // nor need the others go on
         }
         Ok(())
@@ -270,153 +262,123 @@ pub unsafe fn place(
     Ok(chunks.combine(&sums))
 }
 
-/// A part of a target for one thread, and the sums of the chunks in it.
+/// A part of a target, and the chunks in it, whose sums are asked for.
 struct Part<'a> {
     start: usize,
     target: &'a mut [u8],
-    summing: Summing<'a>,
+    chunks: &'a [Range<usize>],
+    sums: &'a mut [u64],
 }
 
-/// Cuts a target into parts, of at most `nbytes` where it is all chunks, and never within a chunk.
-fn parts<'a>(
-    mut target: &'a mut [u8],
-    nbytes: usize,
-    mut chunks: &'a [Range<usize>],
-    mut sums: &'a mut [u64],
-) -> Vec<Part<'a>> {
-    let (mut parts, mut start) = (Vec::new(), 0);
-    while !target.is_empty() {
-        // what follows the last chunk that fits goes along with it
-        let fit = chunks.partition_point(|chunk| chunk.end <= start + nbytes);
-        let stop = chunks.get(fit).map_or(start + nbytes, |next| next.start.min(start + nbytes));
-        let (part, rest) = target.split_at_mut(target.len().min(stop - start));
-        let (own, other_chunks) = chunks.split_at(fit);
-        let (own_sums, other_sums) = sums.split_at_mut(fit);
-        parts.push(Part { start, target: part, summing: Summing::new(own, own_sums) });
-        (target, chunks, sums, start) = (rest, other_chunks, other_sums, stop);
+impl<'a> Part<'a> {
+    /// Cuts it into parts of at most so many bytes, never within a chunk that is no longer.
+    fn cut(self, nbytes: usize) -> Vec<Part<'a>> {
+        let Part { mut start, mut target, mut chunks, mut sums } = self;
+        let mut parts = Vec::new();
+        while !target.is_empty() {
+            // what follows the last chunk that fits goes along with it
+            let fit = chunks.partition_point(|chunk| chunk.end <= start + nbytes);
+            let next = chunks.get(fit).map_or(usize::MAX, |next| next.start);
+            let stop = next.min(start + nbytes).min(start + target.len());
+            let (part, rest) = target.split_at_mut(stop - start);
+            let (own, other_chunks) = chunks.split_at(fit);
+            let (own_sums, other_sums) = sums.split_at_mut(fit);
+            parts.push(Part { start, target: part, chunks: own, sums: own_sums });
+            (start, target, chunks, sums) = (stop, rest, other_chunks, other_sums);
+        }
+        parts
     }
-    parts
+
+    fn range(&self) -> Range<usize> {
+        self.start..self.start + self.target.len()
+    }
 }
 
-/// The part of [`place`] that starts at this offset.
+/// The sources that have bytes of a range of the target, each with the part of the range that it fills.
+fn within(
+    sources: &[(u64, Source)],
+    range: Range<usize>,
+) -> impl Iterator<Item = (&(u64, Source), Range<usize>)> {
+    let filled = |placed: &(u64, Source)| {
+        let start = placed.0 as usize;
+        start..start + placed.1.nbytes()
+    };
+    let first = sources.partition_point(|placed| filled(placed).end <= range.start);
+    let within = sources[first..].iter().take_while(move |placed| filled(placed).start < range.end);
+    within.map(move |placed| {
+        let Range { start, end } = filled(placed);
+        (placed, start.max(range.start)..end.min(range.end))
+    })
+}
+
+/// [`place`] for a part of the target.
 ///
 /// # Safety
 /// As for `place`.
-unsafe fn place_part(
-    sources: &[(u64, Source)],
-    Part { start, target, summing }: &mut Part<'_>,
-    bounce: &mut Bounce,
-) -> Result<()> {
-    let start = *start;
-    let begins = |&(offset, _): &(u64, Source)| offset as usize;
-    let ends = |placed: &(u64, Source)| begins(placed) + placed.1.nbytes();
-    let stop = start + target.len();
-    let mut end = start;
-    let first = sources.partition_point(|placed| ends(placed) <= start);
-    for placed in sources[first..].iter().take_while(|placed| begins(placed) < stop) {
-        let (from, to) = (begins(placed).max(start), ends(placed).min(stop));
-        target[end - start..from - start].fill(0);
-        let target = &mut target[from - start..to - start];
-        match &placed.1 {
-            Source::Memory(piece) | Source::Lent(_, piece) => {
-                // SAFETY: the caller's promise.
-                let bytes = unsafe { piece.bytes() };
-                let bytes = &bytes[from - begins(placed)..to - begins(placed)];
-                copy_bytes(target, bytes, from, summing);
-                if let Source::Lent(lot, _) = &placed.1 {
-                    let Range { start, end } = bytes.as_ptr_range();
-                    lot.give_back(start.addr()..end.addr());
-                }
-            }
-            Source::File { reader, offset, .. } => {
-                let offset = offset + (from - begins(placed)) as u64;
-                let take = |start, bytes: &[u8]| summing.take(from + start, bytes);
-                reader.read_by_parts(offset, target, bounce, take)?;
-            }
-        }
-        end = to;
+unsafe fn place_part(sources: &[(u64, Source)], part: Part<'_>, bounce: &mut Bounce) -> Result<()> {
+    let range = part.range();
+    for piece in part.cut(CHUNK) {
+        // SAFETY: the caller's promise.
+        unsafe { place_piece(sources, piece, bounce) }?;
     }
-    target[end - start..].fill(0);
+    for ((offset, source), range) in within(sources, range) {
+        if let Source::Lent(lot, piece) = source {
+            let address = |at| piece.address + (at - *offset as usize);
+            lot.give_back(address(range.start)..address(range.end));
+        }
+    }
     Ok(())
 }
 
-/// Copies, past the caches where there is much of it, and sums what goes to this offset.
+/// [`place`] for so little of the target that what is read for it stays in a processor's cache.
 ///
-/// A streaming store does not first read what it overwrites: a third less of memory's work. The
-/// C library's `memcpy` streams too, but only what is longer than most storages (48 MiB on one
-/// machine). 400 MiB by two threads, in pieces of 1 MiB: 39 ms streaming, 67 with `memcpy`.
-fn copy_bytes(target: &mut [u8], source: &[u8], offset: usize, summing: &mut Summing<'_>) {
-    let tile = if summing.is_done() { source.len().max(1) } else { TILE };
-    let streams = streams(target, source);
-    let tiles = target.chunks_mut(tile).zip(source.chunks(tile)).enumerate();
-    for (index, (target, source)) in tiles {
-        summing.take(offset + index * tile, source);
-        if streams {
-            stream(target, source);
-        } else {
-            target.copy_from_slice(source);
+/// # Safety
+/// As for `place`.
+unsafe fn place_piece(
+    sources: &[(u64, Source)],
+    piece: Part<'_>,
+    bounce: &mut Bounce,
+) -> Result<()> {
+    let range = piece.range();
+    let Part { start, target, chunks, sums } = piece;
+    let mut chunks = chunks.iter().zip(sums).peekable();
+    let mut in_pieces = Vec::new();
+    let mut end = start;
+    for ((offset, source), Range { start: from, end: to }) in within(sources, range) {
+        target[end - start..from - start].fill(0);
+        let begin = from - *offset as usize;
+        let bytes = match source {
+            Source::Memory(piece) | Source::Lent(_, piece) => {
+                // SAFETY: the caller's promise.
+                unsafe { &piece.bytes()[begin..begin + (to - from)] }
+            }
+            Source::File { reader, offset, .. } => {
+                reader.read(offset + begin as u64, to - from, bounce)?
+            }
+        };
+        end = from;
+        while let Some((chunk, sum)) = chunks.next_if(|(chunk, _)| chunk.start < to) {
+            if chunk.end > to {
+                in_pieces.push((chunk, sum));
+                continue;
+            }
+            copy_bytes(
+                &mut target[end - start..chunk.start - start],
+                &bytes[end - from..chunk.start - from],
+            );
+            let own = &mut target[chunk.start - start..chunk.end - start];
+            *sum = copy_and_sum(own, &bytes[chunk.start - from..chunk.end - from]);
+            end = chunk.end;
         }
+        copy_bytes(&mut target[end - start..to - start], &bytes[end - from..]);
+        end = to;
     }
-    if streams {
-        order();
+    target[end - start..].fill(0);
+    for (chunk, sum) in in_pieces {
+        *sum = xxh3(&target[chunk.start - start..chunk.end - start]);
     }
+    Ok(())
 }
-
-#[cfg(target_arch = "x86_64")]
-fn streams(target: &[u8], source: &[u8]) -> bool {
-    source.len() >= STREAM_FROM && target.as_ptr().addr().is_multiple_of(ALIGN as usize)
-}
-
-/// Copies with streaming stores, which [`order`] is to follow; the target starts at a multiple of
-/// [`ALIGN`].
-///
-/// Never inlined: among the registers of its callers the loop is up to 8 % slower.
-#[cfg(target_arch = "x86_64")]
-#[inline(never)]
-fn stream(target: &mut [u8], source: &[u8]) {
-    use std::arch::x86_64::{
-        __m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_stream_si128,
-    };
-    const LINE: usize = 64;
-    // bytes; the processor's own prefetching falls behind: 48 ms without, 39 with 384 to 768
-    const AHEAD: usize = 512;
-
-    let (lines, rest) = target.as_chunks_mut::<LINE>();
-    let (source_lines, source_rest) = source.as_chunks::<LINE>();
-    for (line, source) in lines.iter_mut().zip(source_lines) {
-        // SAFETY: a hint, which may be of any address.
-        unsafe { _mm_prefetch(source.as_ptr().wrapping_add(AHEAD).cast(), _MM_HINT_NTA) };
-        let (quarters, _) = line.as_chunks_mut::<16>();
-        let (source_quarters, _) = source.as_chunks::<16>();
-        for (quarter, source) in quarters.iter_mut().zip(source_quarters) {
-            // SAFETY: 16 bytes that can be read, at any alignment.
-            let bytes = unsafe { _mm_loadu_si128(source.as_ptr().cast::<__m128i>()) };
-            // SAFETY: 16 bytes that can be written, a multiple of 16 after an aligned start.
-            unsafe { _mm_stream_si128(quarter.as_mut_ptr().cast::<__m128i>(), bytes) };
-        }
-    }
-    rest.copy_from_slice(source_rest);
-}
-
-/// Orders streaming stores before what is written next.
-#[cfg(target_arch = "x86_64")]
-fn order() {
-    // SAFETY: every processor of this architecture has it. Streaming stores are ordered by it alone.
-    unsafe { std::arch::x86_64::_mm_sfence() };
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn streams(_: &[u8], _: &[u8]) -> bool {
-    false
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn stream(target: &mut [u8], source: &[u8]) {
-    target.copy_from_slice(source);
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn order() {}
 
 #[cfg(test)]
 mod tests {
@@ -426,6 +388,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::copy::STREAM_FROM;
     use crate::read::{How, Reader};
 
     fn piece(bytes: &[u8]) -> Piece {
@@ -486,6 +449,54 @@ mod tests {
             prop_assert!(checksums(&table, 42, &start[..at]).is_err());
             start[at] ^= change;
             prop_assert!(checksums(&table, 42, &start).is_err());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn whatever_pieces_it_comes_in_a_span_is_summed_as_a_whole(
+            sizes in prop::collection::vec(prop_oneof![0..200_usize, 0..3 * CHUNK], 1..6),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..9),
+            align in prop_oneof![4 => Just(64_usize), 1 => Just(1)],
+            gap in 0..100_usize,
+        ) {
+            let mut end = 64;
+            let place = |&nbytes: &usize| {
+                let offset = (end + gap).next_multiple_of(align);
+                end = offset + nbytes;
+                Span { offset: offset as u64, nbytes: nbytes as u64 }
+            };
+            let mut spans: Vec<_> = sizes.iter().map(place).collect();
+            spans.reverse();
+            let block: Vec<_> = (0..end).map(|i| (i * 31 % 251) as u8).collect();
+            let span = |span: &Span| piece(&block[span.offset as usize..][..span.nbytes as usize]);
+            // SAFETY: the block lives and is only read.
+            let expected = unsafe { checksum::sums(&spans.iter().map(span).collect::<Vec<_>>()) };
+
+            let path = std::env::temp_dir().join(format!("rzc-pieces-{}", std::process::id()));
+            fs::write(&path, &block).unwrap();
+            let reader = Reader::new(File::open(&path).unwrap(), &path, How::Auto).unwrap();
+            let reader = Arc::new(reader);
+            fs::remove_file(&path).unwrap();
+            let mut cuts: Vec<_> = cuts.iter().map(|cut| cut.index(end)).chain([0, end]).collect();
+            cuts.sort();
+            let source = |(index, range): (usize, &[usize])| {
+                let (start, end) = (range[0], range[1]);
+                let (offset, nbytes) = (start as u64, end - start);
+                match index % 2 {
+                    0 => (offset, Source::File { reader: reader.clone(), offset, nbytes }),
+                    _ => (offset, piece(&block[start..end]).into()),
+                }
+            };
+            let sources = cuts.windows(2).enumerate().map(source).collect();
+            let mut memory = vec![7; end + 64];
+            let start = memory.as_ptr().align_offset(64);
+            let target = &mut memory[start..start + end];
+            // SAFETY: the block lives and is only read.
+            prop_assert_eq!(unsafe { super::place(sources, &spans, target) }, Ok(expected));
+            prop_assert!(target == block);
         }
     }
 

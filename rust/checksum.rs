@@ -4,7 +4,6 @@
 //! XXH3 of its chunks' checksums, 8 bytes each, little-endian: so threads can share a span, and each
 //! chunk is summed while the processor has it at hand.
 
-use std::hash::Hasher;
 use std::ops::Range;
 use std::thread;
 
@@ -120,56 +119,9 @@ impl Chunks {
     }
 }
 
-/// Sums chunks while their bytes go by, by rising offset.
-pub struct Summing<'a> {
-    ranges: &'a [Range<usize>],
-    sums: &'a mut [u64],
-    hasher: XxHash3_64,
-}
-
-impl<'a> Summing<'a> {
-    /// Is to fill in the sum of each of these ranges.
-    pub fn new(ranges: &'a [Range<usize>], sums: &'a mut [u64]) -> Summing<'a> {
-        Summing { ranges, sums, hasher: XxHash3_64::new() }
-    }
-
-    /// Whether there is nothing left to sum.
-    pub fn is_done(&self) -> bool {
-        self.ranges.is_empty()
-    }
-
-    /// Takes the bytes at an offset; those of no range are passed over.
-    pub fn take(&mut self, mut offset: usize, mut bytes: &[u8]) {
-        while let Some((range, others)) = self.ranges.split_first() {
-            let before = range.start.saturating_sub(offset).min(bytes.len());
-            (offset, bytes) = (offset + before, &bytes[before..]);
-            if bytes.is_empty() {
-                break;
-            }
-            let (own, rest) = bytes.split_at(bytes.len().min(range.end - offset));
-            offset += own.len();
-            let whole = own.len() == range.len();
-            if !whole {
-                self.hasher.write(own);
-            }
-            if offset == range.end {
-                let sums = std::mem::take(&mut self.sums);
-                let (sum, sums) = sums.split_first_mut().expect("as many sums as ranges");
-                *sum = if whole { xxh3(own) } else { self.hasher.finish() };
-                if !whole {
-                    self.hasher = XxHash3_64::new();
-                }
-                (self.ranges, self.sums) = (others, sums);
-            }
-            bytes = rest;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn it_is_the_published_hash() {
@@ -181,43 +133,5 @@ mod tests {
         let spans = [Span { offset: 128, nbytes: 100 }, Span { offset: 64, nbytes: 65 }];
         let refused = Chunks::of(&spans).unwrap_err();
         assert_eq!(refused, Error::Overlap { span: 0, offset: 128 });
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-
-        #[test]
-        fn what_goes_by_in_parts_is_summed_as_a_whole(
-            sizes in prop::collection::vec(prop_oneof![0..200_usize, 0..3 * CHUNK], 1..6),
-            parts in prop::collection::vec(1..CHUNK, 1..9),
-            gap in 0..100_usize,
-        ) {
-            let mut offset = 64;
-            let place = |&nbytes: &usize| {
-                offset += gap + nbytes;
-                Span { offset: (offset - nbytes) as u64, nbytes: nbytes as u64 }
-            };
-            let mut spans: Vec<_> = sizes.iter().map(place).collect();
-            spans.reverse();
-            let block: Vec<_> = (0..offset).map(|i| (i * 31 % 251) as u8).collect();
-            let piece = |span: &Span| {
-                let bytes = &block[span.offset as usize..span.end().unwrap() as usize];
-                Piece { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
-            };
-            // SAFETY: the block lives and is only read.
-            let expected = unsafe { sums(&spans.iter().map(piece).collect::<Vec<_>>()) };
-
-            let chunks = Chunks::of(&spans).unwrap();
-            let mut found = vec![0; chunks.ranges.len()];
-            let mut summing = Summing::new(&chunks.ranges, &mut found);
-            let (mut at, mut parts) = (0, parts.iter().cycle());
-            while at < block.len() {
-                let end = block.len().min(at + parts.next().unwrap());
-                summing.take(at, &block[at..end]);
-                at = end;
-            }
-            prop_assert!(summing.is_done());
-            prop_assert_eq!(chunks.combine(&found), expected);
-        }
     }
 }

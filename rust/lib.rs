@@ -5,8 +5,8 @@
 //! storages ─ layout ─▶ table + segments ─ block ─▶ ... ═ store ═ ... ─ pages ─▶ views
 //! ```
 //!
-//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `checksum`, `table`,
-//! `mapping`, `page_table`, `arena`, `read`, `source`, `huge`, `target`, `block`, `snapshot`, `pages`, `dlpack`,
+//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `checksum`, `copy`,
+//! `table`, `mapping`, `page_table`, `arena`, `read`, `source`, `huge`, `target`, `block`, `snapshot`, `pages`, `dlpack`,
 //! and with the feature `python` the edge towards Python.
 
 pub mod error;
@@ -19,6 +19,9 @@ pub mod layout;
 
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod checksum;
+
+#[allow(unsafe_code)] // instructions of the processor
+pub mod copy;
 
 pub mod table;
 

@@ -24,7 +24,7 @@ use crate::block::{check, checksums, place, seal};
 use crate::checksum::xxh3;
 use crate::error::{Error, Result};
 use crate::layout::{CHECKSUM_NBYTES, HEADER_NBYTES};
-use crate::read::{Bounce, Reader};
+use crate::read::Reader;
 use crate::source::Source;
 use crate::table::{Table, fingerprint};
 
@@ -134,7 +134,7 @@ pub fn read(
     target: &mut [u8],
 ) -> Result<()> {
     let mut start = vec![0; start_nbytes(table)];
-    reader.read(offset, &mut start, &mut Bounce::default())?;
+    reader.fill(offset, &mut start)?;
     let fingerprint = fingerprint(encoded);
     let expected = checksums(table, fingerprint, &start)?;
     let (first, offset) = (start.len() as u64, offset + start.len() as u64);
