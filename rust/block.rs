@@ -222,16 +222,21 @@ pub unsafe fn place(
     let mut sums = vec![0; chunks.ranges.len()];
     sources.retain(|(_, source)| source.nbytes() > 0);
     sources.sort_unstable_by_key(|&(offset, _)| offset);
+    let any = |of: fn(&Source) -> bool| sources.iter().any(|(_, source)| of(source));
+    let cold = any(Source::is_cold);
     let threads = match target.len() {
         0..COPY_ALONE => 1,
-        _ if sources.iter().any(|(_, source)| source.is_cold()) => READING,
+        _ if cold => READING,
         _ => thread::available_parallelism().map_or(1, usize::from).min(8),
     };
-    let ready = Target::of(target);
-    let part = match sources.iter().any(|(_, source)| matches!(source, Source::Lent(..))) {
-        true => (target.len() / LENT_PARTS).clamp(HUGE, PART),
-        false => PART,
+    let part = if any(|source| matches!(source, Source::Lent(..))) {
+        (target.len() / LENT_PARTS).clamp(HUGE, PART)
+    } else if cold {
+        HUGE // or at the end most threads wait for the last
+    } else {
+        PART
     };
+    let ready = Target::of(target);
     let whole = Part { start: 0, target, chunks: &chunks.ranges, sums: &mut sums };
     let parts = Mutex::new(whole.cut(part).into_iter());
     let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
