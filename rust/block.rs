@@ -223,7 +223,8 @@ pub unsafe fn place(
     sources.retain(|(_, source)| source.nbytes() > 0);
     sources.sort_unstable_by_key(|&(offset, _)| offset);
     let any = |of: fn(&Source) -> bool| sources.iter().any(|(_, source)| of(source));
-    let cold = any(Source::is_cold);
+    let alone = target.len() < COPY_ALONE;
+    let cold = !alone && any(Source::is_cold);
     let part = if any(|source| matches!(source, Source::Lent(..))) {
         (target.len() / LENT_PARTS).clamp(HUGE, PART)
     } else if cold {
@@ -232,12 +233,13 @@ pub unsafe fn place(
         PART
     };
     let ready = Target::of(target);
-    let alone = target.len() < COPY_ALONE;
     let parts = Part { start: 0, target, chunks: &chunks.ranges, sums: &mut sums }.cut(part);
-    let threads = match parts.len() {
-        _ if alone => 1,
-        parts if cold => READING.min(parts / 2), // for less, no thread is worth its bounce buffer
-        _ => thread::available_parallelism().map_or(1, usize::from).min(8),
+    let threads = if alone {
+        1
+    } else if cold {
+        READING.min(parts.len() / 2) // for less, no thread is worth its bounce buffer
+    } else {
+        thread::available_parallelism().map_or(1, usize::from).min(8)
     };
     let parts = Mutex::new(parts.into_iter());
     let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();

@@ -16,7 +16,7 @@
 use crate::checksum::xxh3;
 
 /// Below this the caches are the better way.
-pub const STREAM_FROM: usize = 64 << 10;
+pub(crate) const STREAM_FROM: usize = 64 << 10;
 
 /// Bytes of a line of the caches, and of a stripe of XXH3.
 const LINE: usize = 64;
@@ -282,12 +282,12 @@ mod tests {
             shift in prop_oneof![4 => Just(0_usize), 1 => 0..LINE],
             seed: u64,
         ) {
-            let next = |state: &mut u64| {
-                *state = state.wrapping_mul(PRIME64[0]).wrapping_add(seed | 1);
-                Some((*state >> 56) as u8)
+            let mut state = seed;
+            let random = |_| {
+                state = state.wrapping_mul(PRIME64[0]).wrapping_add(seed | 1);
+                (state >> 56) as u8
             };
-            let source: Vec<_> = std::iter::repeat_with(|| ()).scan(seed, |state, ()| next(state))
-                .take(before + nbytes).collect();
+            let source: Vec<_> = (0..before + nbytes).map(random).collect();
             let source = &source[before..];
             let mut memory = vec![7; nbytes + 3 * LINE];
             let start = memory.as_ptr().align_offset(LINE) + shift;

@@ -149,7 +149,7 @@ impl Reader {
     pub fn read<'a>(&self, offset: u64, nbytes: usize, bounce: &'a mut Bounce) -> Result<&'a [u8]> {
         let cold = self.is_cold(offset, nbytes);
         let read = bounce.memory(cold).and_then(|memory| {
-            let read = if cold { Reader::read_cold } else { Reader::read_warm };
+            let read = if cold { Reader::read_cold } else { Reader::read_buffered };
             let range = read(self, offset, nbytes, memory)?;
             Ok(&memory[range])
         });
@@ -188,10 +188,15 @@ impl Reader {
                 Err(_) => self.direct_failed.store(true, Ordering::Relaxed),
             }
         }
-        self.speeds.buffered.time(nbytes, || self.read_warm(offset, nbytes, memory))
+        self.speeds.buffered.time(nbytes, || self.read_buffered(offset, nbytes, memory))
     }
 
-    fn read_warm(&self, offset: u64, nbytes: usize, memory: &mut [u8]) -> io::Result<Range<usize>> {
+    fn read_buffered(
+        &self,
+        offset: u64,
+        nbytes: usize,
+        memory: &mut [u8],
+    ) -> io::Result<Range<usize>> {
         self.file.read_exact_at(&mut memory[..nbytes], offset)?;
         Ok(0..nbytes)
     }
