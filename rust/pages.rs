@@ -34,8 +34,8 @@ pub enum Pages {
     Shared(Piece),
     /// The store's pages, copied page by page as they are written.
     Private {
-        /// The mapping.
-        map: Placed,
+        /// The mapping, which its thread has, too.
+        map: Arc<Placed>,
         /// What was mapped again ...
         beneath: Piece,
         /// ... and where it comes from.
@@ -58,7 +58,7 @@ impl Pages {
     /// Maps a piece of the store again, privately.
     pub fn private(beneath: Piece) -> Result<Pages> {
         let (map, backing) = system::map_private(beneath)?;
-        Ok(Pages::Private { map, beneath, backing })
+        Ok(Pages::Private { map: Arc::new(map), beneath, backing })
     }
 
     /// How many of the bytes lie in huge pages; `None` where that is not known.
@@ -87,21 +87,23 @@ impl Pages {
     pub unsafe fn settle(&self) -> Option<Prefault> {
         let piece = self.piece();
         let last = piece.address + piece.nbytes.checked_sub(HUGE)?;
-        let (step, beneath) = match self {
-            Pages::Copied(_) => return None,
-            Pages::Shared(_) if !PageTable::open().lacks(last) => return None,
-            Pages::Shared(_) => (AROUND, None),
-            Pages::Private { map, .. } if map.is_huge() == Some(true) => (HUGE, None),
-            Pages::Private { beneath, backing, .. } => (AROUND, Some((*beneath, backing.clone()))),
-        };
-        Some(Prefault::start(move |stop| {
-            // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-            unsafe { fill(piece, step, stop) };
-            if let Some((beneath, backing)) = beneath {
-                stop.wait(SETTLED_AFTER);
-                system::make_huge(beneath, &backing, stop);
+        match self {
+            // SAFETY: the caller's promise.
+            Pages::Shared(_) if PageTable::open().lacks(last) => Some(unsafe { self.prefault() }),
+            Pages::Shared(_) | Pages::Copied(_) => None,
+            Pages::Private { map, beneath, backing } => {
+                let (map, beneath, backing) = (Arc::clone(map), *beneath, backing.clone());
+                Some(Prefault::start(move |stop| {
+                    let huge = map.is_huge() == Some(true);
+                    // SAFETY: mapped as long as this thread has it.
+                    unsafe { fill(piece, if huge { HUGE } else { AROUND }, stop) };
+                    if !huge {
+                        stop.wait(SETTLED_AFTER);
+                        system::make_huge(beneath, &backing, stop);
+                    }
+                }))
             }
-        }))
+        }
     }
 }
 

@@ -143,13 +143,13 @@ def _load(skeleton: bytes, buffers: list[int], table: bytes, anchored: bool, *se
     block = open_block(table, segments, how.isolation, anchored)
     if how.inspect:
         return describe(block, skeleton, how.verify)
+    with _quiet_collector():
+        tensors = views.tensors(block, how.device)
+        loaded = join(skeleton, tensors, views.buffers(block, buffers))
     if how.prefault == "auto":
         block.settle()
     elif how.prefault:
         block.prefault()
-    with _quiet_collector():
-        tensors = views.tensors(block, how.device)
-        loaded = join(skeleton, tensors, views.buffers(block, buffers))
     metrics.loaded(block, how.isolation, time.perf_counter() - start)
     return loaded
 

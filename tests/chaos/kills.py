@@ -112,10 +112,10 @@ class Kills:
     def state(self):
         """MiB in the store, names in shared memory, and what this process holds of either."""
         summary = memory_summary(self.address, stats_only=True)
-        descriptors = [
-            os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()
+        descriptors = [told(os.readlink, path) for path in Path("/proc/self/fd").iterdir()]
+        threads = [
+            told(Path.read_text, path / "comm") for path in Path("/proc/self/task").iterdir()
         ]
-        threads = [thread_name(path) for path in Path("/proc/self/task").iterdir()]
         return {
             "store": int(re.search(r"usage (\d+) MiB", summary)[1]),
             "shared memory": sorted(name for name in os.listdir("/dev/shm") if "rzc" in name),
@@ -135,10 +135,11 @@ class Kills:
             rzc.inspect(f"{self.folder}/{name}", verify=True)
 
 
-def thread_name(task):
+def told(read, path):
+    """What there is to read of a descriptor or a thread; nothing of one that has gone."""
     try:
-        return (task / "comm").read_text()
-    except OSError:  # it has ended meanwhile
+        return read(path)
+    except OSError:
         return ""
 
 
