@@ -27,7 +27,6 @@ def cluster():
         object_store_memory=700_000_000,
         include_dashboard=False,
         log_to_driver=False,
-        _system_config={"num_workers_soft_limit": 8},  # idle ones stay: each has imported torch
     )
     try:
         yield

@@ -116,18 +116,20 @@ def test_the_plain_way(cluster):
 
 
 def test_actors_share_one_model(start):
-    """Each of the actors works, and all together grow by no model."""
-    model, count = large().model, max(WORKERS)
-    (gate,) = start(Gate)
-    found = collected(together(rows(2048), rzc.put(model), count, gate))
-    np.testing.assert_allclose(found["output"], local(model, found["data"]), atol=1e-4)
-    pids = np.unique(found["pid"])
-    assert len(pids) == count
-    each = [found["pid"] == pid for pid in pids]
-    loaded, called = (
-        [int(found[when][own].max()) for own in each] for when in ("loaded", "called")
-    )
-    assert_each_costs_nothing("data actor", "batch", loaded, called)
+    """Of N actors each one works, and all N together grow by no model."""
+    model = large().model
+    ref, growths = rzc.put(model), {}
+    for count in WORKERS:
+        (gate,) = start(Gate)
+        found = collected(together(rows(2048), ref, count, gate))
+        np.testing.assert_allclose(found["output"], local(model, found["data"]), atol=1e-4)
+        pids = np.unique(found["pid"])
+        assert len(pids) == count
+        each = [found["pid"] == pid for pid in pids]
+        growths[count] = [
+            [int(found[moment][own].max()) for own in each] for moment in ("loaded", "called")
+        ]
+    assert_each_costs_nothing("data actor", "batch", growths)
 
 
 # --- one predictor --------------------------------------------------------------------------------

@@ -142,13 +142,17 @@ def assert_costs_nothing(loaded, called):
     assert max(called) < 0.05 * MODEL_NBYTES
 
 
-def assert_each_costs_nothing(kind, event, loaded, called):
-    """Print and bound what each of some processes grew by, on load and after its first call."""
+def assert_each_costs_nothing(kind, event, growths):
+    """Print and bound what each of N processes grew by, {N: (on load, after its first call)}."""
     heads = ["worst load", f"worst {event}", "sum after calls"]
-    row = [max(loaded), max(called), sum(called)]
-    title = f"Unique set size of each {kind} grows by"
-    print_table(title, heads, {f"{len(called)} {kind}s": row})
-    assert_costs_nothing(loaded, called)
+    table = {
+        f"{count} {kind}{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
+        for count, (loaded, called) in growths.items()
+    }
+    print_table(f"Unique set size of each {kind} grows by", heads, table)
+    for count, (loaded, called) in growths.items():
+        assert_costs_nothing(loaded, called)
+        assert sum(called) < 0.05 * MODEL_NBYTES * count
 
 
 def assert_costs_a_model_each(loaded):

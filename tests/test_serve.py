@@ -153,14 +153,17 @@ class Measured(Growing, Replica):
 
 
 def test_replicas_share_one_block(url):
-    ref, batch, found = rzc.put(large().model), {"x": large().args[0].numpy()}, {}
-    count = max(WORKERS)
-    measured = serve.deployment(Measured, num_replicas=count, max_ongoing_requests=2, **SMALL)
-    handle = serve.run(measured.bind(ref), name="measured", route_prefix="/measured")
-    while len(found) < count:
-        asked = [handle.growth.remote(batch) for _ in range(2 * count)]
-        found.update((pid, growth) for pid, *growth in (each.result() for each in asked))
-    assert_each_costs_nothing("replica", "request", *zip(*found.values(), strict=True))
+    ref, batch, growths = rzc.put(large().model), {"x": large().args[0].numpy()}, {}
+    for count in WORKERS:
+        measured = serve.deployment(Measured, num_replicas=count, max_ongoing_requests=2, **SMALL)
+        handle = serve.run(measured.bind(ref), name="measured", route_prefix="/measured")
+        found = {}
+
+        while len(found) < count:
+            asked = [handle.growth.remote(batch) for _ in range(2 * count)]
+            found.update((pid, growth) for pid, *growth in (each.result() for each in asked))
+        growths[count] = [list(moment) for moment in zip(*found.values(), strict=True)]
+    assert_each_costs_nothing("replica", "request", growths)
     serve.delete("measured")
 
 
