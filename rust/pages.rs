@@ -88,9 +88,9 @@ impl Pages {
         let piece = self.piece();
         let last = piece.address + piece.nbytes.checked_sub(HUGE)?;
         match self {
+            Pages::Copied(_) => None,
             // SAFETY: the caller's promise.
-            Pages::Shared(_) if PageTable::open().lacks(last) => Some(unsafe { self.prefault() }),
-            Pages::Shared(_) | Pages::Copied(_) => None,
+            Pages::Shared(_) => PageTable::open().lacks(last).then(|| unsafe { self.prefault() }),
             Pages::Private { map, beneath, backing } => {
                 let (map, beneath, backing) = (Arc::clone(map), *beneath, backing.clone());
                 Some(Prefault::start(move |stop| {

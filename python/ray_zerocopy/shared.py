@@ -143,15 +143,22 @@ def _load(skeleton: bytes, buffers: list[int], table: bytes, anchored: bool, *se
     block = open_block(table, segments, how.isolation, anchored)
     if how.inspect:
         return describe(block, skeleton, how.verify)
+    if how.device is not None:  # the copy is to find the pages filled in
+        _fill_in(block, how.prefault)
     with _quiet_collector():
         tensors = views.tensors(block, how.device)
         loaded = join(skeleton, tensors, views.buffers(block, buffers))
-    if how.prefault == "auto":
-        block.settle()
-    elif how.prefault:
-        block.prefault()
+    _fill_in(block, how.prefault)  # the building reads none: beside it, a thread only holds it up
     metrics.loaded(block, how.isolation, time.perf_counter() - start)
     return loaded
+
+
+def _fill_in(block: _core.Block, prefault: Prefault) -> None:
+    """Start to fill in the page table, if that is wanted and has not started."""
+    if prefault == "auto":
+        block.settle()
+    elif prefault:
+        block.prefault()
 
 
 # Python 3.12 starts with 375 objects frozen, for nobody; who freezes does it to tens of thousands.
