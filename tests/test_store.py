@@ -185,7 +185,7 @@ def test_prefault_changes_nothing_but_the_page_table(cluster):
 
 
 def test_prefault_fills_the_page_table_while_the_caller_goes_on(cluster):
-    ref = rzc.put(torch.zeros(16, 2**20))
+    ref = ray.put(Shared(torch.zeros(16, 2**20)))  # what `put` made huge would leave the page table
     first_touched = rzc.get(ref, prefault=False)
     assert resident(first_touched) < first_touched.nbytes / 100
     filled = rzc.get(ref, prefault=True)
