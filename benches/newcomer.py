@@ -70,7 +70,7 @@ def time_firsts(entries, kind, kwargs, rounds=MIN_ROUNDS):
     """{rival: the medians of what its newcomers tell}.
 
     Newcomers start two at a time, in shuffled order, and have their turns as soon as both have
-    imported what they need: as workers do, which wait for nobody.
+    imported what they need: a worker does not wait for all others.
     """
     told = {rival.name: [] for rival, _ in entries}
     for count in range(rounds):
