@@ -41,6 +41,9 @@ const BLOCK: usize = 4096;
 /// Shorter ranges are read through the cache, which holds their neighbours from then on.
 const DIRECT_FROM: usize = 64 << 10;
 
+/// What a thread reads into: a chunk, and the rest of the blocks at its ends.
+const SLOT: usize = CHUNK + BLOCK;
+
 /// Bytes that are read each way before one is preferred.
 const TRIED: u64 = 8 << 20;
 
@@ -97,16 +100,13 @@ static SPEEDS: Mutex<BTreeMap<u64, Arc<Speeds>>> = Mutex::new(BTreeMap::new());
 /// What changes when a file is written.
 type State = (u64, SystemTime);
 
-/// Memory that is read into, made when it is first needed.
+/// Memory that threads read into, each into a slot of its own; a page that is not touched is none.
 ///
-/// For a disk a huge page, if there is one: small ones lie anywhere, and a disk takes a few hundred
+/// For a disk huge pages, if there are some: small ones lie anywhere, and a disk takes a few hundred
 /// pieces of memory at once. Eight threads read 755 MiB in 300 to 600 ms into them, in 200 into huge
 /// ones. For the page cache small ones, which are never dear.
-#[derive(Debug, Default)]
-pub struct Bounce {
-    memory: Option<MmapMut>,
-    huge: bool,
-}
+#[derive(Debug)]
+pub struct Bounce(MmapMut);
 
 #[derive(Debug, Default)]
 struct Speed {
@@ -145,22 +145,20 @@ impl Reader {
         system::cached(&self.file, offset, sample).is_some_and(|cached| cached < sample as u64 / 2)
     }
 
-    /// At most [`CHUNK`] bytes from `offset` on, in a bounce buffer.
-    pub fn read<'a>(&self, offset: u64, nbytes: usize, bounce: &'a mut Bounce) -> Result<&'a [u8]> {
+    /// At most [`CHUNK`] bytes from `offset` on, in a slot.
+    pub fn read<'a>(&self, offset: u64, nbytes: usize, slot: &'a mut [u8]) -> Result<&'a [u8]> {
         let cold = self.is_cold(offset, nbytes);
-        let read = bounce.memory(cold).and_then(|memory| {
-            let read = if cold { Reader::read_cold } else { Reader::read_buffered };
-            let range = read(self, offset, nbytes, memory)?;
-            Ok(&memory[range])
-        });
-        read.map_err(|error| self.error(offset, nbytes, &error))
+        let read = if cold { Reader::read_cold } else { Reader::read_buffered };
+        let range = read(self, offset, nbytes, slot).map_err(|e| self.error(offset, nbytes, &e))?;
+        Ok(&slot[range])
     }
 
     /// Fills a target with the bytes from `offset` on.
     pub fn fill(&self, mut offset: u64, target: &mut [u8]) -> Result<()> {
-        let mut bounce = Bounce::default();
+        let mut bounce = Bounce::new(1, false)?;
+        let slot = bounce.slots().next().expect("room for one");
         for chunk in target.chunks_mut(CHUNK) {
-            chunk.copy_from_slice(self.read(offset, chunk.len(), &mut bounce)?);
+            chunk.copy_from_slice(self.read(offset, chunk.len(), slot)?);
             offset += chunk.len() as u64;
         }
         Ok(())
@@ -176,7 +174,7 @@ impl Reader {
         }
     }
 
-    /// Reads to a part of a buffer.
+    /// Reads to a part of a slot.
     fn read_cold(&self, offset: u64, nbytes: usize, memory: &mut [u8]) -> io::Result<Range<usize>> {
         if nbytes >= DIRECT_FROM
             && let Some(direct) = self.prefers_direct()
@@ -223,23 +221,21 @@ impl Reader {
 }
 
 impl Bounce {
-    /// [`HUGE`] bytes, from a multiple of that on.
-    fn memory(&mut self, huge: bool) -> io::Result<&mut [u8]> {
-        if huge && !self.huge {
-            *self = Bounce { memory: None, huge };
+    /// Room for so many threads.
+    pub fn new(slots: usize, huge: bool) -> Result<Bounce> {
+        let nbytes = (slots * SLOT).next_multiple_of(HUGE) + HUGE; // as it need not start at one
+        let refused = |error| Error::refused(format!("{nbytes} bytes to read into"), &error);
+        let map = MmapMut::map_anon(nbytes).map_err(refused)?;
+        if huge {
+            system::prefer_huge(&map);
         }
-        let map = match &mut self.memory {
-            Some(map) => map,
-            empty => {
-                let map = MmapMut::map_anon(2 * HUGE)?; // a page that is not touched is none
-                if huge {
-                    system::prefer_huge(&map);
-                }
-                empty.insert(map)
-            }
-        };
-        let before = map.as_ptr().addr().wrapping_neg() % HUGE;
-        Ok(&mut map[before..before + HUGE])
+        Ok(Bounce(map))
+    }
+
+    /// The slots, as many as it has room for.
+    pub fn slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let before = self.0.as_ptr().addr().wrapping_neg() % HUGE;
+        self.0[before..].chunks_exact_mut(SLOT)
     }
 }
 

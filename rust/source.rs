@@ -51,11 +51,13 @@ impl Source {
         }
     }
 
-    /// Whether it starts on a disk.
-    pub fn is_cold(&self) -> bool {
+    /// Whether any part of it, of so many bytes each, starts on a disk.
+    pub fn is_cold(&self, part: usize) -> bool {
         match self {
             Source::Memory(_) | Source::Lent(..) => false,
-            Source::File { reader, offset, nbytes } => reader.is_cold(*offset, *nbytes),
+            Source::File { reader, offset, nbytes } => (0..*nbytes)
+                .step_by(part)
+                .any(|at| reader.is_cold(offset + at as u64, part.min(nbytes - at))),
         }
     }
 
