@@ -226,9 +226,7 @@ impl Bounce {
         let nbytes = (slots * SLOT).next_multiple_of(HUGE) + HUGE; // as it need not start at one
         let refused = |error| Error::refused(format!("{nbytes} bytes to read into"), &error);
         let map = MmapMut::map_anon(nbytes).map_err(refused)?;
-        if huge {
-            system::prefer_huge(&map);
-        }
+        system::prefer_huge(&map, huge);
         Ok(Bounce(map))
     }
 
@@ -388,9 +386,9 @@ mod system {
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
     }
 
-    /// Has the kernel make huge pages of memory, if it has some.
-    pub fn prefer_huge(map: &MmapMut) {
-        let _ = map.advise(Advice::HugePage);
+    /// Has the kernel make huge pages of memory, if it has some, or none even where it makes them of all.
+    pub fn prefer_huge(map: &MmapMut, huge: bool) {
+        let _ = map.advise(if huge { Advice::HugePage } else { Advice::NoHugePage });
     }
 
     /// The file system that a file is on.
@@ -421,7 +419,7 @@ mod system {
 
     pub fn read_no_further(_: &File) {}
 
-    pub fn prefer_huge(_: &MmapMut) {}
+    pub fn prefer_huge(_: &MmapMut, _: bool) {}
 
     pub fn device(_: &File) -> u64 {
         0
@@ -496,6 +494,16 @@ mod tests {
             let range = start..NBYTES.min(start + nbytes);
             let read = read(&file.open(how), start as u64, range.len()).unwrap();
             prop_assert!(read == file.1[range]);
+        }
+    }
+
+    #[test]
+    fn there_is_a_slot_for_each_thread() {
+        for threads in 1..=64 {
+            let mut bounce = Bounce::new(threads, true).unwrap();
+            let slots: Vec<_> = bounce.slots().take(threads).collect();
+            assert_eq!(slots.len(), threads);
+            assert!(slots.iter().all(|slot| slot.as_ptr().addr() % BLOCK == 0));
         }
     }
 

@@ -109,7 +109,7 @@ def test_a_file_is_read_to_the_bit_and_not_through_its_mapping(
     before = mapped_memory(path)
     ref, peak = with_peak(lambda: rzc.put(tensors))
     assert mapped_memory(path) - before < MIB
-    assert peak < (14 * MIB if state == "cold" else 4 * MIB)  # eight bounce buffers
+    assert peak < (14 * MIB if state == "cold" else 4 * MIB)  # what is read into
     assert_exact(load(path), ray.get(ref))
 
 
