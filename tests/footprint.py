@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,6 +11,21 @@ def trim():
     """Collect garbage and give free memory back to the kernel: growth could hide in it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def small_pages():
+    """This process gets no huge page meanwhile.
+
+    Allocators, numpy's and pyarrow's among them, ask for such, and give back what is in them: the
+    next few bytes that they take there would be 2 MiB more of memory.
+    """
+    thp_disable = 41  # PR_SET_THP_DISABLE, linux/prctl.h
+    assert ctypes.CDLL(None).prctl(thp_disable, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        assert ctypes.CDLL(None).prctl(thp_disable, 0, 0, 0, 0) == 0
 
 
 def unique_set_size() -> int:
