@@ -5,8 +5,8 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::block::{copy, is_contiguous, pack, write};
-use ray_zerocopy::layout::{Layout, Piece};
+use ray_zerocopy::format::layout::{Layout, Piece};
+use ray_zerocopy::io::fill::{copy, is_contiguous, pack, write};
 
 fn pieces(storages: &[Vec<u8>]) -> Vec<Piece> {
     let piece = |bytes: &Vec<u8>| Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::layout::{Layout, Piece};
+use ray_zerocopy::format::layout::{Layout, Piece};
 
 /// As in a transformer, a large matrix and a small vector in turns, side by side.
 fn storages(count: usize) -> Vec<Piece> {

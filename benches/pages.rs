@@ -9,8 +9,8 @@ use std::path::Path;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use memmap2::MmapMut;
-use ray_zerocopy::layout::Piece;
-use ray_zerocopy::pages::Pages;
+use ray_zerocopy::format::layout::Piece;
+use ray_zerocopy::memory::pages::Pages;
 
 const NBYTES: usize = 64 << 20;
 const PAGE: usize = 4096;

@@ -4,10 +4,10 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::dtype::Dtype;
-use ray_zerocopy::layout::{Layout, Piece};
-use ray_zerocopy::table::{Table, fingerprint};
-use ray_zerocopy::view::{Dims, Flags, View};
+use ray_zerocopy::format::dtype::Dtype;
+use ray_zerocopy::format::layout::{Layout, Piece};
+use ray_zerocopy::format::table::{Table, fingerprint};
+use ray_zerocopy::format::view::{Dims, Flags, View};
 
 fn table(count: usize) -> Table {
     let storages = vec![Piece { address: 0, nbytes: 4 * 768 * 768 }; count];

@@ -5,58 +5,16 @@
 //! storages ─ layout ─▶ table + segments ─ block ─▶ ... ═ store ═ ... ─ pages ─▶ views
 //! ```
 //!
-//! A module imports only from those before it: `error`, `dtype`, `view`, `layout`, `checksum`, `copy`,
-//! `table`, `mapping`, `page_table`, `arena`, `read`, `source`, `huge`, `target`, `block`, `snapshot`, `pages`, `dlpack`,
-//! and with the feature `python` the edge towards Python.
+//! A folder imports only from those before it: `error`, `format`, `memory`, `io`, and with the feature
+//! `python` the edge towards Python. In its `mod.rs` it says what comes in and what goes out.
 
 pub mod error;
 
-pub mod dtype;
+pub mod format;
 
-pub mod view;
+pub mod memory;
 
-pub mod layout;
+pub mod io;
 
-#[allow(unsafe_code)] // reads the model's storages by address
-pub mod checksum;
-
-#[allow(unsafe_code)] // instructions of the processor
-pub mod copy;
-
-pub mod table;
-
-#[allow(unsafe_code)] // asks the kernel
-pub mod mapping;
-
-#[allow(unsafe_code)] // asks the kernel
-pub mod page_table;
-
-#[allow(unsafe_code)] // maps memory, and gives it back
-pub mod arena;
-
-#[allow(unsafe_code)] // asks the kernel
-pub mod read;
-
-pub mod source;
-
-#[allow(unsafe_code)] // maps memory
-pub mod huge;
-
-#[allow(unsafe_code)] // writes by address
-pub mod target;
-
-#[allow(unsafe_code)] // reads the model's storages by address
-pub mod block;
-
-#[allow(unsafe_code)] // has a block written
-pub mod snapshot;
-
-#[allow(unsafe_code)] // maps memory
-pub mod pages;
-
-#[allow(unsafe_code)] // a C structure, and what it keeps
-pub mod dlpack;
-
-#[cfg(feature = "python")]
-#[allow(unsafe_code)] // the buffer protocol
-mod python;
+#[allow(unsafe_code)] // a C structure and what it keeps; the buffer protocol
+pub mod python;

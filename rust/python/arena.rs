@@ -8,7 +8,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::buffer;
-use crate::arena;
+use crate::memory::arena;
 
 /// Shared memory for tensors, with pages only where lots lie.
 #[pyclass(frozen, module = "ray_zerocopy._core")]

@@ -10,13 +10,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use super::{buffer, loan};
-use crate::block;
-use crate::huge;
-use crate::layout::Piece;
-use crate::mapping::Backing;
-use crate::pages::{self, Pages, Prefault};
-use crate::table::{Table, fingerprint};
-use crate::view::{Flags, View};
+use crate::format::layout::Piece;
+use crate::format::table::{Table, fingerprint};
+use crate::format::view::{Flags, View};
+use crate::io::fill as block;
+use crate::memory::huge;
+use crate::memory::mapping::Backing;
+use crate::memory::pages::{self, Pages, Prefault};
 
 /// A block in this process, with its table: writable memory that keeps the store's buffer alive.
 ///

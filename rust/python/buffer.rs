@@ -7,7 +7,7 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::layout::Piece;
+use crate::format::layout::Piece;
 
 /// The part of `room` from where `anchor` starts; refuses what has no room for a block there.
 pub(super) fn room_at(

@@ -10,15 +10,16 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::arena::Arena;
+use super::buffer;
+use super::extension::PublishError;
 use super::sources::Sources;
-use super::{PublishError, buffer};
-use crate::arena::Lot;
-use crate::block;
 use crate::error::Error;
-use crate::layout::{Layout, Piece, Segment as Run, used};
-use crate::read::How;
-use crate::source::{self, Source};
-use crate::table::{Table, fingerprint};
+use crate::format::layout::{Layout, Piece, Segment as Run, used};
+use crate::format::table::{Table, fingerprint};
+use crate::io::file::How;
+use crate::io::fill as block;
+use crate::io::source::{self, Source};
+use crate::memory::arena::Lot;
 
 /// Storages and views on their way into a block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]

@@ -7,8 +7,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use super::torch::Torch;
-use crate::dlpack;
-use crate::view::{Flags, View};
+use crate::format::view::{Flags, View};
+use crate::python::dlpack;
 
 /// A tensor with a storage of its own, whose first element is at `data`; `None` where DLPack has no
 /// such dtype, or torch does not borrow.

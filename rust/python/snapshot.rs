@@ -9,13 +9,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::{block, buffer};
-use crate::block::{check, checksums, verify};
-use crate::checksum::{Chunks, xxh3};
 use crate::error::Error;
-use crate::layout::Piece;
-use crate::read::{How, Reader};
-use crate::snapshot::{self, Header};
-use crate::table::{Table, fingerprint};
+use crate::format::checksum::{Chunks, xxh3};
+use crate::format::layout::Piece;
+use crate::format::snapshot::{self, Header};
+use crate::format::table::{Table, fingerprint};
+use crate::io::file::{How, Reader};
+use crate::io::fill::{check, checksums, verify};
 
 /// What precedes a block in a snapshot: read, and as it was written.
 #[pyclass(frozen, module = "ray_zerocopy._core")]

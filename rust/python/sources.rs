@@ -8,10 +8,10 @@ use pyo3::types::PyList;
 use pyo3::{IntoPyObjectExt, intern};
 
 use super::torch::Torch;
-use crate::dlpack::{self, Strided};
-use crate::dtype::Dtype;
-use crate::layout::Piece;
-use crate::view::{Dims, Flags, View};
+use crate::format::dtype::Dtype;
+use crate::format::layout::Piece;
+use crate::format::view::{Dims, Flags, View};
+use crate::python::dlpack::{self, Strided};
 
 /// The tensors of an object graph as a pickler meets them: views over storages of the source.
 ///

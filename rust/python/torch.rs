@@ -4,9 +4,9 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use crate::dlpack::{Describe, ExchangeApi, ToPyObject};
-use crate::dtype::Dtype;
 use crate::error::Error;
+use crate::format::dtype::Dtype;
+use crate::python::dlpack::{Describe, ExchangeApi, ToPyObject};
 
 /// Looked up once.
 pub(super) struct Torch {

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::ops::Range;
 
-use crate::layout::Piece;
+use crate::format::layout::Piece;
 
 pub use system::{fill_to_write, give_back, is_in_memory, page, touch};
 
@@ -47,7 +47,7 @@ mod system {
     use std::os::unix::fs::FileExt;
     use std::ptr;
 
-    use crate::layout::Piece;
+    use crate::format::layout::Piece;
 
     /// The bit of an entry of `/proc/self/pagemap` that says that the page is there.
     const PRESENT: u64 = 1 << 63;
@@ -138,7 +138,7 @@ mod system {
     use std::fs::File;
     use std::ops::Range;
 
-    use crate::layout::Piece;
+    use crate::format::layout::Piece;
 
     pub fn lacks(_: &File, _: usize) -> bool {
         false

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::layout::Piece;
+use crate::format::layout::Piece;
 
 pub use system::Mappings;
 
@@ -202,8 +202,8 @@ mod system {
         use memmap2::MmapOptions;
 
         use super::*;
-        use crate::layout::Piece;
-        use crate::mapping::around;
+        use crate::format::layout::Piece;
+        use crate::memory::mapping::around;
 
         #[test]
         fn a_line_of_maps_is_read() {

@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::error::Result;
-use crate::huge::HUGE;
-use crate::layout::Piece;
-use crate::page_table;
+use crate::format::layout::Piece;
+use crate::memory::huge::HUGE;
+use crate::memory::page_table;
 
 /// Up to so much is lent in small pages: some of the huge ones are held for a few bytes.
 const SMALL: usize = 16 << 20;
@@ -214,9 +214,9 @@ mod system {
     use memmap2::{MmapOptions, MmapRaw};
 
     use crate::error::{Error, Result};
-    use crate::huge::{HUGE, Placed, Prices};
-    use crate::layout::Piece;
-    use crate::page_table::{self, page};
+    use crate::format::layout::Piece;
+    use crate::memory::huge::{HUGE, Placed, Prices};
+    use crate::memory::page_table::{self, page};
 
     /// A file in memory that has no name, so that nothing is left of it whatever ends this process.
     /// It counts as shared memory of the process, not against the size of `/dev/shm`.
@@ -291,7 +291,7 @@ mod system {
     use std::ops::Range;
 
     use crate::error::{Error, Result};
-    use crate::layout::Piece;
+    use crate::format::layout::Piece;
 
     #[derive(Debug)]
     pub enum Memory {}

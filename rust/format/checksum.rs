@@ -10,7 +10,7 @@ use std::thread;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
-use crate::layout::{Piece, Span};
+use crate::format::layout::{Piece, Span};
 
 /// Bytes that are summed by themselves. Part of the format: never change.
 pub const CHUNK: usize = 1 << 20;

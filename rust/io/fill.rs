@@ -13,15 +13,17 @@ use std::thread;
 
 use memmap2::MmapMut;
 
-use crate::checksum::{self, CHUNK, Chunks, xxh3, xxh3_of};
-use crate::copy::{copy_and_sum, copy_bytes};
 use crate::error::{Error, Result};
-use crate::huge::HUGE;
-use crate::layout::{CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Piece, Segment, Span, align_up};
-use crate::read::Bounce;
-use crate::source::Source;
-use crate::table::Table;
-use crate::target::Target;
+use crate::format::checksum::{self, CHUNK, Chunks, xxh3, xxh3_of};
+use crate::format::layout::{
+    CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Piece, Segment, Span, align_up,
+};
+use crate::format::table::Table;
+use crate::io::file::Bounce;
+use crate::io::source::Source;
+use crate::io::stream::{copy_and_sum, copy_bytes};
+use crate::memory::huge::HUGE;
+use crate::memory::target::Target;
 
 const MAGIC: &[u8; 4] = b"RZCB";
 
@@ -402,8 +404,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::copy::STREAM_FROM;
-    use crate::read::{How, Reader};
+    use crate::io::file::{How, Reader};
+    use crate::io::stream::STREAM_FROM;
 
     fn piece(bytes: &[u8]) -> Piece {
         Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() }

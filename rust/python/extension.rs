@@ -1,30 +1,13 @@
-//! The edge towards Python; nothing outside `python` knows PyO3. Stub: `python/ray_zerocopy/_core.pyi`.
+//! The extension `_core`: its classes, functions and exceptions. Stub: `python/ray_zerocopy/_core.pyi`.
 
 use pyo3::prelude::*;
 
-use crate::dtype::Dtype;
+use super::{arena, block, gather, module, snapshot, sources, torch};
 use crate::error::Error;
-use crate::layout::HEADER_NBYTES;
-use crate::snapshot::SNAPSHOT_HEADER_NBYTES;
-use crate::view::Flags;
-
-mod torch;
-
-mod sources;
-
-mod buffer;
-
-mod arena;
-
-mod gather;
-
-mod loan;
-
-mod block;
-
-mod module;
-
-mod snapshot;
+use crate::format::dtype::Dtype;
+use crate::format::layout::HEADER_NBYTES;
+use crate::format::snapshot::SNAPSHOT_HEADER_NBYTES;
+use crate::format::view::Flags;
 
 pyo3::import_exception!(ray_zerocopy.errors, BlockError);
 pyo3::import_exception!(ray_zerocopy.errors, PublishError);

@@ -20,13 +20,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::block::{check, checksums, place, seal};
-use crate::checksum::xxh3;
 use crate::error::{Error, Result};
-use crate::layout::{CHECKSUM_NBYTES, HEADER_NBYTES};
-use crate::read::Reader;
-use crate::source::Source;
-use crate::table::{Table, fingerprint};
+use crate::format::checksum::xxh3;
+use crate::format::layout::{CHECKSUM_NBYTES, HEADER_NBYTES};
+use crate::format::table::{Table, fingerprint};
+use crate::io::file::Reader;
+use crate::io::fill::{check, checksums, place, seal};
+use crate::io::source::Source;
 
 const MAGIC: &[u8; 4] = b"RZCS";
 const VERSION: u16 = 1;

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::format::dtype::Dtype;
 
 /// What a view is to torch, beyond its geometry; the bits of one byte in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

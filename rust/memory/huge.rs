@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::layout::Piece;
-use crate::page_table;
+use crate::format::layout::Piece;
+use crate::memory::page_table;
 
 pub use system::Placed;
 
@@ -193,9 +193,9 @@ mod system {
     use std::ptr;
 
     use super::HUGE;
-    use crate::layout::Piece;
-    use crate::mapping;
-    use crate::page_table;
+    use crate::format::layout::Piece;
+    use crate::memory::mapping;
+    use crate::memory::page_table;
 
     /// Part of a file, mapped where its pages can be huge; unmapped when dropped.
     #[derive(Debug)]
@@ -408,7 +408,7 @@ mod system {
     use std::io;
     use std::ops::Range;
 
-    use crate::layout::Piece;
+    use crate::format::layout::Piece;
 
     /// Only Linux has what this takes.
     #[derive(Debug)]

@@ -11,11 +11,11 @@
 //! | 16 a span | offset, nbytes |
 //! | 16 a view + 16 a dimension | span (4), dtype (1), flags (1), dimensions (2), offset (8), shape (8 each), stride (8 each) |
 
-use crate::checksum::xxh3;
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::layout::{ALIGN, CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Span};
-use crate::view::{Dims, Flags, View};
+use crate::format::checksum::xxh3;
+use crate::format::dtype::Dtype;
+use crate::format::layout::{ALIGN, CHECKSUM_NBYTES, HEADER_NBYTES, Layout, Span};
+use crate::format::view::{Dims, Flags, View};
 
 const MAGIC: &[u8; 4] = b"RZCT";
 
@@ -218,7 +218,7 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::Piece;
+    use crate::format::layout::Piece;
     use proptest::prelude::*;
 
     /// Any valid table: storages of any size, and a dense view over a part of some of them.

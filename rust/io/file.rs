@@ -25,10 +25,10 @@ use std::time::{Instant, SystemTime};
 
 use memmap2::MmapMut;
 
-use crate::checksum::CHUNK;
 use crate::error::{Error, Result};
-use crate::huge::HUGE;
-use crate::mapping::Mapping;
+use crate::format::checksum::CHUNK;
+use crate::memory::huge::HUGE;
+use crate::memory::mapping::Mapping;
 
 /// The middle of a chunk tells whether it is in the page cache: to ask for all of it takes 9 us for a MiB,
 /// a tenth of the time to read it from there; for so much, 1.5. Its ends may be there for a neighbour's

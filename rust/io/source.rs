@@ -11,12 +11,12 @@ use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::arena::Lot;
 use crate::error::Result;
-use crate::layout::Piece;
-use crate::mapping::{Mapping, Mappings};
-use crate::page_table::PageTable;
-use crate::read::{How, Reader};
+use crate::format::layout::Piece;
+use crate::io::file::{How, Reader};
+use crate::memory::arena::Lot;
+use crate::memory::mapping::{Mapping, Mappings};
+use crate::memory::page_table::PageTable;
 
 /// Bytes that are to be written somewhere.
 #[derive(Debug, Clone)]
@@ -204,7 +204,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::block::place;
+    use crate::io::fill::place;
 
     const NBYTES: usize = 1 << 20;
 

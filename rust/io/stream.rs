@@ -13,7 +13,7 @@
 //! What XXH3 computes is specified at <https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md>;
 //! here is its long form, for more than 240 bytes, without a seed.
 
-use crate::checksum::xxh3;
+use crate::format::checksum::xxh3;
 
 /// Below this the caches are the better way.
 pub(crate) const STREAM_FROM: usize = 64 << 10;

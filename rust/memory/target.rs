@@ -18,9 +18,9 @@ use std::thread::{self, JoinHandle};
 use std::{io, slice};
 
 use crate::error::{Error, Result};
-use crate::huge::{HUGE, Placed, Prices, SETTLED_AFTER};
-use crate::layout::Piece;
-use crate::page_table::{self, PageTable};
+use crate::format::layout::Piece;
+use crate::memory::huge::{HUGE, Placed, Prices, SETTLED_AFTER};
+use crate::memory::page_table::{self, PageTable};
 
 /// Memory that is being written.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::slice;
 
-use crate::dtype::Dtype;
-use crate::view::{Dims, View};
+use crate::format::dtype::Dtype;
+use crate::format::view::{Dims, View};
 
 const CPU: i32 = 1;
 const MAJOR_VERSION: u32 = 1;
@@ -175,7 +175,7 @@ unsafe extern "C" fn end<Owner>(managed: *mut ManagedTensor) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::Flags;
+    use crate::format::view::Flags;
     use std::sync::Arc;
 
     fn view(dtype: Dtype) -> View {

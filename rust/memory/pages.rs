@@ -19,10 +19,10 @@ use std::{mem, process};
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::huge::{HUGE, Placed, SETTLED_AFTER};
-use crate::layout::Piece;
-use crate::mapping::Backing;
-use crate::page_table::{self, AROUND, PageTable};
+use crate::format::layout::Piece;
+use crate::memory::huge::{HUGE, Placed, SETTLED_AFTER};
+use crate::memory::mapping::Backing;
+use crate::memory::page_table::{self, AROUND, PageTable};
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -202,9 +202,9 @@ mod system {
 
     use super::{Stop, TRIES, unsupported};
     use crate::error::{Error, Result};
-    use crate::huge::{Placed, SETTLED_AFTER};
-    use crate::layout::Piece;
-    use crate::mapping::{self, Backing, Mapping};
+    use crate::format::layout::Piece;
+    use crate::memory::huge::{Placed, SETTLED_AFTER};
+    use crate::memory::mapping::{self, Backing, Mapping};
 
     /// A shared mapping of Ray's store, or of a file that what had no room there fell back to.
     #[derive(Debug, Clone)]
@@ -332,9 +332,9 @@ mod system {
 mod system {
     use super::{Stop, unsupported};
     use crate::error::Result;
-    use crate::huge::Placed;
-    use crate::layout::Piece;
-    use crate::mapping::Backing;
+    use crate::format::layout::Piece;
+    use crate::memory::huge::Placed;
+    use crate::memory::mapping::Backing;
 
     const REASON: &str = "only Linux tells which file lies behind Ray's store";
 

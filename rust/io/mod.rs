@@ -1,0 +1,14 @@
+//! Io: bytes on their way.
+//!
+//! In: storages by address, and memory that is ready. Out: a block. Imports `error`, `format` and `memory`.
+
+#[allow(unsafe_code)] // instructions of the processor
+pub mod stream;
+
+#[allow(unsafe_code)] // asks the kernel
+pub mod file;
+
+pub mod source;
+
+#[allow(unsafe_code)] // reads the model's storages by address
+pub mod fill;

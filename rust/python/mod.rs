@@ -1,0 +1,36 @@
+//! Python: the edge. Nothing else knows PyO3, and only this folder knows torch.
+//!
+//! In: tensors and buffers of Python. Out: the same, over a block. Imports all other folders; nobody
+//! imports it. `dlpack` is plain C and needs no interpreter.
+
+pub mod dlpack;
+
+#[cfg(feature = "python")]
+mod torch;
+
+#[cfg(feature = "python")]
+mod sources;
+
+#[cfg(feature = "python")]
+mod buffer;
+
+#[cfg(feature = "python")]
+mod arena;
+
+#[cfg(feature = "python")]
+mod gather;
+
+#[cfg(feature = "python")]
+mod loan;
+
+#[cfg(feature = "python")]
+mod block;
+
+#[cfg(feature = "python")]
+mod module;
+
+#[cfg(feature = "python")]
+mod snapshot;
+
+#[cfg(feature = "python")]
+mod extension;
