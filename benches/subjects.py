@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from models import bert_base  # tests/models.py
+from models import bert_base  # tests/models
 from torch import nn
 
 

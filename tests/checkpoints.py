@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An architecture of `models.py`, and what `save_pretrained` and `from_pretrained` are told."""
+    """An architecture of `models/`, and what `save_pretrained` and `from_pretrained` are told."""
 
     architecture: str
     saved: dict[str, Any] = field(default_factory=dict)

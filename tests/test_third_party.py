@@ -11,11 +11,11 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from exact import assert_exact, assert_same_description, describe
-from models import ARCHITECTURES, Case, _entry
+from models import ARCHITECTURES, Case, entry
 from torch import nn
 
 CASES = {}
-_case = _entry(CASES)
+_case = entry(CASES)
 
 
 def _library(name):
