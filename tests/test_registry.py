@@ -18,7 +18,7 @@ from exact import assert_exact
 from fresh import run
 from models import DIFFICULT, large, simple
 from ray_zerocopy.registry import catalog, follower, publication
-from ray_zerocopy.shared import Parts, Reading, reading
+from ray_zerocopy.shared import Parts, in_place, reading
 from torch import nn
 
 
@@ -61,7 +61,7 @@ def test_an_object_has_one_digest_wherever_it_lies(kind, cluster):
     model = simple().model if kind == "simple" else DIFFICULT[kind]().model
 
     def parts_of(ref):
-        with reading(Reading(parts=True)):
+        with reading(in_place):
             return ray.get(ref)
 
     stored = parts_of(rzc.put(model))

@@ -26,7 +26,7 @@ def test_references_inside_stay_alive(cluster):
 def test_what_was_never_written_is_refused(cluster):
     """As if Ray had moved the object to disk in the moment before it was written."""
     anchored = shared.Anchored(torch.ones(100_000))
-    with shared.reading(shared.Reading(anchor=True)):
+    with shared.reading(shared.anchor):
         ref, anchor, _ = room.put(anchored, lambda: anchored.block.nbytes)
     assert not any(memoryview(anchor)[:4])
     with pytest.raises(rzc.BlockError):

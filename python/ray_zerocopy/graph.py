@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
 from ray_zerocopy import torch_inside as inside
+from ray_zerocopy.pickled import named
 
 OPERATORS = (inside.HigherOrderOperator, inside.OpOverload, inside.OpOverloadPacket)
 _TRACED = (inside.FakeTensor, torch.SymBool, torch.SymFloat, torch.SymInt)
@@ -29,6 +30,15 @@ class _Place:
 
     index: int
 
+    def __reduce__(self) -> Any:
+        return graph_index, (self.index,)
+
+
+@named
+def graph_index(index: int) -> _Place:
+    """Unpickle the place of a node."""
+    return _Place(index)
+
 
 def module_reducer(kind: Any) -> Callable[[Any], Any] | None:
     """Give what reduces a graph's module to its dict; None if the class reduces itself."""
@@ -37,66 +47,77 @@ def module_reducer(kind: Any) -> Callable[[Any], Any] | None:
 
 def _reduce_module(module: fx.GraphModule) -> Any:
     own, base = type(module).__mro__[:2]  # `GraphModule.__new__` makes a class for each module
-    return _new_module, (base, own.__name__), module.__getstate__(), None, None, _restore_module
+    made = (graph_module, (base, own.__name__))
+    return (*made, module.__getstate__(), None, None, restore_graph_module)
 
 
-def _new_module(base: Any, name: str) -> fx.GraphModule:
+@named
+def graph_module(base: Any, name: str) -> fx.GraphModule:
+    """Unpickle a `GraphModule`; its graph comes with its state."""
     module: fx.GraphModule = base.__new__(base)
     type(module).__name__ = name
     return module
 
 
-def _restore_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
+@named
+def restore_graph_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
+    """Give a `GraphModule` its state, and make its code."""
     module.__setstate__(state)
     module.graph = state["_graph"]  # makes the code
 
 
-def reduce_graph(graph: fx.Graph) -> Any:
+def reduce_graph(whole: fx.Graph) -> Any:
     """Reduce a graph to its nodes; those that a node takes come before it."""
-    places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    places = {node: _Place(index) for index, node in enumerate(whole.nodes)}
     nodes = [
         (node.op, node.target, args, kwargs, node.name, node.type)
-        for node in graph.nodes
+        for node in whole.nodes
         for args, kwargs in [map_arg((node.args, node.kwargs), places.__getitem__)]
     ]
     metadata = [
         {key: value for key, value in node.meta.items() if not _is_traced(value)}
-        for node in graph.nodes
+        for node in whole.nodes
     ]
-    made = (_graph, (graph._tracer_cls, graph._codegen, nodes))
-    return (*made, metadata, None, None, _set_metadata)
+    made = (graph, (whole._tracer_cls, whole._codegen, nodes))
+    return (*made, metadata, None, None, set_graph_metadata)
 
 
 def _is_traced(value: object) -> bool:
     return any(isinstance(leaf, _TRACED) for leaf in inside.tree_leaves(value))
 
 
-def _graph(tracer: Any, codegen: Any, nodes: list[tuple[Any, ...]]) -> fx.Graph:
-    graph = fx.Graph(tracer_cls=tracer)
+@named
+def graph(tracer: Any, codegen: Any, nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    """Unpickle a graph from its nodes, each an `(op, target, args, kwargs, name, type)`."""
+    whole = fx.Graph(tracer_cls=tracer)
     made: list[fx.Node] = []
     for op, target, args, kwargs, name, kind in nodes:
         args, kwargs = map_aggregate((args, kwargs), lambda part: _at(part, made))
-        made.append(graph.create_node(op, target, args, kwargs, name, kind))
-    graph.set_codegen(codegen)
-    return graph
+        made.append(whole.create_node(op, target, args, kwargs, name, kind))
+    whole.set_codegen(codegen)
+    return whole
 
 
 def _at(part: Any, made: list[fx.Node]) -> Any:
     return made[part.index] if isinstance(part, _Place) else part
 
 
-def _set_metadata(graph: fx.Graph, metadata: list[dict[str, Any]]) -> None:
-    for node, meta in zip(graph.nodes, metadata, strict=True):
+@named
+def set_graph_metadata(whole: fx.Graph, metadata: list[dict[str, Any]]) -> None:
+    """Give the nodes of a graph their metadata, in order."""
+    for node, meta in zip(whole.nodes, metadata, strict=True):
         node.meta = meta
 
 
 def reduce_node(node: fx.Node) -> Any:
     """Reduce a node that something outside of its graph's arguments holds."""
-    return _node, (node.graph, list(node.graph.nodes).index(node))
+    return graph_node, (node.graph, list(node.graph.nodes).index(node))
 
 
-def _node(graph: fx.Graph, index: int) -> fx.Node:
-    return list(graph.nodes)[index]
+@named
+def graph_node(whole: fx.Graph, index: int) -> fx.Node:
+    """Unpickle the node of a graph."""
+    return list(whole.nodes)[index]
 
 
 def reduce_operator(op: Any) -> Any:

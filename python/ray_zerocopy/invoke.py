@@ -14,6 +14,7 @@ import ray
 import torch
 
 from ray_zerocopy.cache import Cache
+from ray_zerocopy.pickled import named
 from ray_zerocopy.pipeline import PUBLISHED, Leaf, replace
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
@@ -44,7 +45,7 @@ class CallModel(Leaf):
         self._options = options
 
     def __reduce__(self) -> Any:
-        return functools.partial(CallModel, grad=self._grad, **self._options), ()
+        return call, (self._grad, self._options)
 
     def options(self, **options: Any) -> CallModel:
         """Give the same task with other options: `grad=True`, or any of Ray's for a task."""
@@ -77,13 +78,19 @@ class CallModel(Leaf):
         if _is_private(method_name):
             raise AttributeError(f"{method_name!r} is private, so no task can call it")
         # In a list, Ray leaves the reference alone: loading is up to the worker's cache.
-        call = ([model_ref], method_name, self._grad)
+        asked = ([model_ref], method_name, self._grad)
         keywords = {name: _light(value) for name, value in (kwargs or {}).items()}
-        return self._task.remote(call, *map(_light, args), **keywords)
+        return self._task.remote(asked, *map(_light, args), **keywords)
 
     @functools.cached_property
     def _task(self) -> Any:
         return _remote_call.options(**self._options)
+
+
+@named
+def call(grad: bool, options: dict[str, Any]) -> CallModel:
+    """Unpickle a `CallModel`."""
+    return CallModel(grad=grad, **options)
 
 
 call_model = CallModel()
@@ -127,7 +134,7 @@ def rewrite_pipeline(
         raise ValueError(f"a shim has a {own.pop()!r} of its own: call_model reaches the model's")
     task = call_model.options(grad=grad, **options)
 
-    def shim(source: Any) -> Shim:
+    def shim_of(source: Any) -> Shim:
         if isinstance(source, PUBLISHED):
             ref = source.handle if isinstance(source, Version) else source
             model = load_version(_version(source))
@@ -137,7 +144,7 @@ def rewrite_pipeline(
         carried = {name: getattr(model, name) for name in attribute_names if hasattr(model, name)}
         return Shim(ref, type(model).__name__, methods, carried, task)
 
-    return replace(pipeline, shim)
+    return replace(pipeline, shim_of)
 
 
 class Method(Leaf):
@@ -148,12 +155,9 @@ class Method(Leaf):
         self._name = name
         self._task = task
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> Any:
         # Ray's pickle of a reference names its owner as well; plain pickle would keep only the id.
-        return self.__dict__ | {"ref": ray.cloudpickle.dumps(self.ref)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, ref=ray.cloudpickle.loads(state["ref"]))
+        return method, (ray.cloudpickle.dumps(self.ref), self._name, self._task)
 
     def __deepcopy__(self, memo: object) -> Method:
         return self
@@ -165,6 +169,12 @@ class Method(Leaf):
     def remote(self, *args: Any, **kwargs: Any) -> ray.ObjectRef:
         """Start the call; `ray.get` or `await` the reference for its result."""
         return self._task.remote(self.ref, args, kwargs, self._name)
+
+
+@named
+def method(ref: bytes, name: str, task: CallModel) -> Method:
+    """Unpickle a `Method`."""
+    return Method(ray.cloudpickle.loads(ref), name, task)
 
 
 class Shim(Method):
@@ -186,7 +196,12 @@ class Shim(Method):
         super().__init__(ref, "__call__", task)
         self._kind = kind
         self._methods = methods
+        self._carried = carried
         self.__dict__.update(carried)
+
+    def __reduce__(self) -> Any:
+        ref = ray.cloudpickle.dumps(self.ref)
+        return shim, (ref, self._kind, self._methods, self._carried, self._task)
 
     def __getattr__(self, name: str) -> Method:
         if _is_private(name) or name not in self._methods:
@@ -196,6 +211,14 @@ class Shim(Method):
     def __repr__(self) -> str:
         methods = {"__call__": None} | dict.fromkeys(self._methods)
         return f"<{self._kind} in tasks, with {', '.join(methods)}>"
+
+
+@named
+def shim(
+    ref: bytes, kind: str, methods: list[str], carried: dict[str, Any], task: CallModel
+) -> Shim:
+    """Unpickle a `Shim`."""
+    return Shim(ray.cloudpickle.loads(ref), kind, methods, carried, task)
 
 
 def _version(source: Version | Live) -> Version:
@@ -209,10 +232,12 @@ class _Evaluated:
         self.model = model
 
     def __reduce__(self) -> Any:
-        return _evaluated, (self.model,)
+        return evaluated, (self.model,)
 
 
-def _evaluated(model: torch.nn.Module) -> torch.nn.Module:
+@named
+def evaluated(model: torch.nn.Module) -> torch.nn.Module:
+    """Unpickle a model in eval mode."""
     return model.eval()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ray_zerocopy.errors import MismatchError
+from ray_zerocopy.pickled import named
 from ray_zerocopy.shared import Shared
 from ray_zerocopy.skeleton import join, make_picklable, split
 
@@ -52,7 +53,13 @@ class Tensors(Sequence[Arrays]):
         }
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Tensors, (Shared(self._modules),)
+        return tensors, (Shared(self._modules),)
+
+
+@named
+def tensors(modules: list[dict[str, dict[str, Any]]]) -> Tensors:
+    """Unpickle `Tensors`."""
+    return Tensors(modules)
 
 
 def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
@@ -63,9 +70,9 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     a hook's closure holds stays with the skeleton.
     """
     parts = split(model)
-    tensors = parts.sources.tensors
-    buffers = [bytearray(tensors[index]) for index in parts.buffers]
-    skeleton: torch.nn.Module = join(parts.skeleton, tensors, buffers)
+    sources = parts.sources.tensors
+    buffers = [bytearray(sources[index]) for index in parts.buffers]
+    skeleton: torch.nn.Module = join(parts.skeleton, sources, buffers)
     extracted = []
     for module, bare in zip(model.modules(), skeleton.modules(), strict=True):
         others = {name: value for name, value in module.__dict__.items() if _holds_tensors(value)}

@@ -1,6 +1,6 @@
 """How an object travels through Ray: as its skeleton, its table and its block.
 
-object ─ pickled in `Shared` ─▶ skeleton, table, block ═ Ray ═▶ `_load` ─▶ object, as `Reading` says
+object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` ─ a reader ─▶ object, or less
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import hashlib
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 from ray_zerocopy import _core, metrics, views
 from ray_zerocopy.blame import culprit
 from ray_zerocopy.block import Isolation, Prefault, gather, open_block
-from ray_zerocopy.errors import PublishError
-from ray_zerocopy.info import describe
+from ray_zerocopy.errors import PublishError, VersionError
+from ray_zerocopy.info import Info, describe
+from ray_zerocopy.pickled import named
 from ray_zerocopy.skeleton import join, split
 
 
@@ -45,7 +46,8 @@ class Shared:
             raise PublishError(f"{culprit(self.obj)} cannot be published: {error}") from error
         self.nbytes = len(parts.skeleton) + block.nbytes
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
-        return _load, (parts.skeleton, parts.buffers, block.table, anchored, *segments)
+        head = Parts(parts.skeleton, parts.buffers, block.table, [], anchored)
+        return _reduced(head, segments)
 
     def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
         return False, [pickle.PickleBuffer(segment) for segment in block.segments()]
@@ -87,12 +89,13 @@ class Parts:
     @classmethod
     def of(cls, obj: object) -> Parts:
         """Take apart an object that is not stored yet; raises `PublishError` as `put` does."""
-        _, (skeleton, buffers, table, _, *segments) = Shared(obj).__reduce_ex__(5)
-        return cls(skeleton, buffers, table, [segment.raw() for segment in segments])
+        _, (head, *segments) = Shared(obj).__reduce_ex__(5)
+        raw = [segment.raw() for segment in segments]
+        return cls(head["skeleton"], head["buffers"], head["table"], raw)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         segments = [pickle.PickleBuffer(segment) for segment in self.segments]
-        return _load, (self.skeleton, self.buffers, self.table, self.anchored, *segments)
+        return _reduced(self, segments)
 
     def digest(self) -> str:
         """Give the SHA-256 of everything, in hexadecimal: equal for equal skeletons and weights."""
@@ -104,53 +107,84 @@ class Parts:
         return hashed.hexdigest()
 
 
+Reader = Callable[[Parts], Any]
+
+
+def anchor(parts: Parts) -> memoryview:
+    """Read only where the block is to start."""
+    return parts.segments[0]
+
+
+def in_place(parts: Parts) -> Parts:
+    """Read the parts, the block where it lies in the store."""
+    whole = open_block(parts.table, parts.segments, "shared", parts.anchored)
+    return Parts(parts.skeleton, parts.buffers, parts.table, [whole])
+
+
 @dataclass(frozen=True)
-class Reading:
-    """How the objects that are being read in this context are wanted."""
+class Inspecting:
+    """Read what `inspect` tells; nothing is unpickled."""
+
+    verify: bool = False
+
+    def __call__(self, parts: Parts) -> Info:
+        """Describe a stored object."""
+        block = open_block(parts.table, parts.segments, "private", parts.anchored)
+        return describe(block, parts.skeleton, self.verify)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Read the object itself, over its block."""
 
     isolation: Isolation = "private"
     prefault: Prefault = "auto"
     device: torch.device | str | None = None
-    inspect: bool = False
-    parts: bool = False
-    verify: bool = False
-    anchor: bool = False
+
+    def __call__(self, parts: Parts) -> Any:
+        """Join the object over its block."""
+        start = time.perf_counter()
+        block = open_block(parts.table, parts.segments, self.isolation, parts.anchored)
+        if self.device is not None:  # the copy is to find the pages filled in
+            _fill_in(block, self.prefault)
+        with _quiet_collector():
+            tensors = views.tensors(block, self.device)
+            loaded = join(parts.skeleton, tensors, views.buffers(block, parts.buffers))
+        _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
+        metrics.loaded(block, self.isolation, time.perf_counter() - start)
+        return loaded
 
 
-_AS_RAY_GET = Reading()
-_READING = ContextVar("ray_zerocopy_reading", default=_AS_RAY_GET)
+_AS_RAY_GET = Loading()
+_READER: ContextVar[Reader] = ContextVar("ray_zerocopy_reader", default=_AS_RAY_GET)
 
 
 @contextlib.contextmanager
-def reading(how: Reading) -> Iterator[None]:
-    """Have what is unpickled in here read as told."""
-    token = _READING.set(how)
+def reading(reader: Reader) -> Iterator[None]:
+    """Have `reader` make what is unpickled in here of its parts."""
+    token = _READER.set(reader)
     try:
         yield
     finally:
-        _READING.reset(token)
+        _READER.reset(token)
 
 
-def _load(skeleton: bytes, buffers: list[int], table: bytes, anchored: bool, *segments: Any) -> Any:
-    """Build the object over its block; called by the unpickling of a `Shared`."""
-    how = _READING.get()
-    if how.anchor:
-        return segments[0]
-    if how.parts:
-        whole = open_block(table, segments, "shared", anchored)
-        return Parts(skeleton, buffers, table, [whole])
-    start = time.perf_counter()
-    block = open_block(table, segments, how.isolation, anchored)
-    if how.inspect:
-        return describe(block, skeleton, how.verify)
-    if how.device is not None:  # the copy is to find the pages filled in
-        _fill_in(block, how.prefault)
-    with _quiet_collector():
-        tensors = views.tensors(block, how.device)
-        loaded = join(skeleton, tensors, views.buffers(block, buffers))
-    _fill_in(block, how.prefault)  # the building reads none: beside it, a thread only holds it up
-    metrics.loaded(block, how.isolation, time.perf_counter() - start)
-    return loaded
+_HEAD = ("skeleton", "buffers", "table", "anchored")
+
+
+def _reduced(parts: Parts, segments: list[Any]) -> Any:
+    """Reduce a stored object to what `load` takes; the head may grow."""
+    return load, ({name: getattr(parts, name) for name in _HEAD}, *segments)
+
+
+@named
+def load(head: dict[str, Any], *segments: Any) -> Any:
+    """Unpickle what `put` stored, as the reader of this context wants it."""
+    if unknown := sorted(head.keys() - set(_HEAD)):
+        raise VersionError(
+            f"this object was stored by a newer ray_zerocopy, with {unknown}: upgrade here"
+        )
+    return _READER.get()(Parts(segments=list(segments), **head))
 
 
 def _fill_in(block: _core.Block, prefault: Prefault) -> None:

@@ -29,6 +29,7 @@ from torch.utils.hooks import warn_if_has_hooks
 from ray_zerocopy import _core, graph, torchscript
 from ray_zerocopy import torch_inside as inside
 from ray_zerocopy.errors import HostCopyWarning
+from ray_zerocopy.pickled import named
 
 # Buffers of numpy arrays and the like stay in the skeleton below one page.
 _BUFFER_NBYTES = 4096
@@ -79,6 +80,9 @@ def unshared_nbytes(skeleton: bytes) -> int:
 class _Joiner(pickle.Unpickler):
     """A class of our own, so that its `persistent_load` can be set."""
 
+
+restore_module = named(_core.restore_module)
+initialized_module = named(_core.initialized_module)
 
 # Makes an object without its `__init__`; pickle knows this function and has an opcode for it.
 _new_object = copyreg.__newobj__  # type: ignore[attr-defined]
@@ -163,12 +167,14 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
     warn_if_has_hooks(tensor)
     with inside.ignoring_torch_function():
         plain = tensor.detach().as_subclass(torch.Tensor)
-    made = (_subclass_tensor, (kind, plain, tensor.requires_grad))
+    made = (tensor_subclass, (kind, plain, tensor.requires_grad))
     state = inside.get_state(tensor)
     return (*made, state, None, None, inside.set_state) if state else made
 
 
-def _subclass_tensor(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+@named
+def tensor_subclass(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """Unpickle a tensor of a class of its own."""
     return inside.make_subclass(kind, plain, requires_grad)
 
 
@@ -190,35 +196,39 @@ def _array_reducer(kind: Any) -> Callable[[Any], Any] | None:
     return _reduce_array if own in known else None
 
 
-def _reduce_array(array: np.ndarray) -> Any:
+def _reduce_array(whole: np.ndarray) -> Any:
     """Reduce an array to a buffer of its elements, in the order in which they lie in memory.
 
     numpy does so only for arrays of no other class than its own; of a memory map it writes the
     whole file into the pickle. What has gaps comes back without. (numpy 2.4)
     """
-    plain = array.view(np.ndarray)
+    plain = whole.view(np.ndarray)
     if plain.dtype.hasobject or not plain.nbytes:
         return NotImplemented
     if not np.may_share_memory(elements := plain.ravel(order="K"), plain):
         plain = plain.copy(order="K")
         elements = plain.ravel(order="K")
     buffer = pickle.PickleBuffer(elements.view(np.uint8).data)
-    made = (_array, (type(array), plain.shape, plain.dtype, plain.strides, buffer))
-    state = {k: v for k, v in getattr(array, "__dict__", {}).items() if k not in _OF_A_FILE}
-    return (*made, state, None, None, _set_attributes) if state else made
+    made = (array, (type(whole), plain.shape, plain.dtype, plain.strides, buffer))
+    state = {k: v for k, v in getattr(whole, "__dict__", {}).items() if k not in _OF_A_FILE}
+    return (*made, state, None, None, set_array_attributes) if state else made
 
 
 # What a memory map knows of its file, which its elements leave for the block.
 _OF_A_FILE = ("_mmap", "filename", "mode", "offset")
 
 
-def _array(
+@named
+def array(
     kind: type[np.ndarray], shape: Any, dtype: np.dtype, strides: Any, buffer: Any
 ) -> np.ndarray:
+    """Unpickle an array over a buffer; strides in bytes."""
     return np.ndarray(shape, dtype, buffer, 0, strides).view(kind)
 
 
-def _set_attributes(array: np.ndarray, attributes: dict[str, Any]) -> None:
+@named
+def set_array_attributes(array: np.ndarray, attributes: dict[str, Any]) -> None:
+    """Give an array of a subclass its attributes."""
     vars(array).update(attributes)
 
 
@@ -254,12 +264,12 @@ def _module_reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
         return None
     if _refuses_to_pickle(kind):
         base = parametrize.type_before_parametrizations(module)
-        return _core.ModuleReducer(base, _new_parametrized, _restore_parametrized).reduce
-    restore = _core.restore_module
+        return _core.ModuleReducer(base, new_parametrized, restore_parametrized).reduce
+    restore = restore_module
     if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_properties(kind):
-        restore = _restore_through_setstate
+        restore = restore_by_setstate
     if any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__):
-        restore = _restore_pretrained
+        restore = restore_pretrained
     return _core.ModuleReducer(kind, _new_object, restore).reduce
 
 
@@ -280,34 +290,38 @@ def _refuses_to_pickle(kind: type) -> bool:
     return getstate is not None and getstate.__module__ == parametrize.__name__
 
 
-def _restore_through_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+@named
+def restore_by_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
     module.__setstate__(_core.module_state(differing))
 
 
-def _restore_pretrained(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+@named
+def restore_pretrained(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a model of transformers, which knows of a class what its `__init__` has entered.
 
     In a process that has made none of that class, `output_hidden_states=True` gives none, and no
     error, however the model came there. (transformers 5)
     """
-    _restore_through_setstate(module, differing)
+    restore_by_setstate(module, differing)
     known = getattr(sys.modules["transformers.modeling_utils"], "_CAN_RECORD_REGISTRY", None)
     if known is not None:
         dict.__setitem__(known, str(type(module)), module._can_record_outputs)
 
 
-def _new_parametrized(kind: Any) -> Any:
+@named
+def new_parametrized(kind: Any) -> Any:
     """Make what will be of a class that `parametrize` derives from this one."""
     return kind.__new__(kind)
 
 
-def _restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+@named
+def restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module and the class that `parametrize` made for it.
 
     That class refuses to pickle; torch makes it anew, so that `parametrize.cached` still works.
     """
-    _restore_through_setstate(module, differing)
+    restore_by_setstate(module, differing)
     inside.inject_class(module)
     for name in module.parametrizations:
         inside.inject_property(module, name)
@@ -324,4 +338,4 @@ def make_picklable(module: torch.nn.Module) -> None:
 
 def _reduce_parametrized(module: torch.nn.Module, protocol: Any) -> Any:
     base = parametrize.type_before_parametrizations(module)
-    return _core.ModuleReducer(base, _new_parametrized, _restore_parametrized).reduce(module)
+    return _core.ModuleReducer(base, new_parametrized, restore_parametrized).reduce(module)

@@ -21,7 +21,7 @@ from ray_zerocopy import _core, metrics, room, store
 from ray_zerocopy.blame import culprit
 from ray_zerocopy.errors import BlockError, PublishError, SaveError
 from ray_zerocopy.info import Info, describe_file
-from ray_zerocopy.shared import Parts, Reading, reading
+from ray_zerocopy.shared import Parts, anchor, reading
 
 # What is copied at a time from and to a file.
 _CHUNK_NBYTES = 8 * 2**20
@@ -83,10 +83,10 @@ def restore(path: Path) -> ray.ObjectRef:
     with _reading(path) as file:
         snapshot = _head(file)
         skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
-        anchor = bytes(_core.HEADER_NBYTES)
         with store.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
-            with reading(Reading(anchor=True)):
-                stored = Parts(skeleton, buffers, table, [anchor], anchored=True)
+            with reading(anchor):
+                start_there = bytes(_core.HEADER_NBYTES)
+                stored = Parts(skeleton, buffers, table, [start_there], anchored=True)
                 placed = room.put(stored, lambda: snapshot.nbytes)
             if placed is None:
                 memory: Any = np.empty(snapshot.nbytes, np.uint8)
@@ -124,20 +124,20 @@ def _head(file: BinaryIO) -> _core.Snapshot:
     return _core.Snapshot(start + file.read(needed - len(start)), nbytes)
 
 
-def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, anchor: Any, memory: Any) -> None:
-    """Read the block to where `anchor` starts, and refuse it unless it is as it was saved."""
+def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, start: Any, memory: Any) -> None:
+    """Read the block to where `start` lies, and refuse it unless it is as it was saved."""
     if not _is_url(path):
-        return snapshot.read(path, anchor, memory)
-    address = np.frombuffer(anchor, np.uint8).ctypes.data
-    start = address - np.frombuffer(memory, np.uint8).ctypes.data
-    block = memoryview(memory)[start : start + snapshot.nbytes].cast("B")
+        return snapshot.read(path, start, memory)
+    address = np.frombuffer(start, np.uint8).ctypes.data
+    at = address - np.frombuffer(memory, np.uint8).ctypes.data
+    block = memoryview(memory)[at : at + snapshot.nbytes].cast("B")
     file.seek(snapshot.offset)
     ends = range(_CHUNK_NBYTES, snapshot.nbytes + _CHUNK_NBYTES, _CHUNK_NBYTES)
     chunks = (block[end - _CHUNK_NBYTES : end] for end in ends)
     for chunk in _progress(chunks, snapshot.nbytes, "restore"):
         while chunk and (nbytes := file.readinto(chunk)):  # type: ignore[attr-defined]
             chunk = chunk[nbytes:]
-    snapshot.check(anchor, memory)
+    snapshot.check(start, memory)
     return None
 
 

@@ -19,7 +19,16 @@ from ray_zerocopy.arena import following
 from ray_zerocopy.block import Isolation, Prefault
 from ray_zerocopy.errors import ClientError, NotABlockError, RayZeroCopyError, StoreFullError
 from ray_zerocopy.info import Info
-from ray_zerocopy.shared import Anchored, Parts, Reading, Shared, reading
+from ray_zerocopy.shared import (
+    Anchored,
+    Inspecting,
+    Loading,
+    Parts,
+    Shared,
+    anchor,
+    in_place,
+    reading,
+)
 
 
 def put(obj: object) -> ray.ObjectRef:
@@ -78,16 +87,16 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     if isinstance(shared.obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
     with telling_if_full(lambda: shared.nbytes, type(shared.obj).__name__):
-        with reading(Reading(anchor=True)):
+        with reading(anchor):
             placed = room.put(shared, lambda: shared.block.nbytes)
         if placed is None:
             metrics.record("rzc_fallbacks", 1, "ray.put")
             metrics.record("rzc_published_bytes", shared.nbytes)
             return ray.put(Shared(shared.obj))
-    ref, anchor, memory = placed
+    ref, start, memory = placed
     if arena is not None:
         shared.obj = None
-    shared.block.write(anchor, memory, arena)
+    shared.block.write(start, memory, arena)
     metrics.record("rzc_published_bytes", shared.nbytes)
     return ref
 
@@ -121,7 +130,7 @@ def get(
     if isolation not in ("private", "shared", "copy"):
         raise ValueError(f"isolation is 'private', 'shared' or 'copy', not {isolation!r}")
     refuse_client()
-    with reading(Reading(isolation, prefault, device)):
+    with reading(Loading(isolation, prefault, device)):
         return _ray_get(ref, timeout)
 
 
@@ -140,7 +149,7 @@ def inspect(ref: Any, *, verify: bool = False, timeout: float | None = None) -> 
 
         return snapshot.inspect(ref, verify=verify)
     refuse_client()
-    with reading(Reading(inspect=True, verify=verify)):
+    with reading(Inspecting(verify)):
         info = _ray_get(ref, timeout)
     if not isinstance(info, Info):
         kind = type(info).__name__
@@ -154,7 +163,7 @@ def parts_of(ref: ray.ObjectRef) -> Parts:
     Raises `NotABlockError` for a reference that does not come from `put`.
     """
     refuse_client()
-    with reading(Reading(parts=True)):
+    with reading(in_place):
         found = _ray_get(ref, None)
     if not isinstance(found, Parts):
         kind = type(found).__name__

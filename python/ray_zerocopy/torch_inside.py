@@ -17,6 +17,8 @@ from torch.jit._recursive import wrap_cpp_module
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from ray_zerocopy.pickled import named
+
 __all__ = [
     "FakeTensor",
     "HigherOrderOperator",
@@ -64,6 +66,7 @@ def holders(storage: torch.UntypedStorage) -> int:
     return count
 
 
+@named
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
     """Make a typed storage as torch does for itself: without a warning of deprecation."""
     return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
@@ -98,7 +101,8 @@ def _hollow(value: Any) -> Any:
     return torch.nn.Parameter(empty) if isinstance(value, torch.nn.Parameter) else empty
 
 
-def program_of(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
+@named
+def exported_program(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
     """Build an exported program of its graph, state dict, constants and example inputs."""
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 

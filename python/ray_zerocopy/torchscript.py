@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ray_zerocopy import torch_inside as inside
+from ray_zerocopy.pickled import named
 
 PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
 
@@ -31,7 +32,8 @@ def reduce(program: Any) -> Any:
     """Reduce one of `PROGRAMS` for a pickler that takes tensors out."""
     if isinstance(program, torch.jit.ScriptModule):
         attributes = _python_attributes(program)
-        return _load_module, _split(program._c), attributes, None, None, _set_python_attributes
+        made = (script_module, _split(program._c))
+        return (*made, attributes, None, None, set_script_attributes)
     if isinstance(program, torch.jit.ScriptFunction):
         return _reduce_function(program)
     return _reduce_exported(program)
@@ -149,7 +151,9 @@ def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _load_module(*parts: Any) -> torch.jit.ScriptModule:
+@named
+def script_module(*parts: Any) -> torch.jit.ScriptModule:
+    """Unpickle a `ScriptModule` from archive, storages and slots."""
     return inside.wrap_cpp_module(_join(*parts))
 
 
@@ -165,7 +169,9 @@ def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
     } or None
 
 
-def _set_python_attributes(module: torch.jit.ScriptModule, attributes: dict[str, Any]) -> None:
+@named
+def set_script_attributes(module: torch.jit.ScriptModule, attributes: dict[str, Any]) -> None:
+    """Give a script module what Python hung on it."""
     vars(module).update(attributes)
 
 
@@ -182,10 +188,12 @@ def _reduce_function(function: Any) -> Any:
     archive, unit = function.save_to_buffer(), inside.CompilationUnit()
     cpu = torch.device("cpu")
     module = inside.import_module_from_buffer(unit, archive, cpu, {}, False)
-    return _load_function, (function.name, *_split(module))
+    return script_function, (function.name, *_split(module))
 
 
-def _load_function(name: str, *parts: Any) -> Any:
+@named
+def script_function(name: str, *parts: Any) -> Any:
+    """Unpickle a `ScriptFunction` from its name and the parts of a module."""
     graph = _join(*parts)._get_method("forward").graph.copy()
     graph.eraseInput(0)  # self
     return inside.create_function_from_graph(name, graph)
@@ -198,4 +206,9 @@ def _reduce_exported(program: Any) -> Any:
     which `.module()` raises `KeyError`. (torch 2.15)
     """
     graph = inside.program_graph(program)
-    return inside.program_of, (graph, program.state_dict, program.constants, program.example_inputs)
+    return inside.exported_program, (
+        graph,
+        program.state_dict,
+        program.constants,
+        program.example_inputs,
+    )

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from ray_zerocopy.invoke import rewrite_pipeline
+from ray_zerocopy.pickled import named
 from ray_zerocopy.pipeline import PUBLISHED, leading_to_models
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
@@ -115,7 +116,9 @@ class ModelWrapper:
         return cls(handle.ref, mode)
 
     def __reduce__(self) -> Any:
-        return type(self).deserialize, (_Handle(self.ref), self.mode)
+        kind = type(self)
+        name: Any = kind.__name__ if kind in (ModelWrapper, JITModelWrapper) else kind
+        return wrapper, (name, _Handle(self.ref), self.mode)
 
     @staticmethod
     def _check(model: torch.nn.Module) -> None:
@@ -134,6 +137,13 @@ class JITModelWrapper(ModelWrapper):
             )
 
 
+@named
+def wrapper(kind: str | type[ModelWrapper], handle: _Handle, mode: Mode) -> ModelWrapper:
+    """Unpickle a wrapper; `kind` is the name of a class here, or a class built on one."""
+    made: type[ModelWrapper] = globals()[kind] if isinstance(kind, str) else kind
+    return made.deserialize(handle, mode)
+
+
 def wrap(source: Any) -> ModelWrapper:
     """Give the wrapper of a model by whatever means it is at hand.
 
@@ -149,12 +159,12 @@ def wrap(source: Any) -> ModelWrapper:
 
 def current(source: Any, **how: Any) -> Callable[[], Any]:
     """Give what gives the model at each call: what is followed changes, all else is loaded once."""
-    wrapper = wrap(source)
-    if isinstance(wrapper.ref, Live):
-        live = wrapper.ref.read(**how)
+    wrapped = wrap(source)
+    if isinstance(wrapped.ref, Live):
+        live = wrapped.ref.read(**how)
         live()
         return live
-    loaded = wrapper.load(**how)
+    loaded = wrapped.load(**how)
     return lambda: loaded
 
 
@@ -168,10 +178,12 @@ class _Handle:
     ref: Any
 
     def __reduce__(self) -> Any:
-        return _unpickle_handle, (ray.cloudpickle.dumps(self.ref),)
+        return handle, (ray.cloudpickle.dumps(self.ref),)
 
 
-def _unpickle_handle(pickled: bytes) -> _Handle:
+@named
+def handle(pickled: bytes) -> _Handle:
+    """Unpickle a handle."""
     return _Handle(ray.cloudpickle.loads(pickled))
 
 
@@ -183,10 +195,12 @@ class _InEvalMode:
         self.models = models
 
     def __reduce__(self) -> Any:
-        return _in_eval_mode, (self.pipeline, self.models)
+        return in_eval_mode, (self.pipeline, self.models)
 
 
-def _in_eval_mode(pipeline: Any, models: list[torch.nn.Module]) -> Any:
+@named
+def in_eval_mode(pipeline: Any, models: list[torch.nn.Module]) -> Any:
+    """Unpickle a pipeline with its models in eval mode."""
     for model in models:
         model.eval()
     return pipeline
