@@ -38,7 +38,7 @@ chaos: build
 CASES ?= 1000000
 
 fuzz: build
-	PROPTEST_CASES=$(CASES) cargo test --profile fuzz --lib -- format:: io::fill::
+	PROPTEST_CASES=$(CASES) cargo test --profile fuzz --lib -- format:: io::
 	CASES=$(CASES) SEED=$(SEED) $(BIN)/pytest -s tests/test_fuzz.py
 
 # The core under AddressSanitizer, which a stable compiler has for those who ask.

@@ -5,20 +5,24 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ray_zerocopy::format::layout::{Layout, Piece};
-use ray_zerocopy::io::fill::{copy, is_contiguous, pack, write};
+use ray_zerocopy::format::layout::Layout;
+use ray_zerocopy::io::block::{copy, is_contiguous, pack, write};
+use ray_zerocopy::memory::region::Region;
 
-fn pieces(storages: &[Vec<u8>]) -> Vec<Piece> {
-    let piece = |bytes: &Vec<u8>| Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() };
-    storages.iter().map(piece).collect()
+fn regions(storages: &[Vec<u8>]) -> Vec<Region> {
+    storages.iter().map(|bytes| Region::of(bytes)).collect()
+}
+
+fn plan(storages: &[Vec<u8>]) -> Layout {
+    Layout::plan(storages.iter().map(|bytes| bytes.len() as u64)).unwrap()
 }
 
 fn packing(c: &mut Criterion) {
     let mut group = c.benchmark_group("gather/pack");
     for count in [100, 1_500] {
         let storages = vec![vec![7; 3_072]; count];
-        let pieces = pieces(&storages);
-        let layout = Layout::plan(&pieces).unwrap();
+        let pieces = regions(&storages);
+        let layout = plan(&storages);
         group.throughput(Throughput::Bytes(layout.nbytes));
         group.bench_function(BenchmarkId::from_parameter(count), |b| {
             // SAFETY: the storages live and are only read.
@@ -31,17 +35,16 @@ fn writing(c: &mut Criterion) {
     let mut group = c.benchmark_group("gather/write");
     group.sample_size(20);
     let storages = vec![vec![7; 1 << 20]; 128];
-    let pieces = pieces(&storages);
-    let layout = Layout::plan(&pieces).unwrap();
-    let sources = || layout.place(&pieces).map(|(at, piece)| (at, piece.into())).collect();
+    let pieces = regions(&storages);
+    let layout = plan(&storages);
+    let placed = || layout.spans.iter().zip(&pieces);
+    let sources = || placed().map(|(span, &piece)| (span.offset, piece.into())).collect();
     let mut block = vec![0; layout.nbytes as usize + 64];
     let start = block.as_ptr().align_offset(64);
     group.throughput(Throughput::Bytes(layout.nbytes));
     group.bench_function("block", |b| {
         // SAFETY: the storages live and are only read.
-        b.iter(|| unsafe {
-            write(sources(), &layout.spans, layout.nbytes, 1, &mut block[start..])
-        });
+        b.iter(|| unsafe { write(sources(), &layout, 1, &mut block[start..]) });
     });
     let mut flat = vec![0; 128 << 20];
     group.bench_function("memcpy", |b| {
@@ -57,7 +60,7 @@ fn copying(c: &mut Criterion) {
     let mut group = c.benchmark_group("gather/copy");
     group.sample_size(20);
     let storages = vec![vec![7; 16 << 20]; 4];
-    let pieces = pieces(&storages);
+    let pieces = regions(&storages);
     let nbytes = 64 << 20;
     assert!(is_contiguous(&pieces, nbytes).is_ok());
     group.throughput(Throughput::Bytes(nbytes));

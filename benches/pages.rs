@@ -9,8 +9,8 @@ use std::path::Path;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use memmap2::MmapMut;
-use ray_zerocopy::format::layout::Piece;
 use ray_zerocopy::memory::pages::Pages;
+use ray_zerocopy::memory::region::Region;
 
 const NBYTES: usize = 64 << 20;
 const PAGE: usize = 4096;
@@ -29,7 +29,7 @@ fn store() -> MmapMut {
 
 fn touch(pages: &Pages) {
     // SAFETY: the store lives, and nobody writes.
-    let bytes = unsafe { pages.piece().bytes() };
+    let bytes = unsafe { pages.region().bytes() };
     bytes.iter().step_by(PAGE).for_each(|byte| {
         black_box(*byte);
     });
@@ -37,8 +37,8 @@ fn touch(pages: &Pages) {
 
 fn mapping(c: &mut Criterion) {
     let store = store();
-    let piece = Piece { address: store.as_ptr() as usize, nbytes: store.len() };
-    let map = || Pages::private(piece).unwrap();
+    let region = Region { address: store.as_ptr() as usize, nbytes: store.len() };
+    let map = || Pages::private(region).unwrap();
     c.bench_function("pages/map", |b| b.iter(map));
 
     let mut group = c.benchmark_group("pages/fill");

@@ -5,13 +5,12 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ray_zerocopy::format::dtype::Dtype;
-use ray_zerocopy::format::layout::{Layout, Piece};
+use ray_zerocopy::format::layout::Layout;
 use ray_zerocopy::format::table::{Table, fingerprint};
 use ray_zerocopy::format::view::{Dims, Flags, View};
 
 fn table(count: usize) -> Table {
-    let storages = vec![Piece { address: 0, nbytes: 4 * 768 * 768 }; count];
-    let layout = Layout::plan(&storages).unwrap();
+    let layout = Layout::plan((0..count).map(|_| 4 * 768 * 768)).unwrap();
     let view = |span| View {
         span,
         dtype: Dtype::Float32,

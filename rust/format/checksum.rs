@@ -10,7 +10,7 @@ use std::thread;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
-use crate::format::layout::{Piece, Span};
+use crate::format::layout::Span;
 
 /// Bytes that are summed by themselves. Part of the format: never change.
 pub const CHUNK: usize = 1 << 20;
@@ -42,14 +42,9 @@ fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<u64>
     lengths.map(of_span).collect()
 }
 
-/// The checksum of each piece, as if it were a span; by several threads where that pays.
-///
-/// # Safety
-/// The pieces are readable, and nobody writes them meanwhile.
-pub unsafe fn sums(pieces: &[Piece]) -> Vec<u64> {
-    // SAFETY: the caller's promise.
-    let bytes = pieces.iter().map(|piece| unsafe { piece.bytes() });
-    let chunks: Vec<_> = bytes.flat_map(|bytes| bytes.chunks(CHUNK)).collect();
+/// The checksum of each of these, as if it were a span; by several threads where that pays.
+pub fn sums(spans: &[&[u8]]) -> Vec<u64> {
+    let chunks: Vec<_> = spans.iter().flat_map(|bytes| bytes.chunks(CHUNK)).collect();
     let threads = match chunks.iter().map(|chunk| chunk.len()).sum() {
         0..SUM_ALONE => 1,
         _ => thread::available_parallelism().map_or(1, usize::from).min(8),
@@ -69,10 +64,10 @@ pub unsafe fn sums(pieces: &[Piece]) -> Vec<u64> {
             sum_share(sums, chunks);
         }
     });
-    combine(pieces.iter().map(|piece| piece.nbytes), &sums)
+    combine(spans.iter().map(|bytes| bytes.len()), &sums)
 }
 
-/// The chunks of spans by rising offset, each a range of the block and its place in the order that
+/// The chunks of spans by rising offset, each a range of the block, with its index in the order that
 /// [`Chunks::combine`] wants.
 #[derive(Debug)]
 pub struct Chunks {
@@ -114,7 +109,7 @@ impl Chunks {
     /// The checksum of each span, in the spans' order, from those of the chunks.
     pub fn combine(&self, sums: &[u64]) -> Vec<u64> {
         let mut in_order = vec![0; sums.len()];
-        self.order.iter().zip(sums).for_each(|(&place, &sum)| in_order[place] = sum);
+        self.order.iter().zip(sums).for_each(|(&index, &sum)| in_order[index] = sum);
         combine(self.lengths.iter().copied(), &in_order)
     }
 }

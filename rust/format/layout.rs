@@ -1,14 +1,14 @@
 //! The layout: where each storage lies in the block, and how the bytes travel there.
 //!
 //! ```text
-//!           ┌ packed ────────────────────────────┐┌ piece ───┐┌ piece ───┐┌ piece ──┐
+//!           ┌ packed ────────────────────────────┐┌ segment ─┐┌ segment ─┐┌ segment ┐
 //!  block    │ header │ checksums │ 1 │ 3 │ pad   ││ span 0 ..  .. span 0 ││ span 2  │
 //!           0        64                                                           nbytes
 //! ```
 //!
 //! Small storages come first. `put` writes the block as it is drawn. Where Ray is to write it, as it
 //! does what a task returns, it travels in segments: the small storages packed into one, the others
-//! copied straight from the model, in one piece or several.
+//! copied straight from the model, in one segment or several.
 
 use std::ops::Range;
 
@@ -30,10 +30,10 @@ const MIN_SEGMENT: u64 = 2048;
 const PACK_BELOW: u64 = 16 << 10;
 
 /// Ray copies up to 1 MiB in the caller and starts threads, 0.25 ms a time, above it ...
-const PIECE: usize = 1 << 20;
+const SEGMENT: usize = 1 << 20;
 
-/// ... which pays from here on. Measured on 418 MiB: pieces of 1 MiB 42 ms, of 2 MiB 75 ms, of
-/// 8 MiB 42 ms, one piece 31 ms.
+/// ... which pays from here on. Measured on 418 MiB: segments of 1 MiB 42 ms, of 2 MiB 75 ms, of
+/// 8 MiB 42 ms, one segment 31 ms.
 const WHOLE_FROM: usize = 8 << 20;
 
 /// Where one storage lies in the block, in bytes.
@@ -45,36 +45,13 @@ pub struct Span {
     pub nbytes: u64,
 }
 
-/// Memory somewhere in this process, that somebody else keeps alive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Address of the first byte.
-    pub address: usize,
-    /// Length in bytes.
-    pub nbytes: usize,
-}
-
-/// A part of the block that travels as one buffer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Segment {
-    /// The header and all small storages, copied together.
-    Packed {
-        /// Indices of the spans it holds.
-        spans: Vec<usize>,
-        /// Its length, padding included.
-        nbytes: u64,
-    },
-    /// Memory of the model: a storage, or a part of one.
-    Piece(Piece),
-}
-
-/// A plan of spans and segments, without bytes.
+/// A plan of spans, without bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// One span for each storage, in the order they were given.
     pub spans: Vec<Span>,
-    /// The block from first to last byte, each segment at the next multiple of [`ALIGN`].
-    pub segments: Vec<Segment>,
+    /// Bytes of the first segment: the header, the checksums and all small storages.
+    pub packed_nbytes: u64,
     /// Bytes in the whole block.
     pub nbytes: u64,
 }
@@ -93,30 +70,30 @@ pub fn used(extents: impl IntoIterator<Item = Range<u64>>) -> Range<u64> {
 }
 
 impl Layout {
-    /// Lays storages out, each once, the small ones first.
-    pub fn plan(storages: &[Piece]) -> Result<Layout> {
-        let span = |piece: &Piece| Span { offset: 0, nbytes: piece.nbytes as u64 };
-        let mut spans: Vec<_> = storages.iter().map(span).collect();
-        let (small, large): (Vec<_>, Vec<_>) =
-            (0..spans.len()).partition(|&span| spans[span].nbytes < PACK_BELOW);
+    /// Lays storages of these many bytes out, each once, the small ones first.
+    pub fn plan(storages: impl IntoIterator<Item = u64>) -> Result<Layout> {
+        let mut spans: Vec<_> =
+            storages.into_iter().map(|nbytes| Span { offset: 0, nbytes }).collect();
         let mut end = HEADER_NBYTES + CHECKSUM_NBYTES * spans.len() as u64;
-        for &span in &small {
-            spans[span].offset = align_up(end)?;
-            end = spans[span].end()?;
+        for span in spans.iter_mut().filter(|span| span.is_small()) {
+            span.offset = align_up(end)?;
+            end = span.end()?;
         }
         end = align_up(end)?.max(MIN_SEGMENT);
-        let mut segments = vec![Segment::Packed { spans: small, nbytes: end }];
-        for span in large {
-            spans[span].offset = align_up(end)?;
-            end = spans[span].end()?;
-            segments.extend(pieces(storages[span]));
+        let packed_nbytes = end;
+        for span in spans.iter_mut().filter(|span| !span.is_small()) {
+            span.offset = align_up(end)?;
+            end = span.end()?;
         }
-        Ok(Layout { spans, segments, nbytes: end })
+        Ok(Layout { spans, packed_nbytes, nbytes: end })
     }
 
-    /// Each storage with the offset of its span.
-    pub fn place(&self, storages: &[Piece]) -> impl Iterator<Item = (u64, Piece)> {
-        self.spans.iter().map(|span| span.offset).zip(storages.iter().copied())
+    /// The segments after the first, by rising offset: each a part of a span, as a range of its bytes.
+    /// Each starts at the next multiple of [`ALIGN`].
+    pub fn segments(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let large = self.spans.iter().enumerate().filter(|(_, span)| !span.is_small());
+        large
+            .flat_map(|(index, span)| segments(span.nbytes as usize).map(move |part| (index, part)))
     }
 
     /// Bytes of the block that belong to no storage: header, checksums, and what alignment costs.
@@ -126,22 +103,23 @@ impl Layout {
 }
 
 impl Span {
+    /// Whether its bytes are packed with others.
+    pub fn is_small(&self) -> bool {
+        self.nbytes < PACK_BELOW
+    }
+
     /// One past its last byte.
     pub fn end(&self) -> Result<u64> {
         self.offset.checked_add(self.nbytes).ok_or(Error::Overflow { what: "a span's end" })
     }
 }
 
-/// Cuts a storage as Ray's copier likes it: whole, or evenly, so that no piece is small.
-fn pieces(storage: Piece) -> impl Iterator<Item = Segment> {
-    let nbytes = storage.nbytes;
-    let count = if nbytes < WHOLE_FROM { nbytes.div_ceil(PIECE) } else { 1 };
+/// Cuts a storage as Ray's copier likes it: whole, or evenly, so that no segment is small.
+fn segments(nbytes: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = if nbytes < WHOLE_FROM { nbytes.div_ceil(SEGMENT) } else { 1 };
     let size =
         if count > 1 { nbytes.div_ceil(count).next_multiple_of(ALIGN as usize) } else { nbytes };
-    (0..count).map(move |i| {
-        let start = i * size;
-        Segment::Piece(Piece { address: storage.address + start, nbytes: size.min(nbytes - start) })
-    })
+    (0..count).map(move |i| i * size..nbytes.min((i + 1) * size))
 }
 
 #[cfg(test)]
@@ -149,39 +127,26 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Storages of these sizes with these many bytes between them.
-    fn storages(gaps_and_sizes: &[(usize, usize)]) -> Vec<Piece> {
-        let mut end = 1 << 20;
-        let mut place = |&(gap, nbytes): &(usize, usize)| {
-            let address = end + gap;
-            end = address + nbytes;
-            Piece { address, nbytes }
-        };
-        gaps_and_sizes.iter().map(&mut place).collect()
-    }
-
     #[test]
     fn an_empty_model_is_one_header() {
-        let layout = Layout::plan(&[]).unwrap();
-        assert_eq!(layout.segments, [Segment::Packed { spans: vec![], nbytes: MIN_SEGMENT }]);
-        assert_eq!(layout.nbytes, MIN_SEGMENT);
+        let layout = Layout::plan([]).unwrap();
+        assert_eq!((layout.packed_nbytes, layout.nbytes), (MIN_SEGMENT, MIN_SEGMENT));
+        assert_eq!(layout.segments().count(), 0);
     }
 
     #[test]
     fn small_storages_are_packed_and_large_ones_travel_by_themselves() {
-        let storages = storages(&[(0, 3 << 20), (0, 100), (0, 64 << 20), (0, 7)]);
-        let layout = Layout::plan(&storages).unwrap();
+        let layout = Layout::plan([3 << 20, 100, 64 << 20, 7]).unwrap();
         assert_eq!(layout.spans[1], Span { offset: 128, nbytes: 100 });
         assert_eq!(layout.spans[3], Span { offset: 256, nbytes: 7 });
         assert_eq!(layout.spans[0], Span { offset: MIN_SEGMENT, nbytes: 3 << 20 });
-        assert_eq!(layout.segments.len(), 1 + 3 + 1);
+        assert_eq!(layout.segments().count(), 3 + 1);
     }
 
     #[test]
     fn what_overflows_is_refused() {
-        let huge = Piece { address: 0, nbytes: usize::MAX };
-        assert!(Layout::plan(&[huge]).is_err());
-        assert!(Layout::plan(&[huge, huge]).is_err());
+        assert!(Layout::plan([u64::MAX]).is_err());
+        assert!(Layout::plan([u64::MAX, u64::MAX]).is_err());
     }
 
     #[test]
@@ -190,58 +155,40 @@ mod tests {
         assert_eq!(used([100..200, 400..404]), 64..404);
     }
 
-    fn gaps_and_sizes() -> impl Strategy<Value = Vec<(usize, usize)>> {
-        let gap = prop_oneof![Just(0), Just(64), 0usize..9000];
-        let size = prop_oneof![0usize..100, 0usize..(32 << 10), 0usize..(20 << 20)];
-        prop::collection::vec((gap, size), 0..40)
-    }
-
     proptest! {
         #[test]
         fn spans_are_aligned_and_apart_and_segments_tile_the_block(
-            gaps_and_sizes in gaps_and_sizes(),
+            sizes in prop::collection::vec(
+                prop_oneof![0..100_u64, 0..32_u64 << 10, 0..20_u64 << 20, Just((1 << 20) + 1)],
+                0..40,
+            ),
         ) {
-            let storages = storages(&gaps_and_sizes);
-            let layout = Layout::plan(&storages).unwrap();
+            let layout = Layout::plan(sizes.iter().copied()).unwrap();
             let mut spans: Vec<_> = layout.spans.iter().filter(|span| span.nbytes > 0).collect();
             spans.sort_by_key(|span| span.offset);
+            prop_assert!(layout.spans.iter().map(|span| span.nbytes).eq(sizes.iter().copied()));
             prop_assert!(layout.spans.iter().all(|span| span.offset % ALIGN == 0));
             prop_assert!(spans.windows(2).all(|w| w[0].end().unwrap() <= w[1].offset));
-            prop_assert!(spans.first().is_none_or(|span| span.offset >= HEADER_NBYTES));
+            let header = HEADER_NBYTES + CHECKSUM_NBYTES * sizes.len() as u64;
+            prop_assert!(spans.first().is_none_or(|span| span.offset >= header));
+            prop_assert_eq!(layout.padding(), layout.nbytes - sizes.iter().sum::<u64>());
 
-            let mut end = 0;
-            let mut lies_at = Vec::new(); // offset in the block and memory there
-            for segment in &layout.segments {
-                let start = align_up(end).unwrap();
-                let nbytes = match segment {
-                    Segment::Packed { spans, nbytes } => {
-                        for &span in spans {
-                            prop_assert!(layout.spans[span].end().unwrap() <= *nbytes);
-                        }
-                        *nbytes
-                    }
-                    Segment::Piece(piece) => {
-                        lies_at.push((start, *piece));
-                        piece.nbytes as u64
-                    }
-                };
-                prop_assert!(nbytes >= MIN_SEGMENT);
-                end = start + nbytes;
+            // small spans lie in the first segment, and of the others every byte in one, in order
+            for span in layout.spans.iter().filter(|span| span.is_small()) {
+                prop_assert!(span.end().unwrap() <= layout.packed_nbytes);
+            }
+            prop_assert!(layout.packed_nbytes >= MIN_SEGMENT);
+            let (mut end, mut left) = (layout.packed_nbytes, sizes.clone());
+            for (span, part) in layout.segments() {
+                let offset = layout.spans[span].offset + part.start as u64;
+                prop_assert_eq!(offset, align_up(end).unwrap());
+                prop_assert!(part.len() as u64 >= MIN_SEGMENT);
+                prop_assert_eq!(left[span], sizes[span] - part.start as u64);
+                left[span] -= part.len() as u64;
+                end = offset + part.len() as u64;
             }
             prop_assert_eq!(end, layout.nbytes);
-            let used: u64 = storages.iter().map(|storage| storage.nbytes as u64).sum();
-            prop_assert_eq!(layout.padding(), layout.nbytes - used);
-
-            // every large storage finds its own memory at its span
-            for (storage, span) in storages.iter().zip(&layout.spans) {
-                let offset_in = |&(at, piece): &(u64, Piece)| {
-                    let within = span.offset.checked_sub(at)? as usize;
-                    (within < piece.nbytes).then_some(piece.address + within)
-                };
-                if span.nbytes >= PACK_BELOW {
-                    prop_assert_eq!(lies_at.iter().find_map(offset_in), Some(storage.address));
-                }
-            }
+            prop_assert!(layout.spans.iter().zip(left).all(|(span, left)| span.is_small() || left == 0));
         }
     }
 }

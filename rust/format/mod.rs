@@ -9,10 +9,10 @@ pub mod view;
 
 pub mod layout;
 
-#[allow(unsafe_code)] // reads the model's storages by address
 pub mod checksum;
 
 pub mod table;
 
-#[allow(unsafe_code)] // has a block written
+pub mod header;
+
 pub mod snapshot;

@@ -18,15 +18,9 @@
 //! The list of buffers names the views that are no tensors but buffers, such as numpy's, 4 bytes each.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::format::checksum::xxh3;
-use crate::format::layout::{CHECKSUM_NBYTES, HEADER_NBYTES};
-use crate::format::table::{Table, fingerprint};
-use crate::io::file::Reader;
-use crate::io::fill::{check, checksums, place, seal};
-use crate::io::source::Source;
 
 const MAGIC: &[u8; 4] = b"RZCS";
 const VERSION: u16 = 1;
@@ -116,35 +110,6 @@ impl Header {
         }
         Ok(ranges)
     }
-}
-
-/// Bytes of a block's header and checksums.
-pub fn start_nbytes(table: &Table) -> usize {
-    HEADER_NBYTES as usize + CHECKSUM_NBYTES as usize * table.spans.len()
-}
-
-/// Reads the block that starts at an offset of a file into a target, by several threads, and compares
-/// each span on its way with its checksum. The block's header is written last: until then, and where
-/// anything is refused, the target is no block.
-pub fn read(
-    table: &Table,
-    encoded: &[u8],
-    reader: Arc<Reader>,
-    offset: u64,
-    target: &mut [u8],
-) -> Result<()> {
-    let mut start = vec![0; start_nbytes(table)];
-    reader.fill(offset, &mut start)?;
-    let fingerprint = fingerprint(encoded);
-    let expected = checksums(table, fingerprint, &start)?;
-    let (first, offset) = (start.len() as u64, offset + start.len() as u64);
-    let nbytes = (table.nbytes - first) as usize; // a table with room for less was refused
-    let source = Source::File { reader, offset, nbytes };
-    // SAFETY: no source is memory.
-    let found = unsafe { place(vec![(first, source)], &table.spans, target) }?;
-    check(table, &expected, &found)?;
-    seal(target, table.nbytes, fingerprint, &expected);
-    Ok(())
 }
 
 #[cfg(test)]

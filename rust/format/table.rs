@@ -218,7 +218,6 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::layout::Piece;
     use proptest::prelude::*;
 
     /// Any valid table: storages of any size, and a dense view over a part of some of them.
@@ -226,9 +225,7 @@ mod tests {
         let view = (any::<prop::sample::Index>(), 0u64..9, 0u8..47, 0u8..16);
         let views = prop::collection::vec(view, 0..20);
         (prop::collection::vec(0u64..100_000, 1..20), views).prop_map(|(nbytes, views)| {
-            let pieces: Vec<_> =
-                nbytes.iter().map(|&n| Piece { address: 0, nbytes: n as usize }).collect();
-            let layout = Layout::plan(&pieces).unwrap();
+            let layout = Layout::plan(nbytes.iter().copied()).unwrap();
             let views = views.into_iter().map(|(index, offset, dtype, flags)| {
                 let span = index.index(nbytes.len());
                 let dtype = Dtype::from_code(dtype).unwrap();
@@ -324,8 +321,7 @@ mod tests {
 
     #[test]
     fn a_fingerprint_changes_with_any_byte() {
-        let storages = [5, 70].map(|nbytes| Piece { address: 0, nbytes });
-        let layout = Layout::plan(&storages).unwrap();
+        let layout = Layout::plan([5, 70]).unwrap();
         let table = Table::new(&layout, vec![]).unwrap().encode();
         for at in 0..table.len() {
             let mut other = table.clone();

@@ -8,7 +8,13 @@ pub mod stream;
 #[allow(unsafe_code)] // asks the kernel
 pub mod file;
 
+#[allow(unsafe_code)] // reads the model's storages by address
 pub mod source;
+
+pub mod part;
 
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod fill;
+
+#[allow(unsafe_code)] // reads the model's storages by address
+pub mod block;

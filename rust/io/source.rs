@@ -12,19 +12,19 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::format::layout::Piece;
 use crate::io::file::{How, Reader};
 use crate::memory::arena::Lot;
 use crate::memory::mapping::{Mapping, Mappings};
 use crate::memory::page_table::PageTable;
+use crate::memory::region::Region;
 
 /// Bytes that are to be written somewhere.
 #[derive(Debug, Clone)]
 pub enum Source {
     /// Memory that somebody else keeps.
-    Memory(Piece),
+    Memory(Region),
     /// Memory of an arena that nobody else holds any more: its pages are given back once written.
-    Lent(Arc<Lot>, Piece),
+    Lent(Arc<Lot>, Region),
     /// A part of a file.
     File {
         /// The file.
@@ -36,9 +36,9 @@ pub enum Source {
     },
 }
 
-impl From<Piece> for Source {
-    fn from(piece: Piece) -> Source {
-        Source::Memory(piece)
+impl From<Region> for Source {
+    fn from(region: Region) -> Source {
+        Source::Memory(region)
     }
 }
 
@@ -46,7 +46,7 @@ impl Source {
     /// Length in bytes.
     pub fn nbytes(&self) -> usize {
         match self {
-            Source::Memory(piece) | Source::Lent(_, piece) => piece.nbytes,
+            Source::Memory(region) | Source::Lent(_, region) => region.nbytes,
             Source::File { nbytes, .. } => *nbytes,
         }
     }
@@ -58,6 +58,30 @@ impl Source {
             Source::File { reader, offset, nbytes } => (0..*nbytes)
                 .step_by(part)
                 .any(|at| reader.is_cold(offset + at as u64, part.min(nbytes - at))),
+        }
+    }
+
+    /// A part of its bytes, at most [`CHUNK`](crate::format::checksum::CHUNK) of a file's: where they
+    /// are, or read into a slot.
+    ///
+    /// # Safety
+    /// What is memory is readable, and nobody writes it as long as the slice lives.
+    pub unsafe fn bytes<'a>(&self, part: Range<usize>, slot: &'a mut [u8]) -> Result<&'a [u8]> {
+        match self {
+            Source::Memory(region) | Source::Lent(_, region) => {
+                // SAFETY: the caller's promise.
+                Ok(unsafe { &region.bytes()[part] })
+            }
+            Source::File { reader, offset, .. } => {
+                reader.read(offset + part.start as u64, part.len(), slot)
+            }
+        }
+    }
+
+    /// Gives back the pages of a part that was lent.
+    pub fn give_back(&self, part: Range<usize>) {
+        if let Source::Lent(lot, region) = self {
+            lot.give_back(region.address + part.start..region.address + part.end);
         }
     }
 
@@ -89,12 +113,12 @@ impl Source {
 /// What lies in a mapping of a file is read from the file, unless this process has written it: pages
 /// of a private mapping that were written are memory. So is what lies in a file that has no disk, or
 /// cannot be opened again. What adjoins both in its file and where it goes is one source.
-pub fn trace(pieces: impl Iterator<Item = (u64, Piece)>, how: How) -> Vec<(u64, Source)> {
+pub fn trace(pieces: impl Iterator<Item = (u64, Region)>, how: How) -> Vec<(u64, Source)> {
     let mut pieces: Vec<_> = pieces.collect();
-    pieces.sort_unstable_by_key(|(_, piece)| piece.address);
+    pieces.sort_unstable_by_key(|(_, region)| region.address);
     let mut tracer = Tracer::new(how);
-    for (offset, piece) in pieces {
-        tracer.trace(offset, piece.address..piece.address + piece.nbytes);
+    for (offset, region) in pieces {
+        tracer.trace(offset, region.address..region.address + region.nbytes);
     }
     let mut sources = tracer.found;
     sources.retain(|(_, source)| source.nbytes() > 0);
@@ -144,7 +168,7 @@ impl Tracer {
             let offset = offset + (start - addresses.start) as u64;
             match self.mapping.clone().filter(|mapping| mapping.start <= start) {
                 Some(mapping) => self.trace_mapped(offset, part.clone(), &mapping),
-                None => self.found.push((offset, memory(&part))),
+                None => self.found.push((offset, memory(part.clone()))),
             }
             start = part.end;
         }
@@ -161,10 +185,10 @@ impl Tracer {
     fn trace_mapped(&mut self, offset: u64, addresses: Range<usize>, mapping: &Mapping) {
         let written = match mapping.shared {
             true => Some(Vec::new()),
-            false => self.page_table.written(piece(&addresses)),
+            false => self.page_table.written(addresses.clone().into()),
         };
         let (Some(written), Some(reader)) = (written, self.reader(mapping)) else {
-            return self.found.push((offset, memory(&addresses)));
+            return self.found.push((offset, memory(addresses)));
         };
         let mut start = addresses.start;
         for own in written.into_iter().chain(iter::once(addresses.end..addresses.end)) {
@@ -174,7 +198,7 @@ impl Tracer {
                 offset: mapping.backing.offset + (start - mapping.start) as u64,
                 nbytes: own.start - start,
             };
-            self.found.extend([(offset(start), in_file), (offset(own.start), memory(&own))]);
+            self.found.extend([(offset(start), in_file), (offset(own.start), memory(own.clone()))]);
             start = own.end;
         }
     }
@@ -186,12 +210,8 @@ impl Tracer {
     }
 }
 
-fn piece(addresses: &Range<usize>) -> Piece {
-    Piece { address: addresses.start, nbytes: addresses.len() }
-}
-
-fn memory(addresses: &Range<usize>) -> Source {
-    Source::Memory(piece(addresses))
+fn memory(addresses: Range<usize>) -> Source {
+    Source::Memory(addresses.into())
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -200,11 +220,9 @@ mod tests {
     use std::fs::{self, File};
     use std::path::{Path, PathBuf};
 
-    use memmap2::{Mmap, MmapOptions};
-    use proptest::prelude::*;
+    use memmap2::Mmap;
 
     use super::*;
-    use crate::io::fill::place;
 
     const NBYTES: usize = 1 << 20;
 
@@ -220,8 +238,8 @@ mod tests {
         unsafe { Mmap::map(&File::open(path).unwrap()) }.unwrap()
     }
 
-    fn part(bytes: &[u8], range: Range<usize>) -> Piece {
-        Piece { address: bytes[range.clone()].as_ptr().addr(), nbytes: range.len() }
+    fn part(bytes: &[u8], range: Range<usize>) -> Region {
+        Region::of(&bytes[range])
     }
 
     /// What lies where, as (offset, "file" or "memory", bytes).
@@ -231,38 +249,6 @@ mod tests {
             Source::File { .. } => (*offset, "file", source.nbytes()),
         };
         sources.iter().map(kind).collect()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-
-        #[test]
-        fn a_target_filled_from_sources_is_what_memory_shows(
-            ranges in prop::collection::vec((0..NBYTES, 0..100_000_usize), 1..20),
-            written in prop::collection::vec(0..NBYTES, 0..9),
-        ) {
-            let (path, _) = new_file(&std::env::temp_dir(), "law");
-            // SAFETY: the file is the test's own.
-            let map = unsafe { MmapOptions::new().map_copy(&File::open(&path).unwrap()) };
-            let mut map = map.unwrap();
-            fs::remove_file(&path).unwrap();
-            for at in written {
-                map[at] = 255;
-            }
-            let own = vec![42; NBYTES];
-            let (mut pieces, mut expected) = (Vec::new(), Vec::new());
-            for (index, (start, nbytes)) in ranges.into_iter().enumerate() {
-                let bytes = if index % 3 == 2 { &own[..] } else { &map[..] };
-                let range = start..NBYTES.min(start + nbytes);
-                expected.resize(expected.len().next_multiple_of(64), 0);
-                pieces.push((expected.len() as u64, part(bytes, range.clone())));
-                expected.extend(&bytes[range]);
-            }
-            let mut target = vec![7; expected.len()];
-            // SAFETY: all of it lives and is only read.
-            unsafe { place(trace(pieces.into_iter(), How::Auto), &[], &mut target) }.unwrap();
-            prop_assert!(target == expected);
-        }
     }
 
     #[test]

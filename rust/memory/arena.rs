@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::error::Result;
-use crate::format::layout::Piece;
 use crate::memory::huge::HUGE;
 use crate::memory::page_table;
+use crate::memory::region::Region;
 
 /// Up to so much is lent in small pages: some of the huge ones are held for a few bytes.
 const SMALL: usize = 16 << 20;
@@ -50,7 +50,7 @@ struct Lots {
 #[derive(Debug)]
 pub struct Lot {
     arena: Arc<Arena>,
-    piece: Piece,
+    region: Region,
     /// Of each huge page that it starts with, the bytes that are not given back.
     held: Mutex<Vec<usize>>,
 }
@@ -70,22 +70,22 @@ impl Arena {
         let mut lots = lock(&self.lots);
         let huge = if lots.nbytes + nbytes <= SMALL { 0 } else { nbytes / HUGE };
         let start = lots.take(size, if huge > 0 { HUGE } else { page_table::page() })?;
-        let (piece, held) = (Piece { address: start, nbytes }, vec![HUGE; huge]);
-        let lot = Arc::new(Lot { arena: self.clone(), piece, held: Mutex::new(held) });
+        let (region, held) = (Region { address: start, nbytes }, vec![HUGE; huge]);
+        let lot = Arc::new(Lot { arena: self.clone(), region, held: Mutex::new(held) });
         lots.lent.insert(start, Arc::downgrade(&lot));
         lots.nbytes += nbytes;
         lots.peak = lots.peak.max(lots.nbytes);
         let pages = start..start + huge * HUGE;
         let fresh = !lots.wake(start..start + size, &pages, &self.memory);
         drop(lots);
-        self.memory.make(piece, pages, fresh);
+        self.memory.make(region, pages, fresh);
         Some(lot)
     }
 
     /// The lot around an address.
     pub fn lot_at(&self, address: usize) -> Option<Arc<Lot>> {
         let lot = lock(&self.lots).lent.range(..=address).next_back()?.1.upgrade()?;
-        (address < lot.piece.address + lot.piece.nbytes).then_some(lot)
+        (address < lot.region.address + lot.region.nbytes).then_some(lot)
     }
 
     /// Bytes of the pages that it has.
@@ -134,11 +134,11 @@ impl Lots {
         self.idle.drain(kept..).for_each(|idle| memory.punch(idle..idle + HUGE));
     }
 
-    fn take_back(&mut self, piece: Piece) {
-        let (mut start, mut end) = (piece.address, piece.address + piece.nbytes.max(1));
+    fn take_back(&mut self, region: Region) {
+        let (mut start, mut end) = (region.address, region.address + region.nbytes.max(1));
         end = end.next_multiple_of(page_table::page());
         self.lent.remove(&start);
-        self.nbytes -= piece.nbytes;
+        self.nbytes -= region.nbytes;
         if let Some(after) = self.free.remove(&end) {
             end = after;
         }
@@ -153,8 +153,8 @@ impl Lots {
 
 impl Lot {
     /// Its bytes, which whoever holds it may write.
-    pub fn piece(&self) -> Piece {
-        self.piece
+    pub fn region(&self) -> Region {
+        self.region
     }
 
     /// Gives the pages back of which all bytes are given now, or were before: these addresses, each
@@ -163,7 +163,7 @@ impl Lot {
         let memory = &self.arena.memory;
         lock(&self.arena.lots).rest(0, memory);
         let mut held = lock(&self.held);
-        let mut start = self.piece.address;
+        let mut start = self.region.address;
         for held in held.iter_mut() {
             let given = start.max(addresses.start)..addresses.end.min(start + HUGE);
             *held -= given.len();
@@ -172,7 +172,7 @@ impl Lot {
             }
             start += HUGE;
         }
-        let (page, end) = (page_table::page(), self.piece.address + self.piece.nbytes);
+        let (page, end) = (page_table::page(), self.region.address + self.region.nbytes);
         let stop = if addresses.end < end { addresses.end / page * page } else { end };
         let start = start.max(addresses.start.next_multiple_of(page));
         if start < stop {
@@ -184,7 +184,7 @@ impl Lot {
 impl Drop for Lot {
     fn drop(&mut self) {
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let Piece { address, nbytes } = self.piece;
+        let Region { address, nbytes } = self.region;
         let small = address + held.len() * HUGE;
         let end = (address + nbytes).next_multiple_of(page_table::page());
         if small < end {
@@ -193,7 +193,7 @@ impl Drop for Lot {
         let mut lots = lock(&self.arena.lots);
         let pages = (address..small).step_by(HUGE).zip(held);
         lots.idle.extend(pages.filter(|(_, held)| **held > 0).map(|(start, _)| start));
-        lots.take_back(self.piece);
+        lots.take_back(self.region);
         let idle = (lots.nbytes / IDLE).max(lots.peak - lots.nbytes).min(lots.nbytes);
         lots.rest(idle, &self.arena.memory);
     }
@@ -214,9 +214,9 @@ mod system {
     use memmap2::{MmapOptions, MmapRaw};
 
     use crate::error::{Error, Result};
-    use crate::format::layout::Piece;
     use crate::memory::huge::{HUGE, Placed, Prices};
     use crate::memory::page_table::{self, page};
+    use crate::memory::region::Region;
 
     /// A file in memory that has no name, so that nothing is left of it whatever ends this process.
     /// It counts as shared memory of the process, not against the size of `/dev/shm`.
@@ -244,7 +244,7 @@ mod system {
             let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) } as usize;
             file.set_len((pages * page()).next_multiple_of(HUGE) as u64)?;
             let map: MmapRaw = MmapOptions::new().no_reserve_swap().map_raw(&file)?;
-            let anywhere = Piece { address: map.as_ptr().addr(), nbytes: map.len() };
+            let anywhere = Region { address: map.as_ptr().addr(), nbytes: map.len() };
             let placed = Placed::again(anywhere)?; // where pages can be huge
             Ok(Memory { file, placed, prices: Prices::default() })
         }
@@ -257,11 +257,11 @@ mod system {
             self.file.metadata().map_or(0, |file| 512 * file.blocks())
         }
 
-        /// Makes the pages of a piece: some huge if they are fresh, and cheaper than small ones.
-        pub fn make(&self, piece: Piece, huge: Range<usize>, fresh: bool) {
+        /// Makes the pages of a region: some huge if they are fresh, and cheaper than small ones.
+        pub fn make(&self, region: Region, huge: Range<usize>, fresh: bool) {
             // this memory has no file system to be full
             let fill = || {
-                let _ = page_table::fill_to_write(piece);
+                let _ = page_table::fill_to_write(region);
             };
             if huge.is_empty() || !fresh {
                 fill();
@@ -270,7 +270,7 @@ mod system {
             {
                 fill(); // the rest
             } else {
-                self.prices.time_small(piece.nbytes, fill);
+                self.prices.time_small(region.nbytes, fill);
             }
         }
 
@@ -291,7 +291,7 @@ mod system {
     use std::ops::Range;
 
     use crate::error::{Error, Result};
-    use crate::format::layout::Piece;
+    use crate::memory::region::Region;
 
     #[derive(Debug)]
     pub enum Memory {}
@@ -311,7 +311,7 @@ mod system {
             match *self {}
         }
 
-        pub fn make(&self, _: Piece, _: Range<usize>, _: bool) {
+        pub fn make(&self, _: Region, _: Range<usize>, _: bool) {
             match *self {}
         }
 
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
 
     fn bytes<'a>(lot: &Lot) -> &'a mut [u8] {
-        let Piece { address, nbytes } = lot.piece();
+        let Region { address, nbytes } = lot.region();
         // SAFETY: the lot is the test's alone, which keeps it longer.
         unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) }
     }
@@ -363,7 +363,7 @@ mod tests {
             for (step, (nbytes, index, cut)) in steps.into_iter().enumerate() {
                 if step % 3 == 2 && !lots.is_empty() {
                     let (lot, _) = lots.swap_remove(index.index(lots.len()));
-                    let Piece { address, nbytes } = lot.piece();
+                    let Region { address, nbytes } = lot.region();
                     // as it is written to a block: from the front, and some not to the end
                     let cut = address + cut.index(nbytes + 1);
                     if step % 2 == 0 {
@@ -377,8 +377,8 @@ mod tests {
             }
             for (lot, mark) in &lots {
                 prop_assert!(bytes(lot).iter().all(|byte| byte == mark));
-                if lot.piece().nbytes > 0 {
-                    let last = lot.piece().address + lot.piece().nbytes - 1;
+                if lot.region().nbytes > 0 {
+                    let last = lot.region().address + lot.region().nbytes - 1;
                     prop_assert!(Arc::ptr_eq(lot, &arena.lot_at(last).unwrap()));
                 }
             }
@@ -396,7 +396,7 @@ mod tests {
         let arena = Arena::new().unwrap();
         let lot = arena.lend(10 * PAGE + 100).unwrap();
         bytes(&lot).fill(7);
-        let start = lot.piece().address;
+        let start = lot.region().address;
         lot.give_back(start + 1..start + 3 * PAGE + 5);
         assert_eq!(arena.nbytes(), 9 * PAGE as u64);
         assert!(bytes(&lot)[..PAGE].iter().all(|&byte| byte == 7));
@@ -407,10 +407,10 @@ mod tests {
     #[test]
     fn a_huge_page_goes_once_all_of_it_is_given_back() {
         let (arena, first) = large();
-        let nbytes = || arena.nbytes() as usize - first.piece().nbytes;
+        let nbytes = || arena.nbytes() as usize - first.region().nbytes;
         let lot = arena.lend(2 * HUGE + PAGE).unwrap();
         bytes(&lot).fill(7);
-        let start = lot.piece().address;
+        let start = lot.region().address;
         assert_eq!(arena.memory.placed.huge_nbytes(start..start + 2 * HUGE), Some(2 * HUGE));
         lot.give_back(start..start + 5);
         lot.give_back(start + HUGE - 5..start + HUGE + 5);
@@ -429,7 +429,7 @@ mod tests {
         assert_eq!(arena.nbytes() as usize, SMALL + 2 * HUGE);
         let lot = arena.lend(2 * HUGE).unwrap();
         assert_eq!(arena.nbytes() as usize, SMALL + 2 * HUGE);
-        first.give_back(first.piece().address..first.piece().address + SMALL);
+        first.give_back(first.region().address..first.region().address + SMALL);
         assert_eq!(arena.nbytes() as usize, 2 * HUGE);
         drop(lot);
     }

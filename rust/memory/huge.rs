@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::format::layout::Piece;
 use crate::memory::page_table;
+use crate::memory::region::Region;
 
 pub use system::Placed;
 
@@ -103,23 +103,23 @@ fn per_huge_page(took: Duration, nbytes: usize) -> u64 {
     (took.as_nanos() as u64).saturating_mul(HUGE as u64) / nbytes as u64
 }
 
-/// The addresses between the first and the last multiple of [`HUGE`] in a piece.
-fn chunks(piece: Piece) -> Range<usize> {
-    let end = piece.address + piece.nbytes;
-    piece.address.next_multiple_of(HUGE)..end - end % HUGE
+/// The addresses between the first and the last multiple of [`HUGE`] in a region.
+fn chunks(region: Region) -> Range<usize> {
+    let end = region.address + region.nbytes;
+    region.address.next_multiple_of(HUGE)..end - end % HUGE
 }
 
 impl Placed {
     /// The addresses of all that can be huge: a multiple of [`HUGE`] bytes, or none.
     pub fn chunks(&self) -> Range<usize> {
-        chunks(self.piece())
+        chunks(self.region())
     }
 
     /// Makes fresh pages of this range of [`Placed::chunks`] huge.
     pub fn make(&self, range: Range<usize>) -> io::Result<()> {
         for address in range.clone().step_by(HUGE) {
             // none is made of nothing
-            if !page_table::fill_to_write(Piece { address, nbytes: 1 }) {
+            if !page_table::fill_to_write(Region { address, nbytes: 1 }) {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
         }
@@ -193,16 +193,16 @@ mod system {
     use std::ptr;
 
     use super::HUGE;
-    use crate::format::layout::Piece;
     use crate::memory::mapping;
     use crate::memory::page_table;
+    use crate::memory::region::Region;
 
     /// Part of a file, mapped where its pages can be huge; unmapped when dropped.
     #[derive(Debug)]
     pub struct Placed {
-        piece: Piece,
-        /// What is mapped: all pages of which the piece has a byte.
-        pages: Piece,
+        region: Region,
+        /// What is mapped: all pages of which the region has a byte.
+        pages: Region,
     }
 
     impl Placed {
@@ -236,12 +236,12 @@ mod system {
         }
 
         /// Maps once more what is mapped shared already: writable, if that is.
-        pub fn again(piece: Piece) -> io::Result<Placed> {
-            let found = mapping::around(piece).map_err(io::Error::other)?;
+        pub fn again(region: Region) -> io::Result<Placed> {
+            let found = mapping::around(region).map_err(io::Error::other)?;
             let found = found.filter(|found| found.shared).ok_or(io::ErrorKind::NotFound)?;
-            let offset = found.backing_at(piece.address).offset;
-            place(offset, piece.nbytes, |pages| {
-                let old = (piece.address - piece.address % page_table::page()) as *mut c_void;
+            let offset = found.backing_at(region.address).offset;
+            place(offset, region.nbytes, |pages| {
+                let old = (region.address - region.address % page_table::page()) as *mut c_void;
                 let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
                 let new = pages.address as *mut c_void;
                 // SAFETY: "if the value of old_size is zero, and old_address refers to a shareable
@@ -252,8 +252,8 @@ mod system {
         }
 
         /// The bytes.
-        pub fn piece(&self) -> Piece {
-            self.piece
+        pub fn region(&self) -> Region {
+            self.region
         }
 
         /// Has the kernel copy each 2 MiB of this range of [`Placed::chunks`] into a huge page. One
@@ -296,7 +296,7 @@ mod system {
     fn place(
         offset: u64,
         nbytes: usize,
-        map: impl FnOnce(Piece) -> *mut c_void,
+        map: impl FnOnce(Region) -> *mut c_void,
     ) -> io::Result<Placed> {
         let before = offset as usize % page_table::page();
         let mapped = (before + nbytes).next_multiple_of(page_table::page());
@@ -313,7 +313,7 @@ mod system {
         let start = start.addr();
         let shift =
             if spare == 0 { 0 } else { (offset as usize - before).wrapping_sub(start) % HUGE };
-        let pages = Piece { address: start + shift, nbytes: mapped };
+        let pages = Region { address: start + shift, nbytes: mapped };
         let found = map(pages);
         if found == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
@@ -322,7 +322,7 @@ mod system {
         }
         unmap(start, shift);
         unmap(pages.address + mapped, spare - shift);
-        Ok(Placed { piece: Piece { address: pages.address + before, nbytes }, pages })
+        Ok(Placed { region: Region { address: pages.address + before, nbytes }, pages })
     }
 
     /// Unmaps pages of our own that nothing refers to any more.
@@ -359,7 +359,7 @@ mod system {
     /// `struct page_region`: pages of one kind, from `start` to `end`.
     #[repr(C)]
     #[derive(Clone, Default)]
-    struct Region {
+    struct PageRegion {
         start: u64,
         end: u64,
         categories: u64,
@@ -368,7 +368,7 @@ mod system {
     /// Bytes that entries for huge pages map: 6 us for one, 30 for 200.
     fn scan(range: Range<usize>) -> Option<usize> {
         let entries = File::open("/proc/self/pagemap").ok()?;
-        let mut regions = vec![Region::default(); range.len() / HUGE + 1];
+        let mut regions = vec![PageRegion::default(); range.len() / HUGE + 1];
         let mut scan = Scan {
             size: size_of::<Scan>() as u64,
             start: range.start as u64,
@@ -397,7 +397,7 @@ mod system {
         file.set_len(HUGE as u64)?;
         let placed = Placed::shared(&file, 0, HUGE)?;
         // SAFETY: mapped until the end.
-        unsafe { page_table::touch(placed.piece().address) };
+        unsafe { page_table::touch(placed.region().address) };
         placed.collapse(placed.chunks())
     }
 }
@@ -408,7 +408,7 @@ mod system {
     use std::io;
     use std::ops::Range;
 
-    use crate::format::layout::Piece;
+    use crate::memory::region::Region;
 
     /// Only Linux has what this takes.
     #[derive(Debug)]
@@ -426,12 +426,12 @@ mod system {
         }
 
         /// Refused.
-        pub fn again(_: Piece) -> io::Result<Placed> {
+        pub fn again(_: Region) -> io::Result<Placed> {
             Err(io::ErrorKind::Unsupported.into())
         }
 
         /// Never reached, as all that follows.
-        pub fn piece(&self) -> Piece {
+        pub fn region(&self) -> Region {
             match *self {}
         }
 
@@ -472,7 +472,7 @@ mod tests {
 
     fn read(placed: &Placed) -> &[u8] {
         // SAFETY: mapped while it lives, and nobody writes.
-        unsafe { placed.piece().bytes() }
+        unsafe { placed.region().bytes() }
     }
 
     #[test]
@@ -483,10 +483,10 @@ mod tests {
                 for map in [Placed::private, Placed::shared] {
                     let placed = map(&file, offset as u64, nbytes).unwrap();
                     assert_eq!(read(&placed), &bytes[offset..offset + nbytes]);
-                    let agree = placed.piece().address % HUGE == offset % HUGE;
+                    let agree = placed.region().address % HUGE == offset % HUGE;
                     assert!(agree || nbytes < HUGE);
                     assert!(placed.chunks().is_empty() || placed.chunks().start % HUGE == 0);
-                    let again = Placed::again(placed.piece());
+                    let again = Placed::again(placed.region());
                     assert_eq!(
                         again.is_ok(),
                         again.is_ok_and(|again| read(&again) == read(&placed))
@@ -500,15 +500,15 @@ mod tests {
     fn what_is_mapped_shared_can_be_mapped_again_and_nothing_else() {
         let (file, bytes) = file();
         let shared = Placed::shared(&file, 4160, NBYTES).unwrap();
-        let again = Placed::again(shared.piece()).unwrap();
+        let again = Placed::again(shared.region()).unwrap();
         drop(shared);
         assert_eq!(read(&again), &bytes[4160..4160 + NBYTES]);
         let private = Placed::private(&file, 4160, NBYTES).unwrap();
-        assert!(Placed::again(private.piece()).is_err());
+        assert!(Placed::again(private.region()).is_err());
         let own = vec![0; NBYTES];
-        let piece = Piece { address: own.as_ptr().addr(), nbytes: NBYTES };
-        assert!(Placed::again(piece).is_err());
-        let beyond = Piece { nbytes: 4 * NBYTES, ..again.piece() };
+        let region = Region { address: own.as_ptr().addr(), nbytes: NBYTES };
+        assert!(Placed::again(region).is_err());
+        let beyond = Region { nbytes: 4 * NBYTES, ..again.region() };
         assert!(Placed::again(beyond).is_err());
     }
 
@@ -521,7 +521,7 @@ mod tests {
         let (one, other) = (private(), private());
         let write = |placed: &Placed, at: usize| {
             // SAFETY: a private mapping of this test's own.
-            unsafe { *((placed.piece().address + at) as *mut u8) ^= 255 };
+            unsafe { *((placed.region().address + at) as *mut u8) ^= 255 };
         };
         write(&one, HUGE); // partly written before
         assert_eq!((one.is_huge(), other.is_huge()), (Some(false), Some(false)));

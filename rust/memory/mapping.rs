@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::format::layout::Piece;
+use crate::memory::region::Region;
 
 pub use system::Mappings;
 
@@ -21,7 +21,7 @@ pub struct Mapping {
     pub shared: bool,
 }
 
-/// The file behind a piece of memory.
+/// The file behind a region of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
     /// The file's name as the kernel gives it, with ` (deleted)` if it is.
@@ -35,9 +35,9 @@ pub struct Backing {
 }
 
 impl Mapping {
-    /// Whether all of a piece lies in it.
-    pub fn holds(&self, piece: Piece) -> bool {
-        self.start <= piece.address && piece.nbytes <= self.end.saturating_sub(piece.address)
+    /// Whether all of a region lies in it.
+    pub fn holds(&self, region: Region) -> bool {
+        self.start <= region.address && region.nbytes <= self.end.saturating_sub(region.address)
     }
 
     /// What lies behind the memory from an address of the mapping on.
@@ -65,10 +65,10 @@ impl Mapping {
     }
 }
 
-/// The file mapping around a piece.
-pub fn around(piece: Piece) -> Result<Option<Mapping>> {
-    let mapping = Mappings::open()?.at_or_after(piece.address)?;
-    Ok(mapping.filter(|mapping| mapping.holds(piece)))
+/// The file mapping around a region.
+pub fn around(region: Region) -> Result<Option<Mapping>> {
+    let mapping = Mappings::open()?.at_or_after(region.address)?;
+    Ok(mapping.filter(|mapping| mapping.holds(region)))
 }
 
 #[cfg(target_os = "linux")]
@@ -202,8 +202,8 @@ mod system {
         use memmap2::MmapOptions;
 
         use super::*;
-        use crate::format::layout::Piece;
         use crate::memory::mapping::around;
+        use crate::memory::region::Region;
 
         #[test]
         fn a_line_of_maps_is_read() {
@@ -214,8 +214,8 @@ mod system {
             let backing = Backing { name, inode: 1234, offset: 0x1000, writable: true };
             assert_eq!(mapping.backing, backing);
             assert_eq!(mapping.backing_at(0x7f0010).offset, 0x1010);
-            assert!(mapping.holds(Piece { address: 0x7f0000, nbytes: 0x8000 }));
-            assert!(!mapping.holds(Piece { address: 0x7f0001, nbytes: 0x8000 }));
+            assert!(mapping.holds(Region { address: 0x7f0000, nbytes: 0x8000 }));
+            assert!(!mapping.holds(Region { address: 0x7f0001, nbytes: 0x8000 }));
             assert!(mapping.shared);
             let private = Mapping::parse("7f0000-7f8000 rw-p 00001000 00:1a 1234 /private");
             assert!(!private.unwrap().shared);
@@ -238,9 +238,9 @@ mod system {
                 assert_eq!(asked, listed);
             }
             assert_eq!(asked.at_or_after(usize::MAX - 4096), Ok(None));
-            let piece = Piece { address: map.as_ptr().addr() + 100, nbytes: 4900 };
-            let mapping = around(piece).unwrap().unwrap();
-            assert_eq!(mapping.backing_at(piece.address).offset, 4196);
+            let region = Region { address: map.as_ptr().addr() + 100, nbytes: 4900 };
+            let mapping = around(region).unwrap().unwrap();
+            assert_eq!(mapping.backing_at(region.address).offset, 4196);
             assert!(!mapping.shared && mapping.backing.writable && mapping.stands());
             assert!(mapping.open_at("/proc/self/exe".as_ref()).is_some());
             assert!(mapping.open_at(MAPS.as_ref()).is_none());

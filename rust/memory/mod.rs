@@ -1,7 +1,10 @@
 //! Memory: addresses and pages.
 //!
-//! In: a piece of memory, or a file to map. Out: pages that are ready to be written, or to be read. Imports
+//! In: a region of memory, or a file to map. Out: pages that are ready to be written, or to be read. Imports
 //! `error` and `format`.
+
+#[allow(unsafe_code)] // bytes by address
+pub mod region;
 
 #[allow(unsafe_code)] // asks the kernel
 pub mod mapping;

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::ops::Range;
 
-use crate::format::layout::Piece;
+use crate::memory::region::Region;
 
 pub use system::{fill_to_write, give_back, is_in_memory, page, touch};
 
@@ -31,10 +31,10 @@ impl PageTable {
     }
 
     /// The pages of a private mapping of a file that this process has written, which are its own since:
-    /// addresses, cut to the piece; `None` where the kernel does not say. 1 GiB takes 1 ms, or 8 where
+    /// addresses, cut to the region; `None` where the kernel does not say. 1 GiB takes 1 ms, or 8 where
     /// all of it has been read.
-    pub fn written(&self, piece: Piece) -> Option<Vec<Range<usize>>> {
-        system::written(self.entries.as_ref()?, piece)
+    pub fn written(&self, region: Region) -> Option<Vec<Range<usize>>> {
+        system::written(self.entries.as_ref()?, region)
     }
 }
 
@@ -47,7 +47,7 @@ mod system {
     use std::os::unix::fs::FileExt;
     use std::ptr;
 
-    use crate::format::layout::Piece;
+    use crate::memory::region::Region;
 
     /// The bit of an entry of `/proc/self/pagemap` that says that the page is there.
     const PRESENT: u64 = 1 << 63;
@@ -70,9 +70,9 @@ mod system {
         read.is_ok() && u64::from_ne_bytes(entry) & PRESENT == 0
     }
 
-    pub fn written(entries: &File, piece: Piece) -> Option<Vec<Range<usize>>> {
-        let (page, end) = (page(), piece.address + piece.nbytes);
-        let (mut address, mut written) = (piece.address - piece.address % page, Vec::new());
+    pub fn written(entries: &File, region: Region) -> Option<Vec<Range<usize>>> {
+        let (page, end) = (page(), region.address + region.nbytes);
+        let (mut address, mut written) = (region.address - region.address % page, Vec::new());
         let mut read = vec![0; 8 * (end - address).div_ceil(page).min(16 << 10)];
         while address < end {
             let read = &mut read[..8 * (end - address).div_ceil(page).min(16 << 10)];
@@ -80,7 +80,7 @@ mod system {
             for entry in read.as_chunks::<8>().0 {
                 let entry = u64::from_ne_bytes(*entry);
                 if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
-                    let own = address.max(piece.address)..end.min(address + page);
+                    let own = address.max(region.address)..end.min(address + page);
                     match written.last_mut() {
                         Some(Range { end, .. }) if *end == own.start => *end = own.end,
                         _ => written.push(own),
@@ -105,19 +105,20 @@ mod system {
     /// False where a write would be a SIGBUS, as where a file system in memory is full. What is
     /// refused for another reason faults as it is written.
     #[must_use]
-    pub fn fill_to_write(piece: Piece) -> bool {
-        let start = piece.address - piece.address % page();
-        let nbytes = piece.address + piece.nbytes - start;
+    pub fn fill_to_write(region: Region) -> bool {
+        let start = region.address - region.address % page();
+        let nbytes = region.address + region.nbytes - start;
         // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
         let filled =
             unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_POPULATE_WRITE) == 0 };
         filled || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
     }
 
-    /// Gives pages of a file in shared memory back to the system: those of which the piece has all
+    /// Gives pages of a file in shared memory back to the system: those of which the region has all
     /// bytes, which are zeros from then on.
-    pub fn give_back(piece: Piece) {
-        let (start, end) = (piece.address.next_multiple_of(page()), piece.address + piece.nbytes);
+    pub fn give_back(region: Region) {
+        let (start, end) =
+            (region.address.next_multiple_of(page()), region.address + region.nbytes);
         let nbytes = (end - end % page()).saturating_sub(start);
         // SAFETY: the caller's to write; where that is refused, the pages stay.
         unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
@@ -138,13 +139,13 @@ mod system {
     use std::fs::File;
     use std::ops::Range;
 
-    use crate::format::layout::Piece;
+    use crate::memory::region::Region;
 
     pub fn lacks(_: &File, _: usize) -> bool {
         false
     }
 
-    pub fn written(_: &File, _: Piece) -> Option<Vec<Range<usize>>> {
+    pub fn written(_: &File, _: Region) -> Option<Vec<Range<usize>>> {
         None
     }
 
@@ -159,12 +160,12 @@ mod system {
     }
 
     /// Nothing: pages are filled in as they are written.
-    pub fn fill_to_write(_: Piece) -> bool {
+    pub fn fill_to_write(_: Region) -> bool {
         true
     }
 
     /// Nothing: they stay.
-    pub fn give_back(_: Piece) {}
+    pub fn give_back(_: Region) {}
 
     /// Nothing: pages are filled in as they are read.
     ///
@@ -183,17 +184,13 @@ mod tests {
 
     const NBYTES: usize = 1 << 20;
 
-    fn piece(bytes: &[u8]) -> Piece {
-        Piece { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
-    }
-
     #[test]
     fn what_will_be_written_is_filled_in_and_not_changed() {
         let mut memory = MmapMut::map_anon(NBYTES).unwrap();
         let (table, last) = (PageTable::open(), memory.as_ptr().addr() + NBYTES - 1);
         assert!(table.lacks(last));
         memory[0] = 1;
-        assert!(fill_to_write(piece(&memory[100..])));
+        assert!(fill_to_write(Region::of(&memory[100..])));
         assert!(!table.lacks(last) && is_in_memory(last));
         memory[0] = 0;
         assert!(memory.iter().all(|&byte| byte == 0));
@@ -214,8 +211,8 @@ mod tests {
         fs::remove_file(&path).unwrap();
         let start = map.as_ptr().addr();
         let written = |from, to| {
-            let piece = Piece { address: start + from, nbytes: to - from };
-            let ranges = PageTable::open().written(piece).unwrap();
+            let region = Region { address: start + from, nbytes: to - from };
+            let ranges = PageTable::open().written(region).unwrap();
             ranges.into_iter().map(|own| own.start - start..own.end - start).collect::<Vec<_>>()
         };
         assert!(map.iter().all(|&byte| byte == 7));

@@ -19,10 +19,10 @@ use std::{mem, process};
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::format::layout::Piece;
 use crate::memory::huge::{HUGE, Placed, SETTLED_AFTER};
 use crate::memory::mapping::Backing;
 use crate::memory::page_table::{self, AROUND, PageTable};
+use crate::memory::region::Region;
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -31,13 +31,13 @@ const TRIES: u32 = 5;
 #[derive(Debug)]
 pub enum Pages {
     /// The store's own mapping: a write here is a write everywhere.
-    Shared(Piece),
+    Shared(Region),
     /// The store's pages, copied page by page as they are written.
     Private {
         /// The mapping, which its thread has, too.
         map: Arc<Placed>,
         /// What was mapped again ...
-        beneath: Piece,
+        beneath: Region,
         /// ... and where it comes from.
         backing: Backing,
     },
@@ -47,16 +47,16 @@ pub enum Pages {
 
 impl Pages {
     /// The bytes, wherever they are.
-    pub fn piece(&self) -> Piece {
+    pub fn region(&self) -> Region {
         match self {
-            Pages::Shared(piece) => *piece,
-            Pages::Private { map, .. } => map.piece(),
-            Pages::Copied(map) => Piece { address: map.as_ptr() as usize, nbytes: map.len() },
+            Pages::Shared(region) => *region,
+            Pages::Private { map, .. } => map.region(),
+            Pages::Copied(map) => Region { address: map.as_ptr() as usize, nbytes: map.len() },
         }
     }
 
-    /// Maps a piece of the store again, privately.
-    pub fn private(beneath: Piece) -> Result<Pages> {
+    /// Maps a region of the store again, privately.
+    pub fn private(beneath: Region) -> Result<Pages> {
         let (map, backing) = system::map_private(beneath)?;
         Ok(Pages::Private { map: Arc::new(map), beneath, backing })
     }
@@ -74,9 +74,9 @@ impl Pages {
     /// # Safety
     /// The pages outlive what is returned.
     pub unsafe fn prefault(&self) -> Prefault {
-        let piece = self.piece();
+        let region = self.region();
         // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-        Prefault::start(move |stop| unsafe { fill(piece, AROUND, stop) })
+        Prefault::start(move |stop| unsafe { fill(region, AROUND, stop) })
     }
 
     /// Starts to do what makes reads fast: nothing where pages are in the page table. Others are filled
@@ -85,8 +85,8 @@ impl Pages {
     /// # Safety
     /// The pages outlive what is returned.
     pub unsafe fn settle(&self) -> Option<Prefault> {
-        let piece = self.piece();
-        let last = piece.address + piece.nbytes.checked_sub(HUGE)?;
+        let region = self.region();
+        let last = region.address + region.nbytes.checked_sub(HUGE)?;
         match self {
             Pages::Copied(_) => None,
             // SAFETY: the caller's promise.
@@ -96,7 +96,7 @@ impl Pages {
                 Some(Prefault::start(move |stop| {
                     let huge = map.is_huge() == Some(true);
                     // SAFETY: mapped as long as this thread has it.
-                    unsafe { fill(piece, if huge { HUGE } else { AROUND }, stop) };
+                    unsafe { fill(region, if huge { HUGE } else { AROUND }, stop) };
                     if !huge {
                         stop.wait(SETTLED_AFTER);
                         system::make_huge(beneath, &backing, stop);
@@ -114,13 +114,13 @@ impl Pages {
 ///
 /// # Safety
 /// The memory is readable, and stays so meanwhile.
-unsafe fn fill(piece: Piece, step: usize, stop: &Stop) {
-    for at in (0..piece.nbytes).step_by(step).chain(piece.nbytes.checked_sub(1)) {
+unsafe fn fill(region: Region, step: usize, stop: &Stop) {
+    for at in (0..region.nbytes).step_by(step).chain(region.nbytes.checked_sub(1)) {
         if stop.is_set() {
             break;
         }
         // SAFETY: the caller's promise.
-        unsafe { page_table::touch(piece.address + at) };
+        unsafe { page_table::touch(region.address + at) };
     }
 }
 
@@ -184,8 +184,8 @@ impl Drop for Prefault {
 }
 
 /// The store's file behind this memory; `None` if it is other memory of this process.
-pub fn backing(piece: Piece) -> Result<Option<Backing>> {
-    system::backing(piece)
+pub fn backing(region: Region) -> Result<Option<Backing>> {
+    system::backing(region)
 }
 
 fn unsupported(reason: impl Into<String>) -> Error {
@@ -202,9 +202,9 @@ mod system {
 
     use super::{Stop, TRIES, unsupported};
     use crate::error::{Error, Result};
-    use crate::format::layout::Piece;
     use crate::memory::huge::{Placed, SETTLED_AFTER};
     use crate::memory::mapping::{self, Backing, Mapping};
+    use crate::memory::region::Region;
 
     /// A shared mapping of Ray's store, or of a file that what had no room there fell back to.
     #[derive(Debug, Clone)]
@@ -256,15 +256,15 @@ mod system {
         [std::os::unix::process::parent_id()].into_iter().chain(pids.filter(is_raylet)).collect()
     }
 
-    /// The store around a piece: remembered if it still stands, else asked for.
-    fn find(piece: Piece) -> Result<Option<Store>> {
+    /// The store around a region: remembered if it still stands, else asked for.
+    fn find(region: Region) -> Result<Option<Store>> {
         let mut found = FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(store) = found.iter().find(|store| store.mapping.holds(piece))
+        if let Some(store) = found.iter().find(|store| store.mapping.holds(region))
             && store.mapping.stands()
         {
             return Ok(Some(store.clone()));
         }
-        let mapping = mapping::around(piece)?.filter(|mapping| mapping.shared);
+        let mapping = mapping::around(region)?.filter(|mapping| mapping.shared);
         let store = mapping.map(|mapping| Store { mapping, path: None });
         if let Some(store) = &store {
             remember(&mut found, store);
@@ -280,36 +280,36 @@ mod system {
         found.insert(0, store.clone());
     }
 
-    pub fn backing(piece: Piece) -> Result<Option<Backing>> {
-        Ok(find(piece)?.map(|store| store.mapping.backing_at(piece.address)))
+    pub fn backing(region: Region) -> Result<Option<Backing>> {
+        Ok(find(region)?.map(|store| store.mapping.backing_at(region.address)))
     }
 
-    fn open(piece: Piece) -> Result<(File, Backing)> {
-        let mut store = find(piece)?.ok_or_else(|| unsupported("it lies in no shared file"))?;
+    fn open(region: Region) -> Result<(File, Backing)> {
+        let mut store = find(region)?.ok_or_else(|| unsupported("it lies in no shared file"))?;
         let known = store.path.is_some();
         let file = store.open()?;
         if !known {
             remember(&mut FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), &store);
         }
-        Ok((file, store.mapping.backing_at(piece.address)))
+        Ok((file, store.mapping.backing_at(region.address)))
     }
 
     /// The file is Ray's store. Ray neither writes nor reuses the bytes of an object while a reference
     /// to its buffer lives, which whoever holds these pages keeps.
-    pub fn map_private(piece: Piece) -> Result<(Placed, Backing)> {
-        let (file, backing) = open(piece)?;
-        let map = Placed::private(&file, backing.offset, piece.nbytes);
+    pub fn map_private(region: Region) -> Result<(Placed, Backing)> {
+        let (file, backing) = open(region)?;
+        let map = Placed::private(&file, backing.offset, region.nbytes);
         Ok((map.map_err(|error| Error::refused(&backing.name, &error))?, backing))
     }
 
     /// Makes pages of the store huge, through a mapping that Ray and others have not written through:
     /// the kernel refuses one with pages of its own. One process at a time has the store's file locked,
     /// which ends with the process at the latest; the others find their work done.
-    pub fn make_huge(piece: Piece, backing: &Backing, stop: &Stop) {
-        let Some((file, _)) = open(piece).ok().filter(|(_, found)| found == backing) else {
+    pub fn make_huge(region: Region, backing: &Backing, stop: &Stop) {
+        let Some((file, _)) = open(region).ok().filter(|(_, found)| found == backing) else {
             return; // Ray is gone, and has taken its mapping along
         };
-        let Ok(map) = Placed::shared(&file, backing.offset, piece.nbytes) else {
+        let Ok(map) = Placed::shared(&file, backing.offset, region.nbytes) else {
             return;
         };
         let all = || map.huge_nbytes(map.chunks()) == Some(map.chunks().len());
@@ -332,21 +332,21 @@ mod system {
 mod system {
     use super::{Stop, unsupported};
     use crate::error::Result;
-    use crate::format::layout::Piece;
     use crate::memory::huge::Placed;
     use crate::memory::mapping::Backing;
+    use crate::memory::region::Region;
 
     const REASON: &str = "only Linux tells which file lies behind Ray's store";
 
-    pub fn backing(_: Piece) -> Result<Option<Backing>> {
+    pub fn backing(_: Region) -> Result<Option<Backing>> {
         Err(unsupported(REASON))
     }
 
-    pub fn map_private(_: Piece) -> Result<(Placed, Backing)> {
+    pub fn map_private(_: Region) -> Result<(Placed, Backing)> {
         Err(unsupported(REASON))
     }
 
-    pub fn make_huge(_: Piece, _: &Backing, _: &Stop) {}
+    pub fn make_huge(_: Region, _: &Backing, _: &Stop) {}
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -367,13 +367,9 @@ mod tests {
         (map, file)
     }
 
-    fn piece(bytes: &[u8]) -> Piece {
-        Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() }
-    }
-
     fn write(pages: &mut Pages, at: usize, byte: u8) {
         assert!(matches!(pages, Pages::Private { .. }));
-        let Piece { address, nbytes } = pages.piece();
+        let Region { address, nbytes } = pages.region();
         // SAFETY: borrowed mutably, and private.
         let bytes = unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) };
         bytes[at] = byte;
@@ -381,14 +377,14 @@ mod tests {
 
     fn read(pages: &Pages) -> &[u8] {
         // SAFETY: the pages are only read while the slice lives.
-        unsafe { pages.piece().bytes() }
+        unsafe { pages.region().bytes() }
     }
 
     #[test]
     fn private_pages_read_the_store_and_keep_their_writes() {
         let (mut store, _file) = store("rzc-pages", 64 << 10);
         store.iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8);
-        let part = piece(&store[4160..40_000]);
+        let part = Region::of(&store[4160..40_000]);
         let mut one = Pages::private(part).unwrap();
         let other = Pages::private(part).unwrap();
         assert_eq!(read(&one), &store[4160..40_000]);
@@ -410,7 +406,7 @@ mod tests {
         let mut store = unsafe { MmapMut::map_mut(&file) }.unwrap();
         fs::remove_file(&path).unwrap();
         store.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 251) as u8);
-        let part = piece(&store[64..]);
+        let part = Region::of(&store[64..]);
         let private = || Pages::private(part).unwrap();
         let (one, other) = (private(), private());
         assert_eq!(one.huge_nbytes(), Some(0));
@@ -428,7 +424,7 @@ mod tests {
         let huge = private();
         // SAFETY: done before the pages go.
         unsafe { huge.settle() }.unwrap().wait();
-        assert!(!PageTable::open().lacks(huge.piece().address + part.nbytes - 1));
+        assert!(!PageTable::open().lacks(huge.region().address + part.nbytes - 1));
         assert_eq!(read(&one), &store[64..]);
         assert_eq!(read(&private()), &store[64..]);
     }
@@ -438,7 +434,7 @@ mod tests {
         for round in 0..20 {
             let (mut store, _file) = store(&format!("rzc-round-{round}"), 1 << 20);
             store.fill(round);
-            let pages = Pages::private(piece(&store)).unwrap();
+            let pages = Pages::private(Region::of(&store)).unwrap();
             assert!(read(&pages).iter().all(|&byte| byte == round));
         }
     }
@@ -446,7 +442,7 @@ mod tests {
     #[test]
     fn ordinary_memory_is_refused() {
         let bytes = vec![0; 1 << 16];
-        assert!(matches!(Pages::private(piece(&bytes)), Err(Error::Unsupported { .. })));
-        assert_eq!(backing(piece(&bytes)), Ok(None));
+        assert!(matches!(Pages::private(Region::of(&bytes)), Err(Error::Unsupported { .. })));
+        assert_eq!(backing(Region::of(&bytes)), Ok(None));
     }
 }

@@ -18,14 +18,14 @@ use std::thread::{self, JoinHandle};
 use std::{io, slice};
 
 use crate::error::{Error, Result};
-use crate::format::layout::Piece;
 use crate::memory::huge::{HUGE, Placed, Prices, SETTLED_AFTER};
 use crate::memory::page_table::{self, PageTable};
+use crate::memory::region::Region;
 
 /// Memory that is being written.
 #[derive(Debug)]
 pub struct Target {
-    whole: Piece,
+    whole: Region,
     page_table: PageTable,
     /// All of it once more, where pages can be huge, once a part was not in the page table.
     again: OnceLock<Option<Placed>>,
@@ -42,7 +42,7 @@ impl Target {
     pub fn of(memory: &[u8]) -> Target {
         Target {
             number: TARGETS.fetch_add(1, Ordering::Relaxed) + 1,
-            whole: piece(memory),
+            whole: Region::of(memory),
             page_table: PageTable::open(),
             again: OnceLock::new(),
             prices: Prices::default(),
@@ -58,13 +58,13 @@ impl Target {
     ///
     /// Refuses a part that there is no memory for: to write it would be a SIGBUS.
     pub fn ready<'a>(&'a self, part: &'a mut [u8]) -> Result<&'a mut [u8]> {
-        let whole = piece(part);
+        let whole = Region::of(part);
         let middle = whole.address + whole.nbytes / 2;
         if !self.page_table.lacks(middle) {
             return Ok(part);
         }
         let fresh = !page_table::is_in_memory(middle);
-        if let Some(Piece { address, nbytes }) = self.huge(whole, fresh) {
+        if let Some(Region { address, nbytes }) = self.huge(whole, fresh) {
             // SAFETY: the same bytes at their second address. Nobody else has the part, and while it
             // is borrowed nobody reads them at the first one.
             return Ok(unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) });
@@ -75,10 +75,10 @@ impl Target {
     }
 
     /// The part in the second mapping, if its pages are huge or are made so here.
-    fn huge(&self, part: Piece, fresh: bool) -> Option<Piece> {
+    fn huge(&self, part: Region, fresh: bool) -> Option<Region> {
         let again = self.again.get_or_init(|| self.map_again()).as_ref()?;
-        let address = again.piece().address + (part.address - self.whole.address);
-        let part = Piece { address, ..part };
+        let address = again.region().address + (part.address - self.whole.address);
+        let part = Region { address, ..part };
         // those that start in it; the last may reach into the next part
         let first = address.next_multiple_of(HUGE);
         let end = (address + part.nbytes).next_multiple_of(HUGE).min(again.chunks().end);
@@ -136,10 +136,6 @@ impl Target {
     }
 }
 
-fn piece(memory: &[u8]) -> Piece {
-    Piece { address: memory.as_ptr().addr(), nbytes: memory.len() }
-}
-
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use std::fs::{self, File};
@@ -163,7 +159,7 @@ mod tests {
     }
 
     fn huge_nbytes(memory: &[u8]) -> usize {
-        let again = Placed::again(piece(memory)).unwrap();
+        let again = Placed::again(Region::of(memory)).unwrap();
         again.huge_nbytes(again.chunks()).unwrap()
     }
 
@@ -187,8 +183,8 @@ mod tests {
         let mut store = store("/dev/shm");
         let target = Target::of(&store);
         target.prices.time_small(1, || thread::sleep(Duration::from_millis(2))); // huge are cheaper
-        let whole = piece(&store);
-        assert!(target.huge(Piece { nbytes: 8 << 20, ..whole }, true).is_some());
+        let whole = Region::of(&store);
+        assert!(target.huge(Region { nbytes: 8 << 20, ..whole }, true).is_some());
         assert!(huge_nbytes(&store) > 0);
         write(&target, &mut store);
         write(&Target::of(&store), &mut store);

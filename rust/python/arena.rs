@@ -7,8 +7,8 @@ use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use super::buffer;
 use crate::memory::arena;
+use crate::python::buffer;
 
 /// Shared memory for tensors, with pages only where lots lie.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
@@ -53,8 +53,8 @@ impl Lot {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let piece = slf.get().0.piece();
+        let region = slf.get().0.region();
         // SAFETY: the interpreter's view; the lot, which keeps the bytes, is its object.
-        unsafe { buffer::fill(slf.into_any(), piece, false, view, flags) }
+        unsafe { buffer::fill(slf.into_any(), region, false, view, flags) }
     }
 }

@@ -9,14 +9,16 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
-use super::{buffer, loan};
-use crate::format::layout::Piece;
+use crate::format::header;
 use crate::format::table::{Table, fingerprint};
 use crate::format::view::{Flags, View};
-use crate::io::fill as block;
+use crate::io::block;
 use crate::memory::huge;
 use crate::memory::mapping::Backing;
 use crate::memory::pages::{self, Pages, Prefault};
+use crate::memory::region::Region;
+use crate::python::buffer;
+use crate::python::loan;
 
 /// A block in this process, with its table: writable memory that keeps the store's buffer alive.
 ///
@@ -57,7 +59,7 @@ impl Block {
         let buffers = buffers.iter().map(PyUntypedBuffer::get).collect::<PyResult<Vec<_>>>()?;
         let mut pieces: Vec<_> = buffers
             .iter()
-            .map(|buffer| Piece { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
+            .map(|buffer| Region { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
             .collect();
         let first = pieces.first().map_or(&[] as &[u8], |first| {
             // SAFETY: the buffer is held; objects of the store are sealed before they are read.
@@ -67,10 +69,10 @@ impl Block {
             anchor.nbytes = table.nbytes as usize;
         }
         let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
-        block::check_header(first, fingerprint)?;
+        header::check_header(first, fingerprint)?;
         let whole = pieces
             .first()
-            .map(|first| Piece { address: first.address, nbytes: table.nbytes as usize });
+            .map(|first| Region { address: first.address, nbytes: table.nbytes as usize });
         let copy = || {
             // SAFETY: the buffers are held; objects of the store are sealed before they are read;
             // the length was checked.
@@ -157,15 +159,15 @@ impl Block {
             return Ok(None);
         }
         // SAFETY: the pages live; whoever writes into them is to be found out.
-        let block = unsafe { self.pages.piece().bytes() };
-        Ok(Some(block::checksums(&self.table, self.fingerprint, block)?))
+        let block = unsafe { self.pages.region().bytes() };
+        Ok(Some(header::checksums(&self.table, self.fingerprint, block)?))
     }
 
     /// Raises `BlockError` where a byte of a span is not as it was written.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
-        let block = self.pages.piece();
-        // SAFETY: as for `checksums`; its length was checked.
-        Ok(py.detach(|| unsafe { block::verify(&self.table, self.fingerprint, block) })?)
+        // SAFETY: as for `checksums`.
+        let block = unsafe { self.pages.region().bytes() };
+        Ok(py.detach(|| header::verify(&self.table, self.fingerprint, block))?)
     }
 
     /// Fills this process's page table for the whole block, while the caller goes on.
@@ -199,7 +201,7 @@ impl Block {
             let alone = views_on[view.span] == 1 && plain && !view.shape.contains(&0);
             let made = if alone {
                 let start = table.spans[view.span].offset + view.offset * view.dtype.itemsize();
-                let data = (slf.get().pages.piece().address + start as usize) as *mut c_void;
+                let data = (slf.get().pages.region().address + start as usize) as *mut c_void;
                 // SAFETY: a view of the block's table; neither moves while there is the block.
                 unsafe { loan::tensor(data, view, slf) }?
             } else {
@@ -217,9 +219,9 @@ impl Block {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let piece = slf.get().pages.piece();
+        let region = slf.get().pages.region();
         // SAFETY: the interpreter's view; the block, which holds the pages, is its object.
-        unsafe { buffer::fill(slf.into_any(), piece, false, view, flags) }
+        unsafe { buffer::fill(slf.into_any(), region, false, view, flags) }
     }
 }
 
@@ -247,6 +249,6 @@ pub(super) fn huge_pages_obstacle() -> Option<String> {
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
 #[pyfunction]
 pub(super) fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
-    let source = pages::backing(Piece { address, nbytes: 1 })?;
+    let source = pages::backing(Region { address, nbytes: 1 })?;
     Ok(source.map(|source| (source.name, source.inode, source.offset)))
 }

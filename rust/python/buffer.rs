@@ -7,14 +7,14 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::format::layout::Piece;
+use crate::memory::region::Region;
 
 /// The part of `room` from where `anchor` starts; refuses what has no room for a block there.
 pub(super) fn room_at(
     anchor: &Bound<'_, PyAny>,
     room: &Bound<'_, PyAny>,
     nbytes: u64,
-) -> PyResult<Piece> {
+) -> PyResult<Region> {
     let (anchor, room) = (PyUntypedBuffer::get(anchor)?, PyUntypedBuffer::get(room)?);
     let address = anchor.buf_ptr() as usize;
     let start = room.buf_ptr() as usize;
@@ -23,16 +23,16 @@ pub(super) fn room_at(
     if room.readonly() || !fits {
         return Err(PyBufferError::new_err(format!("no room for a block of {nbytes} bytes")));
     }
-    Ok(Piece { address, nbytes: end - address })
+    Ok(Region { address, nbytes: end - address })
 }
 
-/// Fills a view with a piece.
+/// Fills a view with a region.
 ///
 /// # Safety
-/// `view` is the interpreter's to be filled, and `object` keeps the piece alive.
+/// `view` is the interpreter's to be filled, and `object` keeps the region alive.
 pub(super) unsafe fn fill(
     object: Bound<'_, PyAny>,
-    piece: Piece,
+    region: Region,
     readonly: bool,
     view: *mut ffi::Py_buffer,
     flags: c_int,
@@ -40,7 +40,7 @@ pub(super) unsafe fn fill(
     if view.is_null() {
         return Err(PyBufferError::new_err("no view to fill"));
     }
-    let (address, nbytes) = (piece.address as *mut c_void, piece.nbytes as ffi::Py_ssize_t);
+    let (address, nbytes) = (region.address as *mut c_void, region.nbytes as ffi::Py_ssize_t);
     // SAFETY: the view is not null; the bytes live as long as the object, which it will refer to.
     let status = unsafe {
         ffi::PyBuffer_FillInfo(view, object.as_ptr(), address, nbytes, c_int::from(readonly), flags)

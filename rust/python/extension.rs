@@ -2,25 +2,17 @@
 
 use pyo3::prelude::*;
 
-use super::{arena, block, gather, module, snapshot, sources, torch};
-use crate::error::Error;
 use crate::format::dtype::Dtype;
 use crate::format::layout::HEADER_NBYTES;
 use crate::format::snapshot::SNAPSHOT_HEADER_NBYTES;
 use crate::format::view::Flags;
-
-pyo3::import_exception!(ray_zerocopy.errors, BlockError);
-pyo3::import_exception!(ray_zerocopy.errors, PublishError);
-pyo3::import_exception!(ray_zerocopy.errors, StoreFullError);
-
-impl From<Error> for PyErr {
-    fn from(error: Error) -> PyErr {
-        match error {
-            Error::NoRoom { .. } => StoreFullError::new_err(error.to_string()),
-            _ => BlockError::new_err(error.to_string()),
-        }
-    }
-}
+use crate::python::arena;
+use crate::python::block;
+use crate::python::gather;
+use crate::python::module;
+use crate::python::snapshot;
+use crate::python::sources;
+use crate::python::torch;
 
 /// The names of the dtypes that can be laid out.
 #[pyfunction]

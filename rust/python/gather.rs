@@ -1,31 +1,32 @@
 //! Sources on their way into a block.
 
 use std::ffi::c_int;
+use std::iter;
 use std::ops::Range;
-use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::arena::Arena;
-use super::buffer;
-use super::extension::PublishError;
-use super::sources::Sources;
 use crate::error::Error;
-use crate::format::layout::{Layout, Piece, Segment as Run, used};
+use crate::format::layout::{Layout, used};
 use crate::format::table::{Table, fingerprint};
+use crate::io::block;
 use crate::io::file::How;
-use crate::io::fill as block;
 use crate::io::source::{self, Source};
 use crate::memory::arena::Lot;
+use crate::memory::region::Region;
+use crate::python::arena::Arena;
+use crate::python::buffer;
+use crate::python::errors::PublishError;
+use crate::python::sources::Sources;
 
 /// Storages and views on their way into a block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Gather {
     layout: Layout,
-    storages: Vec<Piece>,
+    storages: Vec<Region>,
     /// What keeps the storages where they are.
     owners: Mutex<Vec<Py<PyAny>>>,
     /// The offset table, encoded.
@@ -51,12 +52,12 @@ impl Gather {
             let start = used[view.span].start / view.dtype.itemsize();
             view.offset = if view.extent()?.is_some() { view.offset - start } else { 0 };
         }
-        let piece = |((whole, owner), used): (&(Piece, Py<PyAny>), Range<u64>)| {
+        let region = |((whole, owner), used): (&(Region, Py<PyAny>), Range<u64>)| {
             let nbytes = (used.end - used.start) as usize;
-            (Piece { address: whole.address + used.start as usize, nbytes }, owner.clone_ref(py))
+            (Region { address: whole.address + used.start as usize, nbytes }, owner.clone_ref(py))
         };
-        let (storages, owners): (Vec<_>, _) = storages.iter().zip(used).map(piece).unzip();
-        let layout = Layout::plan(&storages)?;
+        let (storages, owners): (Vec<_>, _) = storages.iter().zip(used).map(region).unzip();
+        let layout = Layout::plan(storages.iter().map(|storage| storage.nbytes as u64))?;
         let table = Table::new(&layout, views)?.encode();
         let table = PyBytes::new(py, &table).unbind();
         Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
@@ -66,22 +67,18 @@ impl Gather {
     fn segments(slf: &Bound<'_, Self>) -> PyResult<Vec<Segment>> {
         let (py, gather) = (slf.py(), slf.get());
         let fingerprint = fingerprint(gather.table.as_bytes(py));
-        let pack = || {
-            // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
-            // published is the caller's part, as with any pickle.
-            unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) }
-        };
-        let segment = |run: &Run| {
-            let (piece, packed) = match run {
-                Run::Packed { .. } => {
-                    let bytes = py.detach(pack)?;
-                    (Piece { address: bytes.as_ptr() as usize, nbytes: bytes.len() }, bytes)
-                }
-                Run::Piece(piece) => (*piece, Vec::new()),
-            };
-            Ok(Segment { piece, _packed: packed, _gather: slf.clone().unbind() })
-        };
-        gather.layout.segments.iter().map(segment).collect()
+        // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
+        // published is the caller's part, as with any pickle.
+        let packed =
+            py.detach(|| unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) })?;
+        let new =
+            |region, packed| Segment { region, _packed: packed, _gather: slf.clone().unbind() };
+        let first = new(Region::of(&packed), packed);
+        let others = gather.layout.segments().map(|(storage, part)| {
+            let address = gather.storages[storage].address + part.start;
+            new(Region { address, nbytes: part.len() }, Vec::new())
+        });
+        Ok(iter::once(first).chain(others).collect())
     }
 
     /// Bytes in the block.
@@ -101,18 +98,16 @@ impl Gather {
         room: &Bound<'_, PyAny>,
         arena: Option<&Arena>,
     ) -> PyResult<()> {
-        let nbytes = self.layout.nbytes;
-        let target = buffer::room_at(anchor, room, nbytes)?;
+        let target = buffer::room_at(anchor, room, self.layout.nbytes)?;
         let fingerprint = fingerprint(self.table.as_bytes(py));
         let lots = arena.map_or_else(Vec::new, |arena| self.take_over(py, arena));
         py.detach(|| {
             // SAFETY: within the room, which can be written and is held; nobody else has the
             // object's reference yet, so nobody reads or writes it.
-            let target =
-                unsafe { slice::from_raw_parts_mut(target.address as *mut u8, target.nbytes) };
+            let target = unsafe { target.bytes_mut() };
             let sources = self.sources(&lots);
             // SAFETY: as for `segments`; what lies in an arena is kept by its lot.
-            unsafe { block::write(sources, &self.layout.spans, nbytes, fingerprint, target) }
+            unsafe { block::write(sources, &self.layout, fingerprint, target) }
         })
         .map_err(|error| match error {
             Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
@@ -138,10 +133,10 @@ impl Gather {
     fn sources(&self, lots: &[Option<Arc<Lot>>]) -> Vec<(u64, Source)> {
         let sole = |lot: &&Arc<Lot>| Arc::strong_count(lot) == 1;
         let (mut lent, mut others) = (Vec::new(), Vec::new());
-        for (index, placed) in self.layout.place(&self.storages).enumerate() {
+        for (index, (span, &storage)) in self.layout.spans.iter().zip(&self.storages).enumerate() {
             match lots.get(index).and_then(Option::as_ref).filter(sole) {
-                Some(lot) => lent.push((placed.0, Source::Lent(lot.clone(), placed.1))),
-                None => others.push(placed),
+                Some(lot) => lent.push((span.offset, Source::Lent(lot.clone(), storage))),
+                None => others.push((span.offset, storage)),
             }
         }
         lent.extend(source::trace(others.into_iter(), How::from_env()));
@@ -152,7 +147,7 @@ impl Gather {
 /// A part of the block on its way: a read-only buffer.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Segment {
-    piece: Piece,
+    region: Region,
     /// The bytes, where they were packed ...
     _packed: Vec<u8>,
     /// ... and what keeps them, where they lie in the model.
@@ -168,8 +163,8 @@ impl Segment {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let piece = slf.get().piece;
+        let region = slf.get().region;
         // SAFETY: the interpreter's view; the segment, which keeps the bytes, is its object.
-        unsafe { buffer::fill(slf.into_any(), piece, true, view, flags) }
+        unsafe { buffer::fill(slf.into_any(), region, true, view, flags) }
     }
 }

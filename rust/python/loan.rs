@@ -6,9 +6,9 @@ use std::{mem, ptr};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use super::torch::Torch;
 use crate::format::view::{Flags, View};
 use crate::python::dlpack;
+use crate::python::torch::Torch;
 
 /// A tensor with a storage of its own, whose first element is at `data`; `None` where DLPack has no
 /// such dtype, or torch does not borrow.

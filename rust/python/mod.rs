@@ -6,6 +6,9 @@
 pub mod dlpack;
 
 #[cfg(feature = "python")]
+mod errors;
+
+#[cfg(feature = "python")]
 mod torch;
 
 #[cfg(feature = "python")]

@@ -2,20 +2,21 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::slice;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-use super::{block, buffer};
 use crate::error::Error;
 use crate::format::checksum::{Chunks, xxh3};
-use crate::format::layout::Piece;
-use crate::format::snapshot::{self, Header};
+use crate::format::header::{check_spans, checksums, start_nbytes, verify};
+use crate::format::snapshot::Header;
 use crate::format::table::{Table, fingerprint};
+use crate::io::block::read;
 use crate::io::file::{How, Reader};
-use crate::io::fill::{check, checksums, verify};
+use crate::memory::region::Region;
+use crate::python::block;
+use crate::python::buffer;
 
 /// What precedes a block in a snapshot: read, and as it was written.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
@@ -68,7 +69,7 @@ impl Snapshot {
     /// Bytes of the block's header and checksums.
     #[getter]
     fn start_nbytes(&self) -> usize {
-        snapshot::start_nbytes(&self.decoded)
+        start_nbytes(&self.decoded)
     }
 
     /// Offset and bytes of each span.
@@ -97,7 +98,7 @@ impl Snapshot {
         let chunks = Chunks::of(&table.spans)?;
         let sum = |chunk: &std::ops::Range<usize>| Ok(xxh3(&bytes(chunk.start, chunk.len())?));
         let sums = chunks.ranges.iter().map(sum).collect::<PyResult<Vec<_>>>()?;
-        Ok(check(table, &expected, &chunks.combine(&sums))?)
+        Ok(check_spans(table, &expected, &chunks.combine(&sums))?)
     }
 
     /// Reads the block of a local file to where `anchor` starts in `room`, by several threads.
@@ -112,13 +113,10 @@ impl Snapshot {
     ) -> PyResult<()> {
         let reader = Reader::new(File::open(&path)?, &path, How::from_env())?;
         let target = buffer::room_at(anchor, room, self.nbytes())?;
-        let encoded = self.table.as_bytes(py);
-        py.detach(|| {
-            // SAFETY: the room can be written and is held; nobody else knows of it yet.
-            let target =
-                unsafe { slice::from_raw_parts_mut(target.address as *mut u8, target.nbytes) };
-            snapshot::read(&self.decoded, encoded, Arc::new(reader), self.offset, target)
-        })?;
+        let fingerprint = self.fingerprint(py);
+        // SAFETY: the room can be written and is held; nobody else knows of it yet.
+        let target = unsafe { target.bytes_mut() };
+        py.detach(|| read(&self.decoded, fingerprint, Arc::new(reader), self.offset, target))?;
         Ok(())
     }
 
@@ -129,11 +127,11 @@ impl Snapshot {
         anchor: &Bound<'_, PyAny>,
         room: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let Piece { address, .. } = buffer::room_at(anchor, room, self.nbytes())?;
-        let block = Piece { address, nbytes: self.nbytes() as usize };
+        let Region { address, .. } = buffer::room_at(anchor, room, self.nbytes())?;
         let fingerprint = self.fingerprint(py);
         // SAFETY: within the room, which is held and which nobody else knows of yet.
-        Ok(py.detach(|| unsafe { verify(&self.decoded, fingerprint, block) })?)
+        let block = unsafe { Region { address, nbytes: self.nbytes() as usize }.bytes() };
+        Ok(py.detach(|| verify(&self.decoded, fingerprint, block))?)
     }
 }
 

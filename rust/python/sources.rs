@@ -7,11 +7,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 use pyo3::{IntoPyObjectExt, intern};
 
-use super::torch::Torch;
 use crate::format::dtype::Dtype;
-use crate::format::layout::Piece;
 use crate::format::view::{Dims, Flags, View};
+use crate::memory::region::Region;
 use crate::python::dlpack::{self, Strided};
+use crate::python::torch::Torch;
 
 /// The tensors of an object graph as a pickler meets them: views over storages of the source.
 ///
@@ -21,7 +21,7 @@ use crate::python::dlpack::{self, Strided};
 pub(super) struct Sources {
     to_host: Py<PyAny>,
     pub(super) views: Vec<View>,
-    pub(super) storages: Vec<(Piece, Py<PyAny>)>,
+    pub(super) storages: Vec<(Region, Py<PyAny>)>,
     /// What the views describe. It keeps the tensors alive, so that none takes another's address.
     #[pyo3(get)]
     tensors: Py<PyList>,
@@ -78,8 +78,8 @@ impl Sources {
     /// Takes a buffer that is no tensor, such as numpy's, as a view of uint8; gives its number.
     fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let bytes = PyUntypedBuffer::get(buffer)?;
-        let piece = Piece { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
-        let (flags, shape) = (Flags::default(), Dims::from_slice(&[piece.nbytes as u64]));
+        let region = Region { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
+        let (flags, shape) = (Flags::default(), Dims::from_slice(&[region.nbytes as u64]));
         let view = View {
             span: self.storages.len(),
             dtype: Dtype::Uint8,
@@ -88,7 +88,7 @@ impl Sources {
             shape,
             stride: Dims::from_slice(&[1]),
         };
-        self.storages.push((piece, buffer.clone().unbind()));
+        self.storages.push((region, buffer.clone().unbind()));
         self.push(buffer, view)
     }
 }
@@ -183,7 +183,7 @@ impl Sources {
         let nbytes = host.call_method0(intern!(py, "nbytes"))?.extract()?;
         // the storage itself as well: as long as it lives, no other has its address
         let owner = if is_cpu { storage.unbind() } else { (host, &storage).into_py_any(py)? };
-        self.storages.push((Piece { address, nbytes }, owner));
+        self.storages.push((Region { address, nbytes }, owner));
         self.storage_ids.insert(id, self.storages.len() - 1);
         Ok(self.storages.len() - 1)
     }

@@ -1,0 +1,18 @@
+//! Errors as exceptions.
+
+use pyo3::prelude::*;
+
+use crate::error::Error;
+
+pyo3::import_exception!(ray_zerocopy.errors, BlockError);
+pyo3::import_exception!(ray_zerocopy.errors, PublishError);
+pyo3::import_exception!(ray_zerocopy.errors, StoreFullError);
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        match error {
+            Error::NoRoom { .. } => StoreFullError::new_err(error.to_string()),
+            _ => BlockError::new_err(error.to_string()),
+        }
+    }
+}
