@@ -80,13 +80,17 @@ pub enum Error {
         /// The first bytes found.
         found: Vec<u8>,
     },
-    /// A table of a version that this one cannot read.
-    #[error("offset table has version {found}, this ray-zerocopy reads up to {supported}")]
+    /// A format newer than this package.
+    #[error(
+        "{what} has version {found}, this ray-zerocopy reads up to {supported}: upgrade ray-zerocopy here"
+    )]
     Version {
+        /// What has it.
+        what: &'static str,
         /// The version found.
-        found: u16,
+        found: u32,
         /// The newest version that can be read.
-        supported: u16,
+        supported: u32,
     },
     /// A table that ends early, or goes on after its end.
     #[error("offset table should have {needed} bytes, it has {available}")]
@@ -148,14 +152,6 @@ pub enum Error {
         /// The first bytes found.
         found: Vec<u8>,
     },
-    /// A snapshot of a version that this one cannot read.
-    #[error("snapshot has version {found}, this ray-zerocopy reads up to {supported}")]
-    SnapshotVersion {
-        /// The version found.
-        found: u16,
-        /// The newest version that can be read.
-        supported: u16,
-    },
     /// A snapshot that ends early, or goes on after its end.
     #[error("snapshot should have {expected} bytes, it has {found}: truncated, or not finished")]
     SnapshotLength {
@@ -193,8 +189,18 @@ pub enum Error {
         /// Bytes in the block.
         nbytes: u64,
     },
-    /// Private pages cannot be had here, and why.
-    #[error("private pages cannot be had: {reason}")]
+    /// What a limit of this process refuses.
+    #[error("{what}: {reason}: {limit}")]
+    Limit {
+        /// What was asked for.
+        what: String,
+        /// What the system says.
+        reason: String,
+        /// The limit that is reached.
+        limit: &'static str,
+    },
+    /// What this system does not have, or does not allow.
+    #[error("{reason}")]
     Unsupported {
         /// What is missing.
         reason: String,
@@ -202,14 +208,16 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the system refuses this process, with the limit that it may have reached.
+    /// What the system refuses this process: a limit of the process, if the error is one.
     pub fn refused(what: impl Display, error: &io::Error) -> Error {
         let limit = match error.raw_os_error() {
-            Some(libc::EMFILE) => ": `ulimit -n` files are open",
-            Some(libc::ENOMEM) => ": `ulimit -v` or vm.max_map_count is reached",
-            _ => "",
+            Some(libc::EMFILE) => "`ulimit -n` files are open",
+            Some(libc::ENFILE) => "fs.file-max files are open on this machine",
+            Some(libc::ENOMEM) => "`ulimit -v` or vm.max_map_count is reached, or memory is short",
+            Some(libc::EAGAIN) => "`ulimit -u` threads run, or pids.max of the cgroup",
+            _ => return Error::Unsupported { reason: format!("{what}: {error}") },
         };
-        Error::Unsupported { reason: format!("{what}: {error}{limit}") }
+        Error::Limit { what: what.to_string(), reason: error.to_string(), limit }
     }
 }
 

@@ -230,8 +230,20 @@ def test_a_damaged_table_is_refused():
     gathered = gather(bytes(100))
     segments = [bytes(s) for s in gathered.segments()]
     refused("not an offset table", b"nonsense", segments)
-    refused("version 9", b"RZCT\x09" + gathered.table[5:], segments)
+    refused("the offset table is damaged", b"RZCT\x00" + gathered.table[5:], segments)
     refused("table should have", gathered.table[:-1], segments)
+
+
+def test_what_a_newer_package_wrote_is_age_and_no_damage():
+    gathered = gather(bytes(100))
+    (block,) = (bytes(s) for s in gathered.segments())
+    newer = {
+        "table": (b"RZCT\x09" + gathered.table[5:], block),
+        "block": (gathered.table, b"RZCB\x09" + block[5:]),
+    }
+    for what, (table, buffer) in newer.items():
+        with pytest.raises(rzc.VersionError, match=f"{what} has version 9, .* up to 2: upgrade"):
+            _core.Block(table, [buffer], "private")
 
 
 def test_every_dtype_of_torch_is_known():

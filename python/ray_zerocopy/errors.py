@@ -26,11 +26,15 @@ class NotABlockError(RayZeroCopyError):
 
 
 class BlockError(RayZeroCopyError, ValueError):
-    """A block or its table is damaged, truncated or another object's, or cannot be laid out."""
+    """Bytes are wrong: a block, table or snapshot is damaged, truncated or another object's."""
+
+
+class ResourceError(RayZeroCopyError):
+    """A limit of this process or machine: memory, descriptors, threads, mappings. It is named."""
 
 
 class VersionError(RayZeroCopyError, ImportError):
-    """A torch or Ray is older than what is asked of it."""
+    """A torch, Ray or ray-zerocopy is older than what is asked of it, or than what it reads."""
 
 
 class MismatchError(RayZeroCopyError, ValueError):

@@ -40,15 +40,19 @@ pub fn seal(block: &mut [u8], nbytes: u64, fingerprint: u64, sums: &[u64]) {
     header_at.copy_from_slice(&header(nbytes, fingerprint, sums));
 }
 
-/// Whether the bytes at the start of a block are the header that belongs to its table.
+/// Refuses what is not the header that belongs to this table, or a newer one than this knows.
 pub fn check_header(start: &[u8], fingerprint: u64) -> Result<()> {
     let word = |at: usize| start.get(at..at + 8).map_or([0; 8], |word| word.try_into().unwrap());
     let found = u64::from_le_bytes(word(16));
-    if start.starts_with(MAGIC) && found == fingerprint {
-        Ok(())
-    } else {
-        Err(Error::ForeignBlock { expected: fingerprint, found })
+    if !start.starts_with(MAGIC) || found != fingerprint {
+        return Err(Error::ForeignBlock { expected: fingerprint, found });
     }
+    let version = (u64::from_le_bytes(word(0)) >> 32) as u32;
+    if version > VERSION {
+        let (found, supported) = (version, VERSION);
+        return Err(Error::Version { what: "the block", found, supported });
+    }
+    Ok(())
 }
 
 /// The checksums at the start of a block, which need not be there whole; refuses those that have
@@ -119,5 +123,10 @@ mod tests {
         let error = check_header(&header(128, 7, &[]), 8).unwrap_err();
         assert_eq!(error, Error::ForeignBlock { expected: 8, found: 7 });
         assert!(check_header(&[1, 2, 3], 8).is_err());
+        let mut newer = header(128, 7, &[]);
+        newer[4] += 1;
+        let (found, supported) = (VERSION + 1, VERSION);
+        let error = check_header(&newer, 7).unwrap_err();
+        assert_eq!(error, Error::Version { what: "the block", found, supported });
     }
 }

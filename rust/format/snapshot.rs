@@ -75,8 +75,9 @@ impl Header {
             return Err(Error::Corrupt { what: "the header of the snapshot" });
         }
         let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-        if version != VERSION {
-            return Err(Error::SnapshotVersion { found: version, supported: VERSION });
+        if version > VERSION {
+            let (found, supported) = (version.into(), VERSION.into());
+            return Err(Error::Version { what: "the snapshot", found, supported });
         }
         let header = Header { nbytes: [0, 1, 2].map(word), sums: [3, 4, 5].map(word) };
         header.block_offset()?;
@@ -116,6 +117,21 @@ impl Header {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_newer_version_is_told_from_damage() {
+        let mut bytes = Header::new([b"", b"", b""]).encode();
+        bytes[4] = VERSION as u8 + 1;
+        assert_eq!(
+            Header::decode(&bytes),
+            Err(Error::Corrupt { what: "the header of the snapshot" })
+        );
+        let sum = xxh3(&bytes[..56]);
+        bytes[56..].copy_from_slice(&sum.to_le_bytes());
+        let (found, supported) = (u32::from(VERSION) + 1, VERSION.into());
+        let newer = Error::Version { what: "the snapshot", found, supported };
+        assert_eq!(Header::decode(&bytes), Err(newer));
+    }
 
     proptest! {
         #[test]

@@ -80,10 +80,11 @@ impl Table {
             return Err(Error::NotATable { found: magic.to_vec() });
         }
         let version = reader.u16()?;
-        if !(1..=VERSION).contains(&version) {
-            return Err(Error::Version { found: version, supported: VERSION });
+        if version > VERSION {
+            let (found, supported) = (version.into(), VERSION.into());
+            return Err(Error::Version { what: "the offset table", found, supported });
         }
-        if reader.u16()? != 0 {
+        if version == 0 || reader.u16()? != 0 {
             return Err(Error::Corrupt { what: "the offset table" });
         }
         let nbytes = reader.u64()?;
