@@ -120,14 +120,15 @@ class PlainWay(Ours):
 
 @contextmanager
 def plain_way():
-    from ray_zerocopy import room, views
+    from ray_zerocopy.objects import tensors
+    from ray_zerocopy.store import ray_inside
 
-    best = views.way, room.way
-    views.way, room.way = "from_numpy", "ray.put"
+    best = tensors.way, ray_inside.way
+    tensors.way, ray_inside.way = "from_numpy", "ray.put"
     try:
         yield
     finally:
-        views.way, room.way = best
+        tensors.way, ray_inside.way = best
 
 
 class PlainRay(Rival):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from ray_zerocopy import views
+from ray_zerocopy.objects import tensors
 
 # Workers import what tests define by name, so they need this folder on their path, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -40,9 +40,9 @@ def way(request):
 
     A file says it by `pytest.mark.parametrize("way", ..., indirect=True, scope="module")`.
     """
-    best, views.way = views.way, getattr(request, "param", views.way)
-    yield views.way
-    views.way = best
+    best, tensors.way = tensors.way, getattr(request, "param", tensors.way)
+    yield tensors.way
+    tensors.way = best
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def start(cluster, way):
     actors = []
 
     def make_views(actor, way):
-        views.way = way
+        tensors.way = way
 
     def start(cls, count=1):
         new = [ray.remote(cls).options(num_cpus=0).remote() for _ in range(count)]

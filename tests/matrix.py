@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
-from ray_zerocopy import floor
+from ray_zerocopy import requirements
 
 TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
@@ -29,8 +29,18 @@ PAIRS = (  # Python, torch, Ray, and what else is asked for
 TOOLS = ("grpcio", "mypy", "pytest", "pytest-xdist", "psutil", "safetensors")
 NEED_MORE = "not hf and not bert and not transformers and not faces"
 FILES = (
-    *("core", "files", "floor", "inside", "invoke", "isolation", "memory_footprint", "pages"),
-    *("put", "registry", "rewrite", "room", "snapshot", "store", "torchscript", "views"),
+    *("core", "files", "inside", "invoke", "isolation", "memory_footprint", "pages"),
+    *(
+        "put",
+        "registry",
+        "ray_inside",
+        "requirements",
+        "rewrite",
+        "snapshot",
+        "store",
+        "torchscript",
+        "views",
+    ),
     "wrappers",
 )
 WHY = {  # of tests that fail where torch or Ray themselves differ; others show their message
@@ -43,7 +53,7 @@ WHY = {  # of tests that fail where torch or Ray themselves differ; others show 
 HEADS = ("Python", "torch", "Ray", "numpy", "views", "put", "passed", "failed", "which, and why")
 TELL = """
 import platform, numpy, ray, torch
-from ray_zerocopy.info import ways
+from ray_zerocopy.store.description import ways
 print(platform.python_version(), torch.__version__.split("+")[0], ray.__version__)
 print(numpy.__version__, *ways().values())
 """
@@ -61,11 +71,13 @@ def tried(wheel, python, torch, ray, *others):
         if changed := installed - set(told(*pip, "freeze").splitlines()):
             raise SystemExit(f"with the wheel came other versions of {changed}")
         ways = told(python, "-W", "ignore", "-c", TELL, cwd=folder).split()
-        publishes = floor.numbers(ray) >= floor.numbers(floor.PUBLISHING["ray"])
+        publishes = requirements.numbers(ray) >= requirements.numbers(
+            requirements.PUBLISHING["ray"]
+        )
         names = [name for name in FILES if name != "registry" or publishes]
         passed, failed, notes = results(python, names, Path(folder, "junit.xml"))
         if not publishes:
-            notes.append(f"no published models before Ray {floor.PUBLISHING['ray']}")
+            notes.append(f"no published models before Ray {requirements.PUBLISHING['ray']}")
         return [*ways, str(passed), str(failed), "<br>".join(notes)]
 
 

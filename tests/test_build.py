@@ -19,7 +19,7 @@ from exact import assert_exact, assert_same_description, describe
 from footprint import resident_memory, trim, with_peak
 from models import DIFFICULT, large, simple, transformer
 from ray_zerocopy import _core
-from ray_zerocopy.arena import following
+from ray_zerocopy.store.loader import following
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules import module as torch_module

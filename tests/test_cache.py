@@ -7,7 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ray_zerocopy.cache import Cache
+from ray_zerocopy.calls.cache import Cache
 from torch import nn
 
 IDLE_S = 0.5

@@ -8,7 +8,7 @@ import ray_zerocopy as rzc
 import torch
 from click.testing import CliRunner
 from models import simple
-from ray_zerocopy import cli, doctor
+from ray_zerocopy.operate import cli, doctor
 
 
 def made():
@@ -151,7 +151,7 @@ def test_the_same_bytes_are_not_published_again(run, name):
 
 
 def test_json_stands_alone_on_standard_output(run, monkeypatch):
-    from ray_zerocopy import demo
+    from ray_zerocopy.operate import demo
 
     def main():
         print("build BERT-base")
@@ -178,7 +178,7 @@ def test_without_a_cluster_it_says_so_and_ends_with_3():
 
     def scenario():
         from click.testing import CliRunner
-        from ray_zerocopy import cli
+        from ray_zerocopy.operate import cli
 
         done = CliRunner().invoke(cli.main, ["--address", "127.0.0.1:1", "list"])
         assert done.exit_code == 3, done.output

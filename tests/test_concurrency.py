@@ -147,7 +147,7 @@ def test_an_interpreter_ends_while_its_threads_are_at_work():
         import ray
         import ray_zerocopy as rzc
         import torch
-        from ray_zerocopy.cache import Cache
+        from ray_zerocopy.calls.cache import Cache
 
         ray.init("local", num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
         ref = ray.put(rzc.Shared(torch.zeros(2**24)))

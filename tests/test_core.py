@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import _core, views
+from ray_zerocopy import _core
+from ray_zerocopy.objects import tensors
 
 WAYS = ("dlpack", "from_numpy") if _core.borrows() else ("from_numpy",)
 
@@ -86,7 +87,7 @@ def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
     died = weakref.ref(array)
     gathered = gather(array)
     segments = gathered.segments()
-    tensors = views.tensors(_core.Block(gathered.table, laid_out(segments), "shared"))
+    over = tensors.over(_core.Block(gathered.table, laid_out(segments), "shared"))
     expected = array.copy()
     del array, gathered
     gc.collect()
@@ -94,7 +95,7 @@ def test_a_segment_keeps_its_storage_and_a_tensor_its_block():
     del segments
     gc.collect()
     assert died() is None
-    assert np.array_equal(tensors[0].numpy(), expected)
+    assert np.array_equal(over[0].numpy(), expected)
 
 
 def test_a_block_is_written_whole_into_room_that_was_used_before():
@@ -200,8 +201,8 @@ def test_a_tensor_of_every_dtype(name, by, monkeypatch):
     if block.tensors() == [None] and "dlpack" in WAYS:
         less_than_a_byte = re.fullmatch(r"u?int[1-7]", name)
         assert less_than_a_byte or name.startswith(("bits", "float4", "bcomplex"))
-    monkeypatch.setattr(views, "way", by)
-    (tensor,) = views.tensors(block)
+    monkeypatch.setattr(tensors, "way", by)
+    (tensor,) = tensors.over(block)
     assert (tensor.dtype, tensor.shape, tensor.stride()) == (dtype, source.shape, source.stride())
     assert bytes(tensor.untyped_storage()) == bytes(numbers)
 

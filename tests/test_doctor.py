@@ -5,7 +5,7 @@ import shutil
 import pytest
 import ray
 from fresh import run
-from ray_zerocopy import doctor
+from ray_zerocopy.operate import doctor
 
 
 def bad(findings):
@@ -75,7 +75,7 @@ def test_a_store_without_room_is_named():
     def scenario():
         import numpy as np
         import ray
-        from ray_zerocopy import doctor
+        from ray_zerocopy.operate import doctor
 
         ray.init(
             address="local", num_cpus=1, object_store_memory=100 << 20, include_dashboard=False

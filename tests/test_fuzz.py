@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import _core, views
+from ray_zerocopy import _core
+from ray_zerocopy.objects import tensors
 from test_core import WAYS, header_v1
 
 CASES, SEED = int(os.environ.get("CASES", 3000)), int(os.environ.get("SEED", 0))
@@ -85,8 +86,8 @@ def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room, monkeypatch):
         except rzc.BlockError:
             continue
         for way in WAYS:
-            monkeypatch.setattr(views, "way", way)
-            for view, tensor in zip(block.views, views.tensors(block), strict=True):
+            monkeypatch.setattr(tensors, "way", way)
+            for view, tensor in zip(block.views, tensors.over(block), strict=True):
                 assert_is(view, tensor, block)
         made += 1
     assert CASES / 5 < made < CASES
@@ -125,10 +126,10 @@ BEYOND_NUMPY = {
 @pytest.mark.parametrize("name", BEYOND_NUMPY)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_numpy_cannot_express_is_a_tensor(name, way, room, monkeypatch):
-    monkeypatch.setattr(views, "way", way)
+    monkeypatch.setattr(tensors, "way", way)
     dtype, *geometry = BEYOND_NUMPY[name]
     block = opened(*encode([4096], [(0, dtype, 0, *geometry)]), room)
-    assert_is(block.views[0], *views.tensors(block), block)
+    assert_is(block.views[0], *tensors.over(block), block)
 
 
 def test_a_snapshots_head_is_refused_or_tells_what_was_written():

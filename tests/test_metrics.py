@@ -95,7 +95,7 @@ SERIES = {
 
 
 def test_the_dashboard_asks_for_every_metric_and_for_no_other():
-    dashboard = json.loads(Path(metrics.__file__).with_name("grafana.json").read_text())
+    dashboard = json.loads((Path(metrics.__file__).parent / "operate/grafana.json").read_text())
     names = {
         f"ray_{name}{ending}": name
         for name, (kind, *_) in metrics._METRICS.items()

@@ -18,7 +18,7 @@ from exact import assert_exact
 from fresh import run
 from models import DIFFICULT, large, simple
 from ray_zerocopy.registry import catalog, follower, publication
-from ray_zerocopy.shared import Parts, in_place, reading
+from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
 
 

@@ -15,7 +15,7 @@ import torch
 from exact import assert_exact
 from fresh import run
 from models import large, simple
-from ray_zerocopy.shared import Shared
+from ray_zerocopy.store.envelope import Shared
 from torch import nn
 
 # --- inspect --------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import _core, views
-from ray_zerocopy.block import open_block
+from ray_zerocopy import _core
+from ray_zerocopy.objects import tensors
 from test_core import gather, laid_out
 from test_isolation import *  # noqa: F403
 from test_put import *  # noqa: F403
@@ -44,9 +44,9 @@ def test_this_file_goes_the_plain_way(start, cluster):
 def test_a_view_is_over_the_block_and_keeps_it():
     array = np.arange(2**18, dtype=np.float32)
     gathered = gather(array)
-    block = open_block(gathered.table, laid_out(gathered.segments()), "private")
+    block = _core.Block(gathered.table, laid_out(gathered.segments()), "private")
     address, died = np.frombuffer(block, np.uint8).ctypes.data, weakref.ref(array)
-    (tensor,) = views.tensors(block)
+    (tensor,) = tensors.over(block)
     assert tensor.data_ptr() == address + block.spans[0][0]
     expected = array.tobytes()
     del array, gathered, block
@@ -59,9 +59,9 @@ def test_a_dtype_of_a_newer_torch_is_refused_with_the_versions(monkeypatch):
     sources = _core.Sources(None)
     sources.take(torch.empty(3, dtype=torch.uint7))
     gathered = _core.Gather(sources)
-    block = open_block(gathered.table, laid_out(gathered.segments()), "shared")
-    views._dtypes.cache_clear()
+    block = _core.Block(gathered.table, laid_out(gathered.segments()), "shared")
+    tensors._dtypes.cache_clear()
     monkeypatch.delattr(torch, "uint7")
     message = re.escape(f"torch {torch.__version__} has no uint7")
     with pytest.raises(rzc.VersionError, match=message):
-        views.tensors(block)
+        tensors.over(block)

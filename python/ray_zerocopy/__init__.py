@@ -8,7 +8,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ray_zerocopy import floor  # noqa: F401 - first: it refuses an old torch or Ray
+from ray_zerocopy import requirements  # noqa: F401 - first: it refuses an old torch or Ray
 from ray_zerocopy.errors import (
     BlockError,
     CatalogError,
@@ -26,10 +26,11 @@ from ray_zerocopy.errors import (
     UnknownVersionError,
     VersionError,
 )
-from ray_zerocopy.info import Info, TensorInfo
-from ray_zerocopy.shared import Shared
-from ray_zerocopy.snapshot import restore, save
-from ray_zerocopy.store import build, get, inspect, put
+from ray_zerocopy.store.description import Info, TensorInfo
+from ray_zerocopy.store.envelope import Shared
+from ray_zerocopy.store.inspection import inspect
+from ray_zerocopy.store.references import build, get, put
+from ray_zerocopy.store.snapshot import restore, save
 
 if TYPE_CHECKING:
     from ray_zerocopy import aio, data, serve

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
-from ray_zerocopy import store
 from ray_zerocopy.registry import broadcast, follower, publication
+from ray_zerocopy.store import references
 
 __all__ = [
     *("follow", "get", "load", "prefetch", "promote", "publish", "published", "put", "retire"),
@@ -31,8 +31,8 @@ def _awaitable(verb: Callable[P, T]) -> Callable[P, Awaitable[T]]:
     return call
 
 
-put = _awaitable(store.put)
-get = _awaitable(store.get)
+put = _awaitable(references.put)
+get = _awaitable(references.get)
 publish = _awaitable(publication.publish)
 load = _awaitable(publication.load)
 follow = _awaitable(follower.follow)

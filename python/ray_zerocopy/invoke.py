@@ -13,17 +13,16 @@ from typing import Any
 import ray
 import torch
 
-from ray_zerocopy.cache import Cache
+from ray_zerocopy.calls.cache import Cache
+from ray_zerocopy.calls.replacement import Leaf, replace
 from ray_zerocopy.pickled import named
-from ray_zerocopy.pipeline import PUBLISHED, Leaf, replace
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load_version
 from ray_zerocopy.rewrite import replace_tensors_direct
-from ray_zerocopy.shared import Shared
-from ray_zerocopy.store import put
-
-_INLINE_NBYTES = 100 * 1024  # what Ray's `max_direct_call_object_size` is unless set
+from ray_zerocopy.store.envelope import Shared
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES
+from ray_zerocopy.store.references import put
 
 
 class CallModel(Leaf):
@@ -68,7 +67,7 @@ class CallModel(Leaf):
 
         Raises `AttributeError` for a private method; for an unknown one the task does.
         """
-        if isinstance(model_ref, PUBLISHED):
+        if isinstance(model_ref, Version | Live):
             model_ref = _version(model_ref).handle
         elif not isinstance(model_ref, ray.ObjectRef):
             kind = type(model_ref).__name__
@@ -135,7 +134,7 @@ def rewrite_pipeline(
     task = call_model.options(grad=grad, **options)
 
     def shim_of(source: Any) -> Shim:
-        if isinstance(source, PUBLISHED):
+        if isinstance(source, Version | Live):
             ref = source.handle if isinstance(source, Version) else source
             model = load_version(_version(source))
         else:
@@ -253,7 +252,7 @@ def _light(value: Any) -> Any:
         parts = value if isinstance(value, tuple | list) else [value]
     tensors = (part for part in parts if isinstance(part, torch.Tensor))
     nbytes = sum(part.numel() * part.element_size() for part in tensors)  # sparse ones, too
-    return Shared(value) if nbytes > _INLINE_NBYTES else value
+    return Shared(value) if nbytes > INLINE_NBYTES else value
 
 
 def _is_private(name: str) -> bool:

@@ -134,7 +134,7 @@ def _named(metric: str, tags: tuple[str, ...]) -> dict[str, str]:
 
 def _metric(name: str) -> Any:
     if name not in _made:
-        from ray.util import metrics
+        from ray.util import metrics  # noqa: PLC0415 - a first load does without
 
         kind, told, keys = _METRICS[name]
         if kind == "histogram":

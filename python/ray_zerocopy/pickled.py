@@ -16,32 +16,32 @@ from typing import Any, TypeVar
 
 HOMES = {
     # an object: its skeleton, its table, its block
-    "load": "shared",
+    "load": "store.envelope",
     # tensors and storages
-    "tensor_subclass": "skeleton",
-    "typed_storage": "torch_inside",
+    "tensor_subclass": "objects.tensors",
+    "typed_storage": "objects.torch_inside",
     # numpy arrays
-    "array": "skeleton",
-    "set_array_attributes": "skeleton",
+    "array": "objects.arrays",
+    "set_array_attributes": "objects.arrays",
     # modules
     "initialized_module": "_core",
     "restore_module": "_core",
-    "restore_by_setstate": "skeleton",
-    "restore_pretrained": "skeleton",
-    "new_parametrized": "skeleton",
-    "restore_parametrized": "skeleton",
+    "restore_by_setstate": "objects.modules",
+    "restore_pretrained": "objects.modules",
+    "new_parametrized": "objects.modules",
+    "restore_parametrized": "objects.modules",
     # torch.fx
-    "graph_module": "graph",
-    "restore_graph_module": "graph",
-    "graph": "graph",
-    "set_graph_metadata": "graph",
-    "graph_node": "graph",
-    "graph_index": "graph",
+    "graph_module": "objects.fx",
+    "restore_graph_module": "objects.fx",
+    "graph": "objects.fx",
+    "set_graph_metadata": "objects.fx",
+    "graph_node": "objects.fx",
+    "graph_index": "objects.fx",
     # TorchScript, torch.export
-    "script_module": "torchscript",
-    "set_script_attributes": "torchscript",
-    "script_function": "torchscript",
-    "exported_program": "torch_inside",
+    "script_module": "objects.programs",
+    "set_script_attributes": "objects.programs",
+    "script_function": "objects.programs",
+    "exported_program": "objects.torch_inside",
     # what is passed about instead of a model
     "tensors": "rewrite",
     "call": "invoke",

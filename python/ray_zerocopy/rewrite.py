@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from ray_zerocopy.errors import MismatchError
+from ray_zerocopy.objects import torch_inside as inside
+from ray_zerocopy.objects.modules import make_picklable
+from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
-from ray_zerocopy.shared import Shared
-from ray_zerocopy.skeleton import join, make_picklable, split
+from ray_zerocopy.store.envelope import Shared
 
 Arrays = dict[str, dict[str, np.ndarray]]
 
@@ -38,22 +40,22 @@ class Tensors(Sequence[Arrays]):
     """
 
     def __init__(self, modules: list[dict[str, dict[str, Any]]]) -> None:
-        self._modules = modules
+        self._by_module = modules
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._by_module)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        module = self._modules[index]
+        module = self._by_module[index]
         return {
             kind: {name: _array(tensor) for name, tensor in module[kind].items()}
             for kind in ("params", "buffers")
         }
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return tensors, (Shared(self._modules),)
+        return tensors, (Shared(self._by_module),)
 
 
 @named
@@ -71,21 +73,22 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     """
     parts = split(model)
     sources = parts.sources.tensors
-    buffers = [bytearray(sources[index]) for index in parts.buffers]
-    skeleton: torch.nn.Module = join(parts.skeleton, sources, buffers)
+    out_of_band = [bytearray(sources[index]) for index in parts.buffers]
+    skeleton: torch.nn.Module = join(parts.skeleton, sources, out_of_band)
     extracted = []
     for module, bare in zip(model.modules(), skeleton.modules(), strict=True):
         others = {name: value for name, value in module.__dict__.items() if _holds_tensors(value)}
-        for name in ("_parameters", "_buffers", "_modules"):
+        for name in inside.REGISTRIES:
             others.pop(name, None)
-        bare._parameters.update(dict.fromkeys(module._parameters))
-        bare._buffers.update(dict.fromkeys(module._buffers))
+        parameters, buffers = inside.parameters_of(module), inside.buffers_of(module)
+        inside.parameters_of(bare).update(dict.fromkeys(parameters))
+        inside.buffers_of(bare).update(dict.fromkeys(buffers))
         bare.__dict__.update({name: _without_tensors(value) for name, value in others.items()})
         make_picklable(bare)
         extracted.append(
             {
-                "params": _present(module._parameters),
-                "buffers": _present(module._buffers),
+                "params": _present(parameters),
+                "buffers": _present(buffers),
                 "others": others,
             }
         )
@@ -109,8 +112,8 @@ def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, An
 def replace_tensors_direct(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
     """Do what `replace_tensors` does by the shortest way: past every module's `__setattr__`."""
     for module, entry in _pairs(skeleton, tensors):
-        module._parameters.update(entry["params"])
-        module._buffers.update(entry["buffers"])
+        inside.parameters_of(module).update(entry["params"])
+        inside.buffers_of(module).update(entry["buffers"])
         _replace_others(module, entry["others"])
 
 
@@ -123,7 +126,7 @@ def _pairs(
             f"{type(skeleton).__name__} has {len(modules)} modules, there are tensors for "
             f"{len(tensors)}: they come from different models"
         )
-    entries = tensors._modules if isinstance(tensors, Tensors) else map(_from_arrays, tensors)
+    entries = tensors._by_module if isinstance(tensors, Tensors) else map(_from_arrays, tensors)
     return zip(modules, entries, strict=True)
 
 
@@ -143,7 +146,7 @@ def _from_arrays(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, An
 def _replace_others(module: torch.nn.Module, others: Mapping[str, Any]) -> None:
     module.__dict__.update(others)
     if isinstance(module, torch.nn.RNNBase):
-        module._init_flat_weights()  # it keeps its weights in a second list, and weak references
+        inside.renew_flat_weights(module)
 
 
 def _present(registry: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

@@ -10,14 +10,14 @@ from typing import Any, Literal, Self, get_args
 import ray
 import torch
 
+from ray_zerocopy.calls.replacement import StandsForModel, leading_to_models
 from ray_zerocopy.invoke import rewrite_pipeline
 from ray_zerocopy.pickled import named
-from ray_zerocopy.pipeline import PUBLISHED, leading_to_models
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load as load_published
 from ray_zerocopy.registry.publication import load_version
-from ray_zerocopy.store import get, put
+from ray_zerocopy.store.references import get, put
 
 Mode = Literal["actor", "task"]
 
@@ -78,7 +78,7 @@ class ModelWrapper:
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is 'actor' or 'task', not {mode!r}")
-        if isinstance(model_or_pipeline, PUBLISHED) and mode == "actor":
+        if isinstance(model_or_pipeline, StandsForModel) and mode == "actor":
             published = model_or_pipeline
             return cls(published.handle if isinstance(published, Version) else published)
         models = list(_models(model_or_pipeline, model_attr_names))

@@ -28,7 +28,7 @@ impl Torch {
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
             let (inside, hooks) =
-                (py.import("ray_zerocopy.torch_inside")?, py.import("torch.utils.hooks")?);
+                (py.import("ray_zerocopy.objects.torch_inside")?, py.import("torch.utils.hooks")?);
             let dtypes = Dtype::ALL.iter().filter_map(|&dtype| {
                 let object = torch.getattr(dtype.name()).ok()?; // not every torch has every one
                 Some((object.unbind(), dtype))

@@ -15,17 +15,16 @@ from collections import deque
 from collections.abc import Collection
 
 import ray
-from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_zerocopy.errors import LostVersionError
 from ray_zerocopy.registry.publication import find
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
 
 # A transfer that takes this many times as long as the median so far gives up its place, not itself.
 _SLOW = 3.0
 _PATIENCE_S = 2.0
 _LOCATED_S = 60.0
-_INLINE_NBYTES = 100 * 1024  # what Ray's `max_direct_call_object_size` is unless set
 
 
 def prefetch(
@@ -65,9 +64,8 @@ def prefetch(
     if unknown := set(wanted) - set(stores):
         raise ValueError(f"there is no live node {sorted(unknown)}; there are {sorted(stores)}")
     ray.wait([ref], timeout=timeout, fetch_local=False)  # until it is made
-    located = get_object_locations([ref], int(_LOCATED_S * 1000))[ref]
-    holders, nbytes = set(located["node_ids"]), located["object_size"] or 0
-    if not holders and nbytes <= _INLINE_NBYTES:
+    holders, nbytes = located(ref, _LOCATED_S)
+    if not holders and nbytes <= INLINE_NBYTES:
         return dict.fromkeys(wanted, 0.0)  # it comes along with the reference
     if not holders:
         raise LostVersionError(f"no node has the block of {ref_or_name}: put or publish it again")

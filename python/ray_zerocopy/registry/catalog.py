@@ -30,6 +30,7 @@ from typing import Any, Literal
 import ray
 
 from ray_zerocopy import metrics
+from ray_zerocopy.calls.replacement import StandsForModel
 from ray_zerocopy.errors import (
     CatalogError,
     LostVersionError,
@@ -37,9 +38,9 @@ from ray_zerocopy.errors import (
     StoreFullError,
     UnknownVersionError,
 )
-from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.manifest import Manifest
 from ray_zerocopy.registry.owner import Key, Made, Owner, Plan, Source
+from ray_zerocopy.store.ray_inside import Address, address_of, reference_at
 
 NAMESPACE = "ray_zerocopy"
 ACTOR = {
@@ -59,7 +60,7 @@ _REMEMBERED = 16  # retired versions that a name still lists
 
 
 @dataclass(frozen=True)
-class Version:
+class Version(StandsForModel):
     """A published block: a name, a number, and where it came from."""
 
     name: str
@@ -102,7 +103,7 @@ class Entry:
     """The live versions, by when they were last current; the last one is."""
     versions: dict[int, Version] = field(default_factory=dict)
     plans: dict[int, Plan] = field(default_factory=dict)
-    addresses: dict[int, list[manifest.Address]] = field(default_factory=dict)
+    addresses: dict[int, list[Address]] = field(default_factory=dict)
     """Where the blocks are, of the last generations: a view in use may be of one before this."""
 
     @property
@@ -454,7 +455,7 @@ class Catalog:
             made = await self._built(key, plan, [])
         else:
             nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-            lost = [manifest.reference_at(address) for address in entry.addresses[number]]
+            lost = [reference_at(address) for address in entry.addresses[number]]
             made = await self._owner.rescue.remote(key, lost, nodes)
         if made is None:
             raise LostVersionError(
@@ -493,7 +494,7 @@ class Catalog:
         for number in entry.recent:
             if ref := entry.versions[number].ref:
                 before = [a for a in entry.addresses.get(number, []) if a[0] != ref.binary()]
-                entry.addresses[number] = [*before, manifest.address_of(ref)][-_GENERATIONS:]
+                entry.addresses[number] = [*before, address_of(ref)][-_GENERATIONS:]
         bare = {number: replace(version, ref=None) for number, version in entry.versions.items()}
         self._manifest.write(name, replace(entry, versions=bare))
         self._count(name)

@@ -21,10 +21,11 @@ from typing import Any
 import ray
 
 from ray_zerocopy import metrics
-from ray_zerocopy.cache import collect, traces
+from ray_zerocopy.calls.replacement import StandsForModel
 from ray_zerocopy.errors import RayZeroCopyError
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.publication import catalog, find, load_version
+from ray_zerocopy.store.collector import collect, traces
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _POLL_S = 30.0
 _SETTLE_S = 1.0  # for calls that are still in the old version
 
 
-class Live:
+class Live(StandsForModel):
     """The current version of a published model: call it for the model, each time you use it.
 
     `live()` costs a look at an attribute. The model it gives changes between two calls, never

@@ -21,11 +21,13 @@ import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_zerocopy import _core, metrics, snapshot, store
-from ray_zerocopy.arena import following
+from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import CatalogError, LostVersionError, PublishError
 from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.shared import Parts
+from ray_zerocopy.store import snapshot
+from ray_zerocopy.store.envelope import Parts
+from ray_zerocopy.store.loader import following
+from ray_zerocopy.store.references import parts_of
 
 Source = Literal["object", "make", "path"]
 Key = tuple[str, int]
@@ -165,7 +167,7 @@ class Copier:
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def copy(self, key: Key, copied: list[ray.ObjectRef]) -> Any:
         """Give a block like the one referred to, as `_build` does."""
-        return _checked(key, store.parts_of(copied[0]))
+        return _checked(key, parts_of(copied[0]))
 
 
 @ray.remote(num_cpus=0, num_returns=2, max_retries=-1)  # type: ignore[untyped-decorator]
@@ -192,7 +194,7 @@ def _checked(key: Key, made: Any) -> Any:
 
 def restored(path: str) -> Parts:
     """Read a snapshot into the store of this node, checked, and give its parts."""
-    return store.parts_of(snapshot.restore(path))
+    return parts_of(snapshot.restore(path))
 
 
 def _make(key: Key, plan: Plan) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from ray_zerocopy import floor, metrics, store
+from ray_zerocopy import metrics, requirements
 from ray_zerocopy.errors import (
     BlockError,
     CatalogError,
@@ -30,7 +30,8 @@ from ray_zerocopy.errors import (
 from ray_zerocopy.registry.catalog import NAMESPACE, START_S, Version
 from ray_zerocopy.registry.manifest import Manifest
 from ray_zerocopy.registry.owner import Source, plan, restored
-from ray_zerocopy.snapshot import save
+from ray_zerocopy.store import references
+from ray_zerocopy.store.snapshot import save
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def publish(
         >>> model = rzc.load("bert")        # in any job
 
     """
-    floor.check(floor.PUBLISHING, floor.VERSIONS, "publishing")
+    requirements.check(requirements.PUBLISHING, requirements.VERSIONS, "publishing")
     _check(name)
     if sum(given is not None for given in (obj, make, path)) != 1:
         raise TypeError("publish takes one of an object, make and path")
@@ -97,7 +98,7 @@ def publish(
     if snapshot is not None:
         save(obj, snapshot)
     elif obj is not None:
-        copied = [obj if isinstance(obj, ray.ObjectRef) else store.put(obj)]
+        copied = [obj if isinstance(obj, ray.ObjectRef) else references.put(obj)]
     source: Source = "object" if obj is not None else "make" if make is not None else "path"
     if (read := snapshot or path) is not None:
         make = functools.partial(restored, _absolute(read))
@@ -164,7 +165,7 @@ def _load_version(found: Version, timeout: float, how: dict[str, Any]) -> Any:
         while time.monotonic() < deadline_s:
             if found.ref is not None and found.generation != broken:
                 try:
-                    return store.get(found.ref, timeout=_SLICE_S, **how)
+                    return references.get(found.ref, timeout=_SLICE_S, **how)
                 except ray.exceptions.GetTimeoutError:
                     pass
                 except (*_LOSSES, BlockError) as lost:
@@ -241,7 +242,7 @@ def retire(name: str, number: int | None = None) -> None:
 
 def is_running() -> bool:
     """Whether anything was ever published in this cluster; its catalog is then there to ask."""
-    store.refuse_client()
+    references.refuse_client()
     try:
         catalog()
     except ValueError:
@@ -263,7 +264,7 @@ def _running(name: str) -> None:
 
 def _start() -> None:
     """Start the catalog where there is none; it takes a few seconds, once in a cluster's life."""
-    store.refuse_client()
+    references.refuse_client()
     try:
         catalog()
     except ValueError:

@@ -19,15 +19,17 @@ from typing import Any
 
 import click
 import ray
-from ray.experimental import get_object_locations
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import ray_zerocopy as rzc
-from ray_zerocopy import doctor as examination
 from ray_zerocopy.errors import RayZeroCopyError
+from ray_zerocopy.operate import demo as demonstration
+from ray_zerocopy.operate import doctor as examination
+from ray_zerocopy.registry.publication import find, state
+from ray_zerocopy.store.ray_inside import located
 
 _REFUSED, _NO_CLUSTER = 1, 3
 _CONNECT_S = 5.0
@@ -134,8 +136,6 @@ Shown = tuple[Any, Callable[[], None]]
 @_command()
 def list_() -> Shown:
     """List the published models: versions, bytes, nodes that hold them, followers."""
-    from ray_zerocopy.registry.publication import state
-
     rows: list[dict[str, Any]] = []
     for name, entry in sorted(state()["names"].items()):
         refs = {version.number: version.ref for version in rzc.versions(name)}
@@ -273,8 +273,6 @@ def doctor(local: bool) -> Shown:
 @_command(connects=False)
 def demo() -> Shown:
     """Share BERT-base among four workers, beside plain Ray."""
-    from ray_zerocopy import demo as demonstration
-
     return demonstration.main(), lambda: None
 
 
@@ -371,14 +369,12 @@ def _one_line(error: BaseException) -> str:
 
 def _version(name: str, number: int | None) -> Any:
     """Give a live version with its reference."""
-    from ray_zerocopy.registry.publication import find
-
     return find(name, number)
 
 
 def _nodes(ref: ray.ObjectRef | None) -> list[str]:
     """Give the ids of the nodes that hold a version's block."""
-    return [] if ref is None else list(get_object_locations([ref])[ref]["node_ids"])
+    return [] if ref is None else located(ref)[0]
 
 
 def _imported(path: str) -> Callable[[], Any]:

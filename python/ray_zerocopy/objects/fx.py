@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
-from ray_zerocopy import torch_inside as inside
+from ray_zerocopy.objects import torch_inside as inside
 from ray_zerocopy.pickled import named
 
 OPERATORS = (inside.HigherOrderOperator, inside.OpOverload, inside.OpOverloadPacket)
@@ -63,7 +63,7 @@ def graph_module(base: Any, name: str) -> fx.GraphModule:
 def restore_graph_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
     """Give a `GraphModule` its state, and make its code."""
     module.__setstate__(state)
-    module.graph = state["_graph"]  # makes the code
+    module.graph = inside.graph_in(state)  # makes the code
 
 
 def reduce_graph(whole: fx.Graph) -> Any:
@@ -78,7 +78,7 @@ def reduce_graph(whole: fx.Graph) -> Any:
         {key: value for key, value in node.meta.items() if not _is_traced(value)}
         for node in whole.nodes
     ]
-    made = (graph, (whole._tracer_cls, whole._codegen, nodes))
+    made = (graph, (*inside.graph_makers(whole), nodes))
     return (*made, metadata, None, None, set_graph_metadata)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ray_zerocopy import torch_inside as inside
+from ray_zerocopy.objects import torch_inside as inside
 from ray_zerocopy.pickled import named
 
 PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
@@ -32,7 +32,7 @@ def reduce(program: Any) -> Any:
     """Reduce one of `PROGRAMS` for a pickler that takes tensors out."""
     if isinstance(program, torch.jit.ScriptModule):
         attributes = _python_attributes(program)
-        made = (script_module, _split(program._c))
+        made = (script_module, _split(inside.compiled(program)))
         return (*made, attributes, None, None, set_script_attributes)
     if isinstance(program, torch.jit.ScriptFunction):
         return _reduce_function(program)
@@ -85,7 +85,7 @@ def _join(archive: bytes, storages: dict[int, torch.Tensor], slots: Slots) -> An
 
 
 def _slots(module: Any) -> Slots:
-    attributes = ((name, module.getattr(name)) for name in _attribute_names(module))
+    attributes = ((name, module.getattr(name)) for name in inside.attribute_names(module))
     tensors = {name: value for name, value in attributes if isinstance(value, torch.Tensor)}
     return tensors, {name: _slots(child) for name, child in _children(module)}
 
@@ -100,11 +100,6 @@ def _fill(module: Any, slots: Slots) -> None:
 
 def _children(module: Any) -> Any:
     return inside.ModuleDict(module).items()
-
-
-def _attribute_names(module: Any) -> Any:
-    """Name all attributes but submodules; torch's own lists know parameters and buffers only."""
-    return inside.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
 
 
 def _tensors(module: Any, slots: Slots) -> Iterator[torch.Tensor]:
@@ -122,11 +117,11 @@ def _in_slots(slots: Slots) -> Iterator[torch.Tensor]:
 
 
 def _elsewhere(module: Any) -> Iterator[torch.Tensor]:
-    for name in _attribute_names(module):
+    for name in inside.attribute_names(module):
         yield from _inside(module.getattr(name))
-    for name in module._method_names():
+    for method in inside.methods_of(module):
         # Inlined, as functions that it calls have constants, too; named, as nodes die with it.
-        graph = module._get_method(name).inlined_graph
+        graph = method.inlined_graph
         for node in graph.findAllNodes("prim::Constant"):
             yield from _inside(node.output().toIValue())
     for _, child in _children(module):
@@ -159,12 +154,11 @@ def script_module(*parts: Any) -> torch.jit.ScriptModule:
 
 def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
     """Give what Python hung on a module, such as a configuration; `torch.jit.save` drops it."""
-    wrapper = vars(module).get("_actual_script_module", module)  # a traced module wraps a wrapper
-    usual = vars(inside.wrap_cpp_module(module._c))
+    usual = vars(inside.wrap_cpp_module(inside.compiled(module)))
     methods = (inside.ScriptMethod, types.MethodType)
     return {
         name: value
-        for name, value in vars(wrapper).items()
+        for name, value in vars(inside.outer(module)).items()
         if name not in usual and not isinstance(value, methods)
     } or None
 
@@ -194,7 +188,8 @@ def _reduce_function(function: Any) -> Any:
 @named
 def script_function(name: str, *parts: Any) -> Any:
     """Unpickle a `ScriptFunction` from its name and the parts of a module."""
-    graph = _join(*parts)._get_method("forward").graph.copy()
+    (forward,) = inside.methods_of(_join(*parts))
+    graph = forward.graph.copy()
     graph.eraseInput(0)  # self
     return inside.create_function_from_graph(name, graph)
 

@@ -21,10 +21,11 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_zerocopy import _core, floor
+from ray_zerocopy import _core, requirements
 from ray_zerocopy.errors import RayZeroCopyError
-from ray_zerocopy.info import Info, ways
-from ray_zerocopy.store import get, inspect, put
+from ray_zerocopy.store.description import Info, ways
+from ray_zerocopy.store.inspection import inspect
+from ray_zerocopy.store.references import get, put
 
 _SHM = Path("/dev/shm")
 _ROUND_TRIP_NBYTES = 64 << 20
@@ -93,8 +94,8 @@ def _versions() -> Iterator[Finding]:
     told += f", Python {sys.version_info.major}.{sys.version_info.minor}"
     newer = [
         f"{name} {found[name]} is newer than {newest}"
-        for name, newest in floor.NEWEST.items()
-        if floor.numbers(found[name]) > floor.numbers(newest)
+        for name, newest in requirements.NEWEST.items()
+        if requirements.numbers(found[name]) > requirements.numbers(newest)
     ]
     mend = f"{', '.join(newer)}, the newest tried: it may work; run the tests with it"
     yield Finding("versions", not newer, told, mend if newer else "")

@@ -1,34 +1,35 @@
 """Put an object into Ray's store once, and get it in any process over the same bytes.
 
-model ─ split ─▶ skeleton + storages ─ gather ─▶ block ═ room.put ═▶ object store
+model ─ split ─▶ skeleton + storages ─ gather ─▶ block ═ ray_inside.put ═▶ object store
 model ◀─ join ── skeleton + tensors ◀── open ─── block ◀═ ray.get ═══════╝
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
 
-from ray_zerocopy import _core, metrics, room
-from ray_zerocopy.arena import following
-from ray_zerocopy.block import Isolation, Prefault
+from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import ClientError, NotABlockError, RayZeroCopyError, StoreFullError
-from ray_zerocopy.info import Info
-from ray_zerocopy.shared import (
+from ray_zerocopy.store import ray_inside
+from ray_zerocopy.store.description import Info
+from ray_zerocopy.store.envelope import (
     Anchored,
     Inspecting,
+    Isolation,
     Loading,
     Parts,
+    Prefault,
     Shared,
     anchor,
     in_place,
     reading,
 )
+from ray_zerocopy.store.loader import following
 
 
 def put(obj: object) -> ray.ObjectRef:
@@ -88,7 +89,7 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
     with telling_if_full(lambda: shared.nbytes, type(shared.obj).__name__):
         with reading(anchor):
-            placed = room.put(shared, lambda: shared.block.nbytes)
+            placed = ray_inside.put(shared, lambda: shared.block.nbytes)
         if placed is None:
             metrics.record("rzc_fallbacks", 1, "ray.put")
             metrics.record("rzc_published_bytes", shared.nbytes)
@@ -134,29 +135,6 @@ def get(
         return _ray_get(ref, timeout)
 
 
-def inspect(ref: Any, *, verify: bool = False, timeout: float | None = None) -> Info:
-    """Tell what a reference or a snapshot holds and where its bytes lie, without loading it.
-
-    With `verify` every byte is compared with the checksums that were taken when it was written.
-
-    Raises:
-        NotABlockError: the reference does not come from `put`.
-        BlockError: with `verify`, a byte has changed; the message names its span and tensor.
-
-    """
-    if isinstance(ref, str | os.PathLike):
-        from ray_zerocopy import snapshot  # which builds on this file
-
-        return snapshot.inspect(ref, verify=verify)
-    refuse_client()
-    with reading(Inspecting(verify)):
-        info = _ray_get(ref, timeout)
-    if not isinstance(info, Info):
-        kind = type(info).__name__
-        raise NotABlockError(f"{ref} holds a {kind}, not what ray_zerocopy.put stores")
-    return info
-
-
 def parts_of(ref: ray.ObjectRef) -> Parts:
     """Give what a reference holds in parts, its block where it lies in the store.
 
@@ -164,10 +142,24 @@ def parts_of(ref: ray.ObjectRef) -> Parts:
     """
     refuse_client()
     with reading(in_place):
-        found = _ray_get(ref, None)
-    if not isinstance(found, Parts):
-        kind = type(found).__name__
-        raise NotABlockError(f"{ref} holds a {kind}, not what ray_zerocopy.put stores")
+        return _of_ours(ref, _ray_get(ref, None), Parts)
+
+
+def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None = None) -> Info:
+    """Tell what a reference holds; raises as `inspect` does."""
+    refuse_client()
+    with reading(Inspecting(verify)):
+        return _of_ours(ref, _ray_get(ref, timeout), Info)
+
+
+T = TypeVar("T")
+
+
+def _of_ours(ref: Any, found: Any, kind: type[T]) -> T:
+    """Refuse what the reader was not asked for, as `put` has not stored it."""
+    if not isinstance(found, kind):
+        held = type(found).__name__
+        raise NotABlockError(f"{ref} holds a {held}, not what ray_zerocopy.put stores")
     return found
 
 
@@ -189,7 +181,7 @@ def _ray_get(ref: Any, timeout: float | None) -> Any:
     try:
         return ray.get(ref, timeout=timeout)
     except ray.exceptions.RaySystemError as error:
-        cause = getattr(error, "client_exc", None)
+        cause = ray_inside.cause_of(error)
         if isinstance(cause, RayZeroCopyError):
             raise cause from error
         raise
@@ -197,7 +189,7 @@ def _ray_get(ref: Any, timeout: float | None) -> Any:
 
 def refuse_client() -> None:
     """Raise `ClientError` in a Ray Client."""
-    if ray.util.client.ray.is_connected():
+    if ray_inside.is_client():
         raise ClientError(
             "this is a Ray Client, with no object store on its side: call ray_zerocopy inside a "
             "task or actor, or connect with ray.init(address='auto') on a node of the cluster"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ray_zerocopy import _core, room, views
-from ray_zerocopy.skeleton import unshared_nbytes
+from ray_zerocopy import _core
+from ray_zerocopy.objects import tensors
+from ray_zerocopy.objects.skeleton import unshared_nbytes
+from ray_zerocopy.store import ray_inside
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def ways() -> dict[str, str]:
     `"views"` is `"dlpack"`, or the slower `"from_numpy"`; `"put"` is `"room"`, or the slower
     `"ray.put"`.
     """
-    return {"views": views.way, "put": room.way}
+    return {"views": tensors.way, "put": ray_inside.way}
 
 
 def describe(block: _core.Block, skeleton: bytes, verify: bool = False) -> Info:

@@ -4,17 +4,17 @@ import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
-from ray_zerocopy import room, shared
+from ray_zerocopy.store import envelope, ray_inside
 
 
 def test_room_is_the_objects_own_memory_and_can_be_written(cluster):
-    ref, loaded, memory = room.put({"what": "Ray writes"}, lambda: 1_000_000)
+    ref, loaded, memory = ray_inside.put({"what": "Ray writes"}, lambda: 1_000_000)
     assert loaded == {"what": "Ray writes"}
     assert memory.nbytes >= 1_000_000
     assert not memory.readonly
     memory[-1_000_000:] = bytes([7]) * 1_000_000
     assert ray.get(ref) == {"what": "Ray writes"}
-    assert room.way == "room"
+    assert ray_inside.way == "room"
 
 
 def test_references_inside_stay_alive(cluster):
@@ -25,9 +25,9 @@ def test_references_inside_stay_alive(cluster):
 
 def test_what_was_never_written_is_refused(cluster):
     """As if Ray had moved the object to disk in the moment before it was written."""
-    anchored = shared.Anchored(torch.ones(100_000))
-    with shared.reading(shared.anchor):
-        ref, anchor, _ = room.put(anchored, lambda: anchored.block.nbytes)
+    anchored = envelope.Anchored(torch.ones(100_000))
+    with envelope.reading(envelope.anchor):
+        ref, anchor, _ = ray_inside.put(anchored, lambda: anchored.block.nbytes)
     assert not any(memoryview(anchor)[:4])
     with pytest.raises(rzc.BlockError):
         rzc.get(ref)
@@ -60,9 +60,9 @@ def test_without_room_ray_writes_the_block(cluster, monkeypatch, internals):
 
     model = {"weight": torch.randn(1000, 100), "bias": torch.randn(10)}
     with monkeypatch.context() as patched:
-        patched.setattr(room, "worker", OtherModule)
-        patched.setattr(room, "way", "room")
-        assert room.put(model, lambda: 64) is None
+        patched.setattr(ray_inside, "worker", OtherModule)
+        patched.setattr(ray_inside, "way", "room")
+        assert ray_inside.put(model, lambda: 64) is None
         ref = rzc.put(model)
         ways = rzc.inspect(ref).ways
     assert ways["put"] == ("ray.put" if internals == "put_object" else "room")

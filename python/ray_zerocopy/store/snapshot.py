@@ -16,18 +16,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import ray
+from tqdm import tqdm
 
-from ray_zerocopy import _core, metrics, room, store
-from ray_zerocopy.blame import culprit
+from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import BlockError, PublishError, SaveError
-from ray_zerocopy.info import Info, describe_file
-from ray_zerocopy.shared import Parts, anchor, reading
+from ray_zerocopy.objects.culprit import culprit
+from ray_zerocopy.store import ray_inside, references
+from ray_zerocopy.store.description import Info, describe_file
+from ray_zerocopy.store.envelope import Parts, anchor, reading
 
 # What is copied at a time from and to a file.
 _CHUNK_NBYTES = 8 * 2**20
-
-# What Ray's pickles of references and actors call to come back: nothing that outlives a cluster.
-_REFERENCES = (b"_object_ref_deserializer", b"_rdt_ref_deserializer", b"_actor_handle_deserializer")
 
 Path = str | os.PathLike[str]
 
@@ -48,15 +47,15 @@ def save(obj: Any, path: Path) -> None:
 
     """
     stored = isinstance(obj, ray.ObjectRef)
-    saved = store.parts_of(obj) if stored else Parts.of(obj)
+    saved = references.parts_of(obj) if stored else Parts.of(obj)
     if not _outlives_the_cluster(saved.skeleton):
-        loaded = store.get(obj) if stored else obj
+        loaded = references.get(obj) if stored else obj
         raise PublishError(
             f"{culprit(loaded, _outlives_the_cluster)} cannot be saved: references and actors live "
             "no longer than their cluster"
         )
     if stored:
-        store.inspect(obj, verify=True)
+        references.describe(obj, verify=True)
     with _writing(os.fspath(path)) as file:
         for chunk in _progress(_chunks(saved), saved.nbytes, "save"):
             file.write(chunk)
@@ -78,16 +77,16 @@ def restore(path: Path) -> ray.ObjectRef:
         ClientError: this is a Ray Client, with no object store on its side.
 
     """
-    store.refuse_client()
+    references.refuse_client()
     path = os.fspath(path)
     with _reading(path) as file:
         snapshot = _head(file)
         skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
-        with store.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
+        with references.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
             with reading(anchor):
                 start_there = bytes(_core.HEADER_NBYTES)
                 stored = Parts(skeleton, buffers, table, [start_there], anchored=True)
-                placed = room.put(stored, lambda: snapshot.nbytes)
+                placed = ray_inside.put(stored, lambda: snapshot.nbytes)
             if placed is None:
                 memory: Any = np.empty(snapshot.nbytes, np.uint8)
                 _fill(snapshot, path, file, memory, memory)
@@ -98,7 +97,7 @@ def restore(path: Path) -> ray.ObjectRef:
         return ref
 
 
-def inspect(path: Path, *, verify: bool = False) -> Info:
+def describe(path: Path, *, verify: bool = False) -> Info:
     """Tell what a snapshot holds; `verify` reads all of it. Nothing is unpickled."""
     with _reading(os.fspath(path)) as file:
         snapshot = _head(file)
@@ -153,12 +152,7 @@ def _chunks(saved: Parts) -> Iterator[Any]:
 
 
 def _progress(chunks: Iterator[Any], nbytes: int, what: str) -> Iterator[Any]:
-    """Show on a terminal how far it is, after a second, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield from chunks
-        return
+    """Show on a terminal how far it is, after a second."""
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, delay=1, disable=None) as bar:
         for chunk in chunks:
             yield chunk
@@ -166,7 +160,7 @@ def _progress(chunks: Iterator[Any], nbytes: int, what: str) -> Iterator[Any]:
 
 
 def _outlives_the_cluster(skeleton: bytes) -> bool:
-    return not any(mark in skeleton for mark in _REFERENCES)
+    return not ray_inside.holds_references(skeleton)
 
 
 def _is_url(path: str) -> bool:
@@ -186,7 +180,7 @@ def _reading(path: str) -> Iterator[BinaryIO]:
 def _open(path: str) -> Any:
     if not _is_url(path):
         return open(path, "rb")
-    import fsspec
+    import fsspec  # noqa: PLC0415 - where it is installed
 
     return fsspec.open(path, "rb")
 
@@ -196,7 +190,7 @@ def _writing(path: str) -> Iterator[Any]:
     """Open a file that has its name when it is whole and on the disk, and else never has been."""
     try:
         if _is_url(path):
-            import fsspec
+            import fsspec  # noqa: PLC0415 - where it is installed
 
             system, name = fsspec.core.url_to_fs(path)
             with system.transaction, system.open(name, "wb") as file:

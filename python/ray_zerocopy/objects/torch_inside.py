@@ -28,6 +28,9 @@ __all__ = [
     "wrap_cpp_module",
 ]
 
+# Where a module keeps its parts, in its `__dict__`.
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+
 # Tensors: what they are, and what makes them.
 has_storage = torch._C._has_storage
 make_subclass = torch.Tensor._make_subclass
@@ -48,7 +51,6 @@ inject_property = parametrize._inject_property
 # TorchScript: what `torch.jit.save`, `torch.jit.load` and `torch.package` stand on. Only those warn
 # of deprecation, from 2.9 on.
 CompilationUnit = torch._C.CompilationUnit
-ConcreteModuleType = torch._C.ConcreteModuleType
 DeserializationStorageContext = torch._C.DeserializationStorageContext
 ModuleDict = torch._C.ModuleDict
 PyTorchFileReader = torch._C.PyTorchFileReader
@@ -58,6 +60,56 @@ ScriptModuleSerializer = torch._C.ScriptModuleSerializer
 create_function_from_graph = torch._C._create_function_from_graph
 import_module_from_buffer = torch._C.import_ir_module_from_buffer
 import_module_from_package = torch._C._import_ir_module_from_package
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Give a module's own parameters, in the dict that holds them; None for one not registered."""
+    own: dict[str, torch.nn.Parameter | None] = module._parameters
+    return own
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """Give a module's own buffers, in the dict that holds them."""
+    own: dict[str, torch.Tensor | None] = module._buffers
+    return own
+
+
+def renew_flat_weights(module: torch.nn.RNNBase) -> None:
+    """Have an RNN list its weights again: it keeps a second list of them, and weak references."""
+    module._init_flat_weights()
+
+
+def graph_makers(graph: torch.fx.Graph) -> tuple[Any, Any]:
+    """Give the class that traced a graph, or None, and what makes its code."""
+    return graph._tracer_cls, graph._codegen
+
+
+def graph_in(state: dict[str, Any]) -> Any:
+    """Give the graph in a graph module's state."""
+    return state["_graph"]
+
+
+def compiled(module: torch.jit.ScriptModule) -> Any:
+    """Give the module of torch's own beneath a script module."""
+    return module._c
+
+
+def outer(module: torch.jit.ScriptModule) -> Any:
+    """Give what Python hangs attributes on: a traced module wraps it."""
+    return vars(module).get("_actual_script_module", module)
+
+
+def attribute_names(module: Any) -> Any:
+    """Name all attributes of a compiled module but submodules.
+
+    torch's own lists know parameters and buffers only.
+    """
+    return torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
+
+
+def methods_of(module: Any) -> list[Any]:
+    """Give the methods of a compiled module; each has a `graph` and an `inlined_graph`."""
+    return [module._get_method(name) for name in module._method_names()]
 
 
 def holders(storage: torch.UntypedStorage) -> int:
@@ -82,7 +134,7 @@ def program_graph(program: torch.export.ExportedProgram) -> bytes:
 
     torch can leave the tensors out from 2.12 on. Those before are given a program of empty ones.
     """
-    from torch._export.serde.serialize import serialize  # and sympy, a second
+    from torch._export.serde.serialize import serialize  # noqa: PLC0415 - and sympy, a second
 
     tensors = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
     if tensors[0] in inspect.signature(serialize).parameters:
@@ -104,7 +156,10 @@ def _hollow(value: Any) -> Any:
 @named
 def exported_program(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
     """Build an exported program of its graph, state dict, constants and example inputs."""
-    from torch._export.serde.serialize import SerializedArtifact, deserialize
+    from torch._export.serde.serialize import (  # noqa: PLC0415 - likewise
+        SerializedArtifact,
+        deserialize,
+    )
 
     with torch.inference_mode(False):
         return deserialize(SerializedArtifact(graph, *tensors))

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ray_zerocopy.block import gather
-from ray_zerocopy.skeleton import split
+from ray_zerocopy import _core
+from ray_zerocopy.objects.skeleton import split
+from ray_zerocopy.objects.torch_inside import REGISTRIES
 
 
 def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
@@ -28,7 +29,7 @@ def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
 def _can_be_published(obj: object, accepts: Callable[[bytes], bool]) -> bool:
     try:
         parts = split(obj)
-        gather(parts)
+        _core.Gather(parts.sources)  # plans the block
     except Exception:
         return False
     return accepts(parts.skeleton)
@@ -43,6 +44,6 @@ def _parts_of(obj: object) -> Iterator[tuple[str, object]]:
     else:
         attributes = dict(getattr(obj, "__dict__", {}))
         if isinstance(obj, torch.nn.Module):
-            for registry in ("_parameters", "_buffers", "_modules"):
+            for registry in REGISTRIES:
                 attributes |= attributes.pop(registry, {})
         yield from ((f".{name}", value) for name, value in attributes.items())

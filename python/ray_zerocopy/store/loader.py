@@ -20,7 +20,8 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from ray_zerocopy import _core, torch_inside
+from ray_zerocopy import _core
+from ray_zerocopy.objects import torch_inside
 
 _FROM_NBYTES = 4096  # a lot has at least a page
 _MERGES = {torch.stack, torch.cat, torch.concat, torch.concatenate}

@@ -1,17 +1,19 @@
-"""Tensors over the spans of a block."""
+"""Tensors: reduced for a pickler that takes their bytes out, and built again over a block."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils.hooks import warn_if_has_hooks
 
 from ray_zerocopy import _core
-from ray_zerocopy import torch_inside as inside
 from ray_zerocopy.errors import VersionError
+from ray_zerocopy.objects import torch_inside as inside
+from ray_zerocopy.pickled import named
 
 # (span, dtype, flags, offset, shape, stride), counted in elements as in torch
 View: TypeAlias = tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]
@@ -21,7 +23,48 @@ View: TypeAlias = tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]
 way: Literal["dlpack", "from_numpy"] = "dlpack" if _core.borrows() else "from_numpy"
 
 
-def tensors(block: _core.Block, device: torch.device | str | None = None) -> list[torch.Tensor]:
+# --- reduced --------------------------------------------------------------------------------------
+
+
+def reduce_tensor(tensor: torch.Tensor) -> Any:
+    """Reduce what is more than a plain tensor: attributes, a class of its own, components."""
+    kind = type(tensor)
+    own = kind.__reduce_ex__ not in (
+        torch.Tensor.__reduce_ex__,
+        torch.nn.Parameter.__reduce_ex__,
+    )
+    dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own or dispatches or not _core.has_plain_storage(tensor):
+        return tensor.__reduce_ex__(5)
+    warn_if_has_hooks(tensor)
+    with inside.ignoring_torch_function():
+        plain = tensor.detach().as_subclass(torch.Tensor)
+    made = (tensor_subclass, (kind, plain, tensor.requires_grad))
+    state = inside.get_state(tensor)
+    return (*made, state, None, None, inside.set_state) if state else made
+
+
+@named
+def tensor_subclass(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """Unpickle a tensor of a class of its own."""
+    return inside.make_subclass(kind, plain, requires_grad)
+
+
+def reduce_storage(storage: torch.UntypedStorage) -> Any:
+    """Reduce a storage to that of a tensor over all of it."""
+    everything = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return torch.Tensor.untyped_storage, (everything,)
+
+
+def reduce_typed_storage(storage: torch.TypedStorage) -> Any:
+    """Reduce a typed storage to the untyped one beneath."""
+    return inside.typed_storage, (inside.untyped(storage), storage.dtype)
+
+
+# --- over a block ---------------------------------------------------------------------------------
+
+
+def over(block: _core.Block, device: torch.device | str | None = None) -> list[torch.Tensor]:
     """Build the tensor of each view in the block's table.
 
     A view that has a span for itself, as nearly all have, becomes a tensor with a storage of its
@@ -48,7 +91,7 @@ def tensors(block: _core.Block, device: torch.device | str | None = None) -> lis
     return made
 
 
-def buffers(block: _core.Block, indices: list[int]) -> list[np.ndarray]:
+def buffers_over(block: _core.Block, indices: list[int]) -> list[np.ndarray]:
     """Give the bytes of the views that are buffers rather than tensors.
 
     They can be written where the block is this process's own, not where it is shared.

@@ -6,24 +6,28 @@ object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ray_zerocopy import _core, metrics, views
-from ray_zerocopy.blame import culprit
-from ray_zerocopy.block import Isolation, Prefault, gather, open_block
-from ray_zerocopy.errors import PublishError, VersionError
-from ray_zerocopy.info import Info, describe
+from ray_zerocopy import _core, metrics
+from ray_zerocopy.errors import IsolationWarning, PublishError, VersionError
+from ray_zerocopy.objects import tensors
+from ray_zerocopy.objects.culprit import culprit
+from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
-from ray_zerocopy.skeleton import join, split
+from ray_zerocopy.store.collector import quiet_collector
+from ray_zerocopy.store.description import Info, describe
+
+Isolation = Literal["private", "shared", "copy"]
+Prefault = Literal["auto", True, False]
 
 
 class Shared:
@@ -38,9 +42,9 @@ class Shared:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         try:
-            with _quiet_collector():
+            with quiet_collector():
                 parts = split(self.obj)
-                block = gather(parts)
+                block = _core.Gather(parts.sources)
                 anchored, buffers = self._buffers(block)
         except Exception as error:
             raise PublishError(f"{culprit(self.obj)} cannot be published: {error}") from error
@@ -107,6 +111,19 @@ class Parts:
         return hashed.hexdigest()
 
 
+def open_block(parts: Parts, isolation: Isolation) -> _core.Block:
+    """Map the block of a stored object.
+
+    Raises `BlockError` where the segments are not the block of this table, and warns with
+    `IsolationWarning` where private pages were asked for and shared ones are all there is.
+    """
+    block = _core.Block(parts.table, parts.segments, isolation, parts.anchored)
+    if block.held == "shared" and isolation == "private":
+        message = f"{block.fallback}: a write into these weights changes every process on the node"
+        warnings.warn(message, IsolationWarning, stacklevel=2)
+    return block
+
+
 Reader = Callable[[Parts], Any]
 
 
@@ -117,7 +134,7 @@ def anchor(parts: Parts) -> memoryview:
 
 def in_place(parts: Parts) -> Parts:
     """Read the parts, the block where it lies in the store."""
-    whole = open_block(parts.table, parts.segments, "shared", parts.anchored)
+    whole = open_block(parts, "shared")
     return Parts(parts.skeleton, parts.buffers, parts.table, [whole])
 
 
@@ -129,7 +146,7 @@ class Inspecting:
 
     def __call__(self, parts: Parts) -> Info:
         """Describe a stored object."""
-        block = open_block(parts.table, parts.segments, "private", parts.anchored)
+        block = open_block(parts, "private")
         return describe(block, parts.skeleton, self.verify)
 
 
@@ -144,12 +161,12 @@ class Loading:
     def __call__(self, parts: Parts) -> Any:
         """Join the object over its block."""
         start = time.perf_counter()
-        block = open_block(parts.table, parts.segments, self.isolation, parts.anchored)
+        block = open_block(parts, self.isolation)
         if self.device is not None:  # the copy is to find the pages filled in
             _fill_in(block, self.prefault)
-        with _quiet_collector():
-            tensors = views.tensors(block, self.device)
-            loaded = join(parts.skeleton, tensors, views.buffers(block, parts.buffers))
+        with quiet_collector():
+            over = tensors.over(block, self.device)
+            loaded = join(parts.skeleton, over, tensors.buffers_over(block, parts.buffers))
         _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
         metrics.loaded(block, self.isolation, time.perf_counter() - start)
         return loaded
@@ -193,33 +210,3 @@ def _fill_in(block: _core.Block, prefault: Prefault) -> None:
         block.settle()
     elif prefault:
         block.prefault()
-
-
-# Python 3.12 starts with 375 objects frozen, for nobody; who freezes does it to tens of thousands.
-_FROZEN_BY_PYTHON = 1000
-
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keep the cyclic collector out of a walk over thousands of objects that all live.
-
-    A full collection takes 200 ms in a process with torch and transformers. What is made in here
-    goes straight to the oldest generation, where it would end up: a young collection of a model, at
-    the next allocation, takes as long as half of its load. Garbage of others that is not older than
-    the last young collection is collected before. To collect the middle generation, too, takes
-    1.2 to 1.9 ms where all of a worker's imports have just gone through it: as long as the load.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    thaws = gc.get_freeze_count() < _FROZEN_BY_PYTHON  # what someone froze is to stay frozen
-    if thaws:
-        gc.collect(0)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if thaws:
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()

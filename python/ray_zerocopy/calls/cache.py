@@ -8,21 +8,19 @@ idle for 5 s, or one too many ──▶ dropped, and the store has its pages bac
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-import torch
+
+from ray_zerocopy.store.collector import collect, traces
 
 _IDLE_S = 5.0
 _COUNT = 8
-_COLLECTING = threading.Lock()  # a collection that starts during another one does nothing
 
 
 @dataclass
@@ -113,21 +111,3 @@ class Cache:
             dropped, self._dropped = self._dropped, []
             self._sweeping = bool(self._entries)
             return dropped, self._sweeping
-
-
-def collect(dropped: list[Callable[[], object]]) -> None:
-    """Run the cyclic collector if something dropped is still there, by its traces."""
-    if any(trace() is not None for trace in dropped):
-        with _COLLECTING:
-            gc.collect()
-
-
-def traces(loaded: object) -> list[Callable[[], object]]:
-    """Give what shows whether any of an object that was dropped is still there.
-
-    A collection takes 0.5 s where torch and transformers are imported, and stops all threads, so
-    it is for those who need it: models with cycles, and what cannot be told to have none.
-    """
-    if isinstance(loaded, torch.nn.Module):
-        return [weakref.ref(module) for module in loaded.modules()]
-    return [object]

@@ -1,0 +1,109 @@
+"""Modules, as their class and what differs from a new one's defaults."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ray import cloudpickle
+from torch.nn.utils import parametrize
+
+from ray_zerocopy import _core
+from ray_zerocopy.objects import torch_inside as inside
+from ray_zerocopy.objects import transformers_inside
+from ray_zerocopy.pickled import named
+
+restore_module = named(_core.restore_module)
+initialized_module = named(_core.initialized_module)
+
+# Makes an object without its `__init__`; pickle knows this function and has an opcode for it.
+_new_object = copyreg.__newobj__  # type: ignore[attr-defined]
+
+
+def reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
+    """Give what reduces modules of this one's class to the class and what differs from defaults.
+
+    None if the class reduces itself.
+    """
+    kind: Any = type(module)
+    reduces_by_default = (
+        kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__new__ is object.__new__
+        and kind not in cloudpickle.CloudPickler.dispatch
+    )
+    if not reduces_by_default:
+        return None
+    if _refuses_to_pickle(kind):
+        base = parametrize.type_before_parametrizations(module)
+        return _core.ModuleReducer(base, new_parametrized, restore_parametrized).reduce
+    restore = restore_module
+    if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_properties(kind):
+        restore = restore_by_setstate
+    if transformers_inside.is_pretrained(kind):
+        restore = restore_pretrained
+    return _core.ModuleReducer(kind, _new_object, restore).reduce
+
+
+def _has_properties(kind: type) -> bool:
+    """Whether the class may have to do with how attributes are set: not all are in the dict."""
+    own = [vars(base) for base in kind.__mro__ if base not in (torch.nn.Module, object)]
+    return any(
+        hasattr(value, "__set__")
+        for attributes in own
+        for name, value in attributes.items()
+        if name not in ("__dict__", "__weakref__")
+    )
+
+
+def _refuses_to_pickle(kind: type) -> bool:
+    """Whether `parametrize` made this class: it has a `__getstate__` that only raises."""
+    getstate = kind.__dict__.get("__getstate__")
+    return getstate is not None and getstate.__module__ == parametrize.__name__
+
+
+@named
+def restore_by_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+    """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
+    module.__setstate__(_core.module_state(differing))
+
+
+@named
+def restore_pretrained(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+    """Restore a model of transformers, and what the process knows of its class."""
+    restore_by_setstate(module, differing)
+    transformers_inside.enter_class(module)
+
+
+@named
+def new_parametrized(kind: Any) -> Any:
+    """Make what will be of a class that `parametrize` derives from this one."""
+    return kind.__new__(kind)
+
+
+@named
+def restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+    """Restore a module and the class that `parametrize` made for it.
+
+    That class refuses to pickle; torch makes it anew, so that `parametrize.cached` still works.
+    """
+    restore_by_setstate(module, differing)
+    inside.inject_class(module)
+    for name in module.parametrizations:
+        inside.inject_property(module, name)
+
+
+def make_picklable(module: torch.nn.Module) -> None:
+    """Let a parametrized module that `join` made pickle, wherever it goes by itself.
+
+    `join` has made its class for it alone; other modules are left as they are.
+    """
+    if _refuses_to_pickle(type(module)):
+        type(module).__reduce_ex__ = _reduce_parametrized  # type: ignore[assignment]
+
+
+def _reduce_parametrized(module: torch.nn.Module, protocol: Any) -> Any:
+    base = parametrize.type_before_parametrizations(module)
+    return _core.ModuleReducer(base, new_parametrized, restore_parametrized).reduce(module)

@@ -1,0 +1,45 @@
+"""What is private to transformers and needed here: the only file that knows it from the inside.
+
+Seen on transformers 4.50 to 5.23; nothing is imported that the process has not imported itself.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+
+def is_pretrained(kind: type) -> bool:
+    """Whether a class is one of transformers' models."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__)
+
+
+def enter_class(module: torch.nn.Module) -> None:
+    """Enter a model's class where `__init__` would have.
+
+    In a process that has made none of that class, `output_hidden_states=True` gives none, and no
+    error, however the model came there. (transformers 5)
+    """
+    known = getattr(sys.modules["transformers.modeling_utils"], "_CAN_RECORD_REGISTRY", None)
+    if known is not None:
+        dict.__setitem__(known, str(type(module)), module._can_record_outputs)
+
+
+def reduce_context_var(variable: ContextVar[Any]) -> Any:
+    """Reduce a context variable to where a module keeps it: by itself, or in an object of its own.
+
+    Every process has one of its own there. The hooks of `output_hidden_states=True` hold one in an
+    object that is global to them. (transformers 5)
+    """
+    for name, module in list(sys.modules.items()):
+        for path, value in list(getattr(module, "__dict__", {}).items()):
+            inner = getattr(value, "__dict__", {}) if type(value).__module__ == name else {}
+            found = {path: value, **{f"{path}.{key}": part for key, part in inner.items()}}
+            for path, value in found.items():
+                if value is variable and name != "__main__":
+                    return operator.attrgetter(path), (module,)
+    return NotImplemented

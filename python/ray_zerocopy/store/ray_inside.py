@@ -1,0 +1,172 @@
+"""Room in Ray's store: an object whose end Ray leaves for us to write.
+
+Ray copies what it stores buffer by buffer, and only one of hundreds of MiB at full speed; a model
+is hundreds of small ones. So the object is made larger than what Ray writes into it:
+
+    ┌ written by Ray ─────────┐┌ written by `Gather` ───────────┐
+    │ skeleton, table, anchor ││ block                          │
+    └─────────────────────────┘└────────────────────────────────┘
+
+The only file that knows Ray from the inside. Seen on Ray 2.43 to 2.60.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ray
+from ray._private import auto_init_hook, worker
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.experimental import get_object_locations
+
+try:
+    from ray._raylet import RawSerializedObject  # type: ignore[attr-defined]
+except ImportError:  # a Ray to come
+    RawSerializedObject = object
+
+INLINE_NBYTES = 100 * 1024
+"""What is smaller travels in messages, not in the store: Ray's `max_direct_call_object_size`."""
+
+# What Ray's pickles of references and actors call to come back: nothing that outlives a cluster.
+_REFERENCES = (b"_object_ref_deserializer", b"_rdt_ref_deserializer", b"_actor_handle_deserializer")
+
+# How this process puts: with room, or, where Ray is not inside as here, by Ray's own `put`.
+way: Literal["room", "ray.put"] = "ray.put" if RawSerializedObject is object else "room"
+
+
+def put(obj: object, nbytes: Callable[[], int]) -> tuple[ray.ObjectRef, Any, memoryview] | None:
+    """Store an object as `ray.put` does, in memory that is `nbytes()` longer than it needs.
+
+    `nbytes` is called when the object has been pickled. Gives the reference, what `ray.get` of it
+    gives, and all the memory of the object, to be written before anyone else has the reference.
+    None, and nothing stored, where Ray is not inside as it is from 2.43 to 2.60; from then on
+    nothing is tried any more.
+    """
+    global way
+    if way != "room":
+        return None
+    auto_init_hook.auto_init_ray()
+    ray_worker = worker.global_worker
+    ray_worker.check_connected()
+    serialized = ray_worker.get_serialization_context().serialize(obj)
+    try:
+        roomy = _Roomy(serialized, nbytes())
+        ref = ray_worker.put_object.__func__(_Storing(ray_worker), roomy)
+        stored = ray_worker.core_worker.get_objects([ref], -1)
+        memory = memoryview(stored[0][0])
+    except (AttributeError, TypeError):
+        way = "ray.put"
+        return None
+    if memory.readonly or memory.nbytes != roomy.total_bytes:
+        return None  # never write where another object may lie
+    (loaded,) = ray_worker.deserialize_objects(stored, [ref])
+    return ref, loaded, memory
+
+
+class _Roomy(RawSerializedObject):  # type: ignore[misc]
+    """What Ray has serialized, and more bytes than that, which it will not write."""
+
+    metadata = contained_object_refs = total_bytes = None  # in place of the base's properties
+
+    def __init__(self, serialized: Any, nbytes: int) -> None:
+        super().__init__(serialized.to_bytes())
+        self.metadata = serialized.metadata
+        self.contained_object_refs = serialized.contained_object_refs
+        self.total_bytes = serialized.total_bytes + nbytes
+
+
+class _Storing:
+    """Ray's worker, for its own `put_object`, with a serializer that has been at work already.
+
+    What that method calls beneath was named, and took arguments, in five ways from Ray 2.43 to
+    2.60; the method knows which.
+    """
+
+    def __init__(self, ray_worker: Any) -> None:
+        self._worker = ray_worker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def get_serialization_context(self) -> _Storing:
+        return self
+
+    def serialize(self, roomy: _Roomy) -> _Roomy:
+        return roomy
+
+
+# --- references -----------------------------------------------------------------------------------
+
+Address = tuple[bytes, bytes, bytes]  # of an object: its id, its owner, and where its bytes are
+
+
+def address_of(ref: ray.ObjectRef) -> Address:
+    """Give what `reference_at` makes the reference of again, in any process of the cluster.
+
+    Ray's own pickle of a reference, outside of a message, would pin the object for as long as this
+    process lives.
+    """
+    _, owner, status = worker.global_worker.core_worker.serialize_object_ref(ref)
+    return ref.binary(), owner, status
+
+
+def reference_at(address: Address) -> ray.ObjectRef:
+    """Give the reference of an object that its owner, if alive, still holds."""
+    binary, owner, status = address
+    ref = ray.ObjectRef(binary, owner)
+    core = worker.global_worker.core_worker
+    core.deserialize_and_register_object_ref(binary, ray.ObjectRef.nil(), owner, status)
+    return ref
+
+
+def holds_references(skeleton: bytes) -> bool:
+    """Whether a pickle of Ray's holds references or actors, which end with their cluster."""
+    return any(mark in skeleton for mark in _REFERENCES)
+
+
+def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
+    """Give the ids of the nodes that have an object, and its bytes; 0 where nobody knows."""
+    found = get_object_locations([ref], int(timeout * 1000) if timeout >= 0 else -1)[ref]
+    return list(found["node_ids"]), found["object_size"] or 0
+
+
+# --- the cluster ----------------------------------------------------------------------------------
+
+
+def is_client() -> bool:
+    """Whether this process is a Ray Client, with no object store on its side."""
+    return bool(ray.util.client.ray.is_connected())
+
+
+def cause_of(error: ray.exceptions.RaySystemError) -> BaseException | None:
+    """Give what was raised while Ray unpickled an object."""
+    return getattr(error, "client_exc", None)
+
+
+class KeyValues:
+    """Bytes by key in the GCS: they outlive every process of ours, and the head where it is kept.
+
+    Raises what Ray does where the GCS does not answer in time.
+    """
+
+    _TIMEOUT_S = 30
+
+    def __init__(self, namespace: bytes) -> None:
+        self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+        self._namespace = namespace
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Replace the value of a key; it is kept when this returns."""
+        self._gcs.internal_kv_put(key, value, True, self._namespace, timeout=self._TIMEOUT_S)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Give the value of a key, or None."""
+        value: bytes | None = self._gcs.internal_kv_get(
+            key, self._namespace, timeout=self._TIMEOUT_S
+        )
+        return value
+
+    def every_key(self) -> list[bytes]:
+        """Give every key that was ever put."""
+        return list(self._gcs.internal_kv_keys(b"", self._namespace, timeout=self._TIMEOUT_S))
