@@ -143,6 +143,33 @@ def test_a_pipeline_can_be_called_as_well(cluster, scaler, x):
     assert_exact(home(Pipeline(scaler), x), ray.get(call_model.remote(ref, (x,))))
 
 
+class Scored(NamedTuple):
+    """A pipeline that is a tuple of two."""
+
+    model: nn.Module
+    labels: list
+
+    def __call__(self, x):
+        return [self.labels[best] for best in self.model(x).argmax(1).tolist()]
+
+
+def test_a_pipeline_that_is_a_tuple_is_called_as_itself(cluster, scaler, x):
+    scored = Scored(scaler, list("abcdefgh"))
+    assert ray.get(call_model.remote(rzc.put(scored), (x,))) == home(scored, x)
+
+
+def test_what_extract_tensors_gave_may_be_taken_apart_and_put_together(cluster, scaler, x):
+    skeleton, tensors = extract_tensors(scaler)
+    ref = ray.put((skeleton, tensors))
+    assert_exact(home(scaler, x), ray.get(call_model.remote(ref, (x,))))
+
+
+def test_plain_arrays_serve_as_the_tensors_of_a_pair(cluster, scaler, x):
+    skeleton, tensors = extract_tensors(scaler)
+    ref = ray.put((skeleton, tensors[:]))
+    assert_exact(home(scaler, x), ray.get(call_model.remote(ref, (x,))))
+
+
 @pytest.mark.parametrize("times", [1, 100, 10_000])
 def test_what_is_large_travels_exactly(shim, x, times):
     """10 kB and 1 MB: within the message, and through the store."""

@@ -19,7 +19,7 @@ from ray_zerocopy.pickled import named
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load_version
-from ray_zerocopy.rewrite import replace_tensors_direct
+from ray_zerocopy.rewrite import is_extracted, replace_tensors_direct
 from ray_zerocopy.store.envelope import Shared
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 from ray_zerocopy.store.references import put
@@ -263,14 +263,12 @@ def _is_private(name: str) -> bool:
 
 
 def _load(ref: ray.ObjectRef | Version) -> Any:
-    if isinstance(ref, Version):
-        return load_version(ref)
-    loaded = ray.get(ref)
-    if isinstance(loaded, tuple):  # what extract_tensors returned
-        skeleton, tensors = loaded
-        replace_tensors_direct(skeleton, tensors)
-        return skeleton
-    return loaded
+    loaded = load_version(ref) if isinstance(ref, Version) else ray.get(ref)
+    if not is_extracted(loaded):
+        return loaded
+    skeleton, tensors = loaded
+    replace_tensors_direct(skeleton, tensors)
+    return skeleton
 
 
 _models = Cache(_load)

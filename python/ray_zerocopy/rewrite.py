@@ -95,6 +95,17 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     return skeleton.eval(), Tensors(extracted)
 
 
+def is_extracted(obj: object) -> bool:
+    """Whether this is a skeleton with its tensors, and not a pipeline that happens to be a tuple.
+
+    `Tensors` mark the pair. With arrays of the caller's own it is a plain tuple, which a pipeline,
+    a class with methods, is not.
+    """
+    if not isinstance(obj, tuple) or len(obj) != 2 or not isinstance(obj[0], torch.nn.Module):
+        return False
+    return isinstance(obj[1], Tensors) or type(obj) is tuple
+
+
 def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
     """Put the tensors into a skeleton, in place and without a copy; inverse of `extract_tensors`.
 
