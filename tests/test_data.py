@@ -2,8 +2,12 @@
 
 import os
 import time
+from datetime import datetime
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray_zerocopy as rzc
@@ -132,6 +136,109 @@ def test_actors_share_one_model(start):
     assert_each_costs_nothing("data actor", "batch", growths)
 
 
+# --- columns --------------------------------------------------------------------------------------
+
+
+class Stacked(nn.Module):
+    """Takes two columns of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, a, b):
+        return self.linear(torch.stack([a, b], 1))
+
+
+FLOATS = [[float(i), 1 / 3] for i in range(ROWS)]
+IDS = [[i, 1, 2] for i in range(ROWS)]
+FRAME = pd.DataFrame(FLOATS, columns=["a", "b"])
+
+
+def from_parquet(folder, **columns):
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    return ray.data.read_parquet(str(folder / "x.parquet"))
+
+
+def of_floats(_):
+    return ray.data.from_items([{"data": row} for row in FLOATS])
+
+
+def of_frame(_):
+    return ray.data.from_pandas(FRAME)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "dtype", "options"),
+    [
+        (of_floats, nn.Linear(2, 3), "float32", {}),
+        (of_floats, nn.Linear(2, 3).double(), "float64", {}),
+        (of_floats, nn.Linear(2, 3).bfloat16(), "bfloat16", {}),
+        (of_floats, nn.Linear(2, 3), "float32", {"batch_format": "pandas"}),
+        (of_floats, nn.Linear(2, 3), "float32", {"batch_format": "pyarrow"}),
+        (of_frame, Stacked(), "float32", {}),
+        (of_frame, Stacked(), "float32", {"batch_format": "pandas"}),
+        (of_frame, Stacked(), "float32", {"batch_format": "pyarrow"}),
+        (lambda folder: from_parquet(folder, ids=IDS), nn.Embedding(ROWS, 4), "int64", {}),
+        (
+            lambda folder: from_parquet(folder, ids=pa.array(IDS, pa.list_(pa.uint16()))),
+            nn.Embedding(ROWS, 4),
+            "int64",
+            {"batch_format": "pandas"},
+        ),
+    ],
+    ids=str,
+)
+def test_columns_of_any_source_reach_the_model(dataset, model, dtype, options, cluster, tmp_path):
+    source = IDS if isinstance(model, nn.Embedding) else FLOATS
+    tensor = torch.tensor(source, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        expected = model(*tensor.T) if isinstance(model, Stacked) else model(tensor)
+    found = map_batches(dataset(tmp_path), model, actors=1, num_cpus=0.1, **options).take_all()
+    got = np.array(sorted(row["output"].tolist() for row in found))
+    np.testing.assert_allclose(got, sorted(expected.double().tolist()), rtol=1e-5)
+    assert set(found[0]) == {*dataset(tmp_path).columns(), "output"}
+
+
+def detect(output):
+    """Give each row as many boxes as it has tens."""
+    return [
+        {"boxes": row.expand(1 + int(row[0]) // 10, 4), "label": str(int(row[0]))} for row in output
+    ]
+
+
+def test_rows_of_unequal_shapes_are_columns(cluster):
+    data = np.arange(ROWS, dtype="float32")[:, None]
+    dataset = ray.data.from_numpy(list(data.reshape(8, -1, 1)))
+    dataset = map_batches(dataset, nn.Identity(), actors=1, num_cpus=0.1, postprocess=detect)
+    for row in dataset.materialize().take_all():
+        assert row["boxes"].shape == (1 + row["data"][0] // 10, 4)
+        assert set(np.ravel(row["boxes"])) == {row["data"][0]}
+        assert row["label"] == str(int(row["data"][0]))
+
+
+def test_no_rows_give_no_rows(cluster):
+    for empty in (rows(16).filter(lambda row: False), rows(16).limit(0)):
+        assert map_batches(empty, nn.Linear(16, 4), actors=1, num_cpus=0.1).take_all() == []
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({"data": [1.0] * 3}, r"model refused 'data' \(float32\[\d+, 3\]\): RuntimeError: .*mat1"),
+        ({"data": [1, 2]}, r"model refused 'data' \(int64\[\d+, 2\]\): RuntimeError: .*mat1"),
+        ({"data": "text"}, r"model refused 'data' \((object|<U4)\[\d+\]\): TypeError: "),
+        ({"data": datetime(2026, 1, 1)}, r"column 'data' is datetime64\[s\], which no tensor"),
+        ({"a": 1.0, "b": 2.0}, r"model refused 'a' \(float32\[\d+\]\), 'b' .*: TypeError: "),
+    ],
+    ids=str,
+)
+def test_what_the_model_cannot_take_is_told_by_column_dtype_and_way_out(item, told, cluster):
+    dataset = map_batches(ray.data.from_items([item] * 4), nn.Linear(2, 3), actors=1, num_cpus=0.1)
+    with pytest.raises(Exception, match=rf"(?s)InputError.*{told}.*preprocess="):
+        dataset.take_all()
+
+
 # --- one predictor --------------------------------------------------------------------------------
 
 
@@ -170,7 +277,8 @@ def test_one_column_is_the_only_argument(two):
 
 
 def test_a_missing_column_is_named(two):
-    with pytest.raises(KeyError, match=r"takes 'wrong', the batch has \['left', 'right'\]"):
+    told = r"model takes column 'wrong'; the batch has \['left', 'right'\]"
+    with pytest.raises(rzc.InputError, match=told):
         Predictor(two, inputs="wrong")(BATCH)
 
 
@@ -182,8 +290,31 @@ def test_outputs_become_columns(two):
     found = predict("dict")
     assert found["sum"].tolist() == found["half"].tolist() == [1, 2, 3]
     assert found["rows"].tolist() == [0, 1, 2]
-    with pytest.raises(TypeError, match="'output' of the model's output is a NoneType"):
+    with pytest.raises(rzc.OutputError, match="model returned None for 'output'; expected one row"):
         predict("none")
+
+
+def test_another_number_of_rows_is_refused_where_columns_are_added(two):
+    predictor = Predictor(two, postprocess=lambda total: total[:2])
+    assert predictor.predict(BATCH)["output"].tolist() == [1, 2]
+    with pytest.raises(rzc.OutputError, match="model returned 2 rows for 'output'; expected 3"):
+        predictor(BATCH)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), OSError("no"), rzc.BlockError("no"), RecursionError()]
+)
+def test_an_error_that_columns_are_not_to_blame_for_stays_itself(error, cluster):
+    predictor = Predictor(Failing())
+    predictor.model.error = error
+    with pytest.raises(type(error)) as caught:
+        predictor.predict({"x": np.ones(3)})
+    assert caught.value is error
 
 
 def test_a_batch_that_is_read_only_is_not_written(two):

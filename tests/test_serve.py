@@ -167,6 +167,146 @@ def test_replicas_share_one_block(url):
     serve.delete("measured")
 
 
+# --- columns and requests -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deployed(url):
+    """Deploy an application under its own name, and give its URL and handle."""
+    names = []
+
+    def deploy(application):
+        names.append(f"app{len(names)}")
+        path = f"/{names[-1]}"
+        return f"{url}{path}", serve.run(application, name=names[-1], route_prefix=path)
+
+    yield deploy
+    for name in names:
+        serve.delete(name)
+
+
+class Add(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2).double()
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, left, right):
+        return self.linear(left) / right.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"not JSON", "the body is not JSON: "),
+        (b"[" * 100_000, "the body is not JSON: "),
+        ([1, 2], "the body is a list, not a JSON object of columns"),
+        ({"left": 1, "right": [1]}, "column 'left' is a int, not a list of rows"),
+        ({"left": [[1.0, 2.0]], "right": []}, "columns have unequal numbers of rows: "),
+        ({"left": [[1.0, 2.0]]}, "model refused 'left' (float64[1, 2]): TypeError: "),
+        ({}, "model refused a batch without columns: TypeError: "),
+        ({"left": [[1.0]], "right": [[1.0]]}, "model refused 'left' (float64[1, 1]), 'right' "),
+        ({"left": ["a"], "right": [[1.0]]}, "model refused 'left' (<U1[1]), 'right' (float64[1"),
+        ({"left": [[1.0, "a"]], "right": [[1]]}, "model refused 'left' (object[1]), 'right' "),
+        ({"left": [[1.0], [1.0, 2.0]], "right": [1, 2]}, "column 'left' (object) holds rows of 1"),
+        ({"left": [[1.0, None]], "right": [1]}, "column 'left' (object) holds None beside numbers"),
+        ({"left": [[1.0, 2.0]], "right": [[1.0]], "more": [1]}, "model refused 'left' "),
+    ],
+    ids=str,
+)
+def test_a_clients_mistake_is_status_400_and_told(body, told, add):
+    code, error = refusal(add[0], body)
+    assert code == 400
+    assert error.startswith(told), error
+
+
+@pytest.fixture(scope="module")
+def add(deployed):
+    return deployed(app(Add(), **SMALL))
+
+
+def test_a_float64_model_keeps_its_precision(add):
+    assert post(add[0], {"left": [[0.1, 0.2]], "right": [[1.0]]}) == {"output": [[0.1, 0.2]]}
+    left = np.array([[0.1, 0.2]])
+    assert add[1].predict.remote({"left": left, "right": left * 0 + 0.5}).result()[
+        "output"
+    ].tolist() == [[0.1, 0.2]]
+
+
+def test_null_stands_for_what_json_lacks(add):
+    assert post(add[0], {"left": [[0.0, 1.0]], "right": [[0.0]]}) == {"output": [[None, None]]}
+
+
+def test_a_handle_raises_what_http_answers(add):
+    with pytest.raises(rzc.InputError, match=r"model refused 'left' \(float64\[1, 3\]\)"):
+        add[1].predict.remote({"left": np.ones((1, 3)), "right": np.ones((1, 1))}).result()
+
+
+class Recurrent(nn.Module):
+    """Keeps the request in a buffer while it computes, as caches of keys and values are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1, 1))
+
+    def forward(self, x):
+        self.kept[:] = x
+        time.sleep(0.01)
+        return self.kept
+
+
+def served_as(kind, model, **options):
+    """The model by itself, and as one of many."""
+    if kind == "app":
+        return app(model, **options)
+    return multiplexed({"one": model, "other": model}, **options)
+
+
+@pytest.mark.parametrize("kind", ["app", "multiplexed"])
+def test_requests_at_once_are_not_mixed(kind, deployed):
+    _, handle = deployed(served_as(kind, Recurrent(), max_ongoing_requests=100, **SMALL))
+    handle = handle.options(multiplexed_model_id="one") if kind == "multiplexed" else handle
+    asked = [handle.predict.remote({"x": np.full((1, 1), float(i))}) for i in range(75)]
+    assert [each.result()["output"].item() for each in asked] == list(range(75))
+
+
+shared = []
+
+
+def note(batch):
+    """A hook that knows how many run it, as a tokenizer of transformers would have to."""
+    shared.append(None)
+    time.sleep(0.01)
+    return {"x": np.full((1, 1), float(len(shared)))}
+
+
+def forget(output):
+    shared.pop()
+    return output
+
+
+def most(kind, deployed, **options):
+    how = {"preprocess": note, "postprocess": forget, "max_ongoing_requests": 100}
+    _, handle = deployed(served_as(kind, nn.Identity(), **how, **options, **SMALL))
+    names = ["one", "other"] if kind == "multiplexed" else [""]
+    handles = [handle.options(multiplexed_model_id=name) for name in names]
+    asked = [h.predict.remote({"x": np.ones((1, 1))}) for _ in range(20) for h in handles]
+    return max(each.result()["output"].item() for each in asked)
+
+
+@pytest.mark.parametrize("kind", ["app", "multiplexed"])
+def test_one_request_runs_at_a_time_or_as_many_as_asked(kind, deployed):
+    assert most(kind, deployed) == 1
+    assert 1 < most(kind, deployed, max_ongoing_forwards=3) <= 3
+
+
+def test_less_than_one_is_refused(cluster):
+    for kind in ("app", "multiplexed"):
+        with pytest.raises(ValueError, match="max_ongoing_forwards is 1 or more, not 0"):
+            served_as(kind, nn.Identity(), max_ongoing_forwards=0)
+
+
 # --- many models ----------------------------------------------------------------------------------
 
 
@@ -213,10 +353,8 @@ def test_loading_one_model_does_not_block_another(url, start):
         404,
         "no model 'none'; serve_multiplexed_model_id is one of ['quick', 'other', 'late']",
     )
-    for body in (b"not JSON", [1, 2], {"x": [[1], [2, 3]]}):
-        code, told = refusal(f"{url}/many", body, **header)
-        assert code == 400
-        assert "a JSON object of columns" in told
+    code, told = refusal(f"{url}/many", {"x": [[1.0] * 3]}, **header)
+    assert (code, told.startswith("model refused 'x' (float32[1, 3]): ")) == (400, True)
     serve.delete("many")
 
 

@@ -41,6 +41,14 @@ class MismatchError(RayZeroCopyError, ValueError):
     """A skeleton and tensors that do not belong together."""
 
 
+class InputError(RayZeroCopyError, ValueError):
+    """A batch that a model cannot take: a column is missing, or of another kind or shape."""
+
+
+class OutputError(RayZeroCopyError, ValueError):
+    """A model's output that does not become columns: it has no row for each input row."""
+
+
 class CatalogError(RayZeroCopyError):
     """The catalog of published models does not answer, or cannot do what was asked of it."""
 

@@ -8,30 +8,41 @@ and no longer. Publish from a process that outlives the deployment.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
+import logging
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ray_zerocopy.data import Batch, Predictor, split_options
+from ray_zerocopy.batches.columns import Columns, from_json, to_json
+from ray_zerocopy.batches.predictor import Predictor, split_options
+from ray_zerocopy.errors import InputError
 from ray_zerocopy.wrappers import ModelWrapper, wrap
 
+logger = logging.getLogger(__name__)
 
-def app(model: Any, **options: Any) -> serve.Application:
+
+def app(model: Any, *, max_ongoing_forwards: int = 1, **options: Any) -> serve.Application:
     """Make an application for `serve.run` whose replicas share one model.
 
     A request posts its columns as JSON, such as `{"x": [[1.0, 2.0], [3.0, 4.0]]}` for two rows,
-    and is answered by the output's columns; through a handle, `handle.predict.remote(batch)` takes
-    and gives arrays. Forwards run in threads, so that a replica stays responsive. Running an
-    application of the same name again replaces the weights, replica by replica.
+    and is answered by the output's columns, with null for NaN and infinities. What the model
+    cannot take is answered by status 400 and `{"error": ...}`. Through a handle,
+    `handle.predict.remote(batch)` takes and gives arrays, and raises `InputError`. Forwards run in
+    a thread, so that a replica stays responsive. Running an application of the same name again
+    replaces the weights, replica by replica.
 
     Args:
         model: a reference from `put`, a `ModelWrapper`, or the model itself; or what `follow` gave:
             then each publish reaches the replicas between two requests, without a deployment.
+        max_ongoing_forwards: how many requests a replica runs through `preprocess`, the model and
+            `postprocess` at a time. More than one is for those that keep nothing between or during
+            calls: caches in buffers and fast tokenizers of transformers mix requests.
         options: those of `Predictor`, such as `postprocess`; the others go to `serve.deployment`:
             `num_replicas`, `ray_actor_options` and the rest.
 
@@ -40,11 +51,16 @@ def app(model: Any, **options: Any) -> serve.Application:
 
     """
     how, options = split_options(options)
+    how["max_ongoing_forwards"] = _positive(max_ongoing_forwards)
     return serve.deployment(Replica, **options).bind(wrap(model), **how)
 
 
 def multiplexed(
-    models: Mapping[str, Any], *, max_num_models_per_replica: int = -1, **options: Any
+    models: Mapping[str, Any],
+    *,
+    max_num_models_per_replica: int = -1,
+    max_ongoing_forwards: int = 1,
+    **options: Any,
 ) -> serve.Application:
     """Make an application for `serve.run` whose replicas each serve many models.
 
@@ -55,6 +71,8 @@ def multiplexed(
     Args:
         models: each as for `app`, by name.
         max_num_models_per_replica: how many a replica keeps loaded; by default all.
+        max_ongoing_forwards: as for `app`, of all models of a replica together, which share the
+            hooks.
         options: as for `app`; those of `Predictor` hold for all models.
 
     """
@@ -65,6 +83,7 @@ def multiplexed(
             return self.loading(name)
 
     how, options = split_options(options)
+    how["max_ongoing_forwards"] = _positive(max_ongoing_forwards)
     wrapped = {name: wrap(model) for name, model in models.items()}
     return serve.deployment(Multiplexed, **options).bind(wrapped, **how)
 
@@ -106,16 +125,17 @@ class Loading:
 class Replica:
     """One of the replicas of an `app`; a class of one's own may build on it."""
 
-    def __init__(self, model: Any, **how: Any) -> None:
+    def __init__(self, model: Any, *, max_ongoing_forwards: int = 1, **how: Any) -> None:
         self._predictor = Predictor(model, **how)
+        self._forwards = _Forwards(max_ongoing_forwards)
 
     async def __call__(self, request: Request) -> Any:
         """Answer a request over HTTP."""
         return await _answer(request, self.predict)
 
-    async def predict(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Give the output's columns for a batch of columns."""
-        return await asyncio.to_thread(self._predictor.predict, batch)
+    async def predict(self, batch: Any) -> Columns:
+        """Give the output's columns for a batch of columns; raises as `Predictor.predict` does."""
+        return await self._forwards.run(self._predictor.predict, batch)
 
 
 class _Named:
@@ -126,9 +146,12 @@ class _Named:
 
     predictor: Callable[[str], Any]
 
-    def __init__(self, models: dict[str, ModelWrapper], **how: Any) -> None:
+    def __init__(
+        self, models: dict[str, ModelWrapper], *, max_ongoing_forwards: int, **how: Any
+    ) -> None:
         self._models = models
         self._how = how
+        self._forwards = _Forwards(max_ongoing_forwards)
 
     def loading(self, name: str) -> Loading:
         return Loading(Predictor, self._models[name], **self._how)
@@ -140,21 +163,43 @@ class _Named:
             return JSONResponse({"error": told}, status_code=404)
         return await _answer(request, self.predict)
 
-    async def predict(self, batch: Batch) -> dict[str, np.ndarray]:
+    async def predict(self, batch: Any) -> Columns:
         predictor = await (await self.predictor(serve.get_multiplexed_model_id()))
-        return await asyncio.to_thread(predictor.predict, batch)
+        return await self._forwards.run(predictor.predict, batch)
 
 
-async def _answer(request: Request, predict: Callable[[Batch], Any]) -> Any:
+class _Forwards:
+    """Threads of a replica for its forwards: those that wait leave the threads that load alone.
+
+    A request that goes away before its turn is not run; one that runs keeps its turn to its end.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="ray_zerocopy.forward")
+
+    async def run(self, predict: Callable[[Any], Columns], batch: Any) -> Columns:
+        request = contextvars.copy_context()  # which Serve's own functions ask in hooks
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, request.run, predict, batch)
+
+
+def _positive(at_once: int) -> int:
+    if at_once < 1:
+        raise ValueError(f"max_ongoing_forwards is 1 or more, not {at_once}")
+    return at_once
+
+
+async def _answer(request: Request, predict: Callable[[Any], Any]) -> JSONResponse:
     try:
-        batch = {name: _column(values) for name, values in (await request.json()).items()}
-    except (ValueError, AttributeError) as error:
-        told = f"the body is a JSON object of columns, each a list with an item a row: {error}"
-        return JSONResponse({"error": told}, status_code=400)
-    return {name: column.tolist() for name, column in (await predict(batch)).items()}
+        columns = await predict(from_json(await _json(request)))
+    except InputError as error:
+        logger.warning("answered by 400: %s", error, exc_info=error.__cause__)
+        return JSONResponse({"error": str(error)}, status_code=400)
+    return JSONResponse(to_json(columns))
 
 
-def _column(values: Any) -> np.ndarray:
-    """Give a column of numbers in the widths that torch gives them."""
-    column = np.array(values)
-    return column.astype(np.float32) if column.dtype == np.float64 else column
+async def _json(request: Request) -> Any:
+    try:
+        return await request.json()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON: {error}") from None

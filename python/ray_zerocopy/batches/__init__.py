@@ -1,0 +1,5 @@
+"""Batches of columns through a model: what Ray Data and Ray Serve run.
+
+In: a batch, as columns, a DataFrame, a Table or JSON. Out: columns of the model's output. Imports
+`wrappers` and what that may import.
+"""

@@ -1,0 +1,303 @@
+"""What a model takes of a batch's columns, and what columns become of its output.
+
+JSON ─ from_json ─▶ columns ─ argument ─▶ tensors ─▶ model ─ outputs ─▶ columns ─ to_json ─▶ JSON
+
+A column is an ndarray with a row for each item; rows of unequal shapes are a column of objects, as
+in Ray Data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_zerocopy.errors import InputError, OutputError
+
+Columns = dict[str, np.ndarray]
+
+_NUMBERS = "biufc"
+_TEXT = "OSUT"  # objects and strings, which stay what they are
+_SIGNED_NBYTES = 1  # torch computes with no unsigned integer that is larger
+_REAL = (bool, int, float, complex, np.bool_, np.number)
+_ROWS = (list, tuple, np.ndarray)
+
+
+# --- from a batch to the model --------------------------------------------------------------------
+
+
+def columns_of(batch: Any) -> Mapping[str, Any]:
+    """Give a batch as columns: a mapping as it is, a DataFrame or Table as Ray Data would."""
+    if isinstance(batch, Mapping):
+        return batch
+    blocks = importlib.import_module("ray.data.block")  # needs pyarrow; Serve comes without
+    found: Mapping[str, Any] = blocks.BlockAccessor.for_block(batch).to_numpy()
+    return found
+
+
+def from_json(body: Any) -> Columns:
+    """Give the columns of a JSON object of lists.
+
+    Raises `InputError` for another body, and for columns of unequal numbers of rows.
+    """
+    if not isinstance(body, dict):
+        kind = type(body).__name__
+        raise InputError(f"the body is a {kind}, not a JSON object of columns such as {{'x': [1]}}")
+    for name, rows in body.items():
+        if not isinstance(rows, list):
+            raise InputError(f"column {name!r} is a {type(rows).__name__}, not a list of rows")
+    counts = {name: len(rows) for name, rows in body.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"columns have unequal numbers of rows: {counts}")
+    return {name: _read(rows) for name, rows in body.items()}
+
+
+def _read(rows: list[Any]) -> np.ndarray:
+    if (dense := _dense(rows)) is not None:
+        return dense
+    return np.array(rows) if all(isinstance(row, str) for row in rows) else _objects(rows)
+
+
+def floats_of(model: Any) -> torch.dtype | None:
+    """Give the dtype of a module's floating-point parameters, or buffers; None for several."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    for tensors in (model.parameters(), model.buffers()):
+        dtypes = {tensor.dtype for tensor in tensors if _computes_in_floats(tensor.dtype)}
+        if dtypes:
+            return dtypes.pop() if len(dtypes) == 1 else None
+    return None
+
+
+def _computes_in_floats(dtype: torch.dtype) -> bool:
+    """Whether sums are made in this dtype; weights are only stored in those of a byte."""
+    return bool(dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def argument(
+    name: str, column: Any, floats: torch.dtype | None, device: torch.device | str | None
+) -> Any:
+    """Give what a model takes for a column: of numbers a tensor of its own, all else as it is.
+
+    Integers and bools keep their dtype, unsigned ones of more than a byte become int64. Floating
+    columns have `floats`, the model's dtype; without it, float64 becomes torch's default dtype, as
+    in `torch.tensor` of Python numbers.
+
+    Raises `InputError` for dates, rows of unequal shapes, and None among numbers.
+    """
+    if isinstance(column, torch.Tensor):
+        return column.to(device)
+    if hasattr(column, "to_numpy"):  # a Series
+        column = column.to_numpy()
+    if not isinstance(column, np.ndarray):
+        return column
+    if column.dtype.kind == "O":
+        column = _stacked(name, column)
+    kind, itemsize = column.dtype.kind, column.dtype.itemsize
+    if kind in _TEXT:
+        return column
+    if kind not in _NUMBERS:
+        raise InputError(
+            f"column {name!r} is {column.dtype}, which no tensor holds: convert it in preprocess="
+        )
+    dtype = None
+    if kind == "u" and itemsize > _SIGNED_NBYTES:
+        if itemsize == 8 and column.size and column.max() > np.iinfo(np.int64).max:
+            raise InputError(f"column {name!r} is uint64 with numbers beyond int64")
+        column = column.astype(np.int64)
+    elif kind == "f":
+        column = column.astype(np.float64) if itemsize > 8 else column
+        dtype = floats or (torch.get_default_dtype() if itemsize >= 8 else None)
+    # Copied: a batch may be read-only, and the model may write what it is given.
+    copied = np.array(column, dtype=column.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(copied).to(device, dtype)
+
+
+def _stacked(name: str, column: np.ndarray) -> np.ndarray:
+    """Make numbers of a column of objects, if it holds nothing else; all others stay objects."""
+    rows = list(column)
+    if not rows:
+        return column
+    if (dense := _dense(rows)) is not None:
+        return dense
+    kinds = {type(leaf) for row in rows for leaf in _leaves(row)}
+    if not all(issubclass(kind, (*_REAL, NoneType)) for kind in kinds) or kinds <= {NoneType}:
+        return column
+    if NoneType in kinds:
+        wrong = "None beside numbers: fill it"
+    elif len(lengths := {len(row) if isinstance(row, _ROWS) else 1 for row in rows}) > 1:
+        wrong = f"rows of {min(lengths)} to {max(lengths)} items: pad them to one length"
+    else:
+        wrong = "rows of unequal shapes, or integers beyond 64 bits: make them equal"
+    raise InputError(f"column {name!r} (object) holds {wrong} in preprocess=")
+
+
+def _dense(rows: Sequence[Any]) -> np.ndarray | None:
+    """Give rows of numbers as one array; None for others and for rows of unequal shapes."""
+    if not all(isinstance(row, _REAL + _ROWS) for row in rows):
+        return None
+    try:
+        array = np.array([_nested(row) for row in rows])
+    except ValueError:  # rows of unequal shapes
+        return None
+    return array if array.dtype.kind in _NUMBERS else None
+
+
+def _nested(row: Any) -> Any:
+    """Give lists in place of arrays of arrays, as Arrow's lists of lists are."""
+    objects = isinstance(row, np.ndarray) and row.dtype.kind == "O"
+    return [_nested(item) for item in row] if objects else row
+
+
+def _leaves(row: Any) -> Iterator[Any]:
+    """Give the items of a row; of an array of numbers one."""
+    if isinstance(row, np.ndarray) and row.dtype.kind in _NUMBERS:
+        yield row.dtype.type()
+    elif isinstance(row, _ROWS):
+        for item in row:
+            yield from _leaves(item)
+    else:
+        yield row
+
+
+def _objects(rows: Sequence[Any]) -> np.ndarray:
+    """Give rows as a column of objects, whatever they are."""
+    column = np.empty(len(rows), object)
+    for index, row in enumerate(rows):
+        column[index] = row
+    return column
+
+
+def described(name: str, value: Any) -> str:
+    """Describe a column in an error: its name, dtype and shape."""
+    if not isinstance(value, np.ndarray | torch.Tensor):
+        return f"{name!r} ({type(value).__name__})"
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{name!r} ({dtype}{list(value.shape)})"
+
+
+# --- from the model to columns --------------------------------------------------------------------
+
+
+def outputs(output: Any) -> Columns:
+    """Give a model's output as columns, each in memory of its own.
+
+    A tensor or array is the column `"output"`, a tuple `"output_0"`, `"output_1"` and so on; a
+    mapping, a dataclass and a named tuple have names, and so has a list with a mapping for each
+    row. Rows of unequal shapes become a column of objects.
+
+    Raises `OutputError` for what has no rows.
+    """
+    return {name: _column(name, value) for name, value in _named(output).items()}
+
+
+def _named(output: Any) -> Mapping[str, Any]:
+    if isinstance(output, Mapping):
+        return output
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {each.name: getattr(output, each.name) for each in dataclasses.fields(output)}
+    if isinstance(output, tuple):
+        unnamed = [f"output_{index}" for index in range(len(output))]
+        names = getattr(output, "__match_args__", unnamed)  # which named tuples have
+        return dict(zip(names, output, strict=True))
+    if isinstance(output, list) and output and all(isinstance(row, Mapping) for row in output):
+        names = dict.fromkeys(name for row in output for name in row)
+        return {name: [row.get(name) for row in output] for name in names}
+    return {"output": output}
+
+
+def _column(name: str, value: Any) -> np.ndarray:
+    try:
+        column = _array(value)
+    except (TypeError, ValueError) as error:
+        raise _no_column(name, value) from error
+    if column.ndim == 0:
+        raise _no_column(name, value)
+    return column
+
+
+def _no_column(name: str, value: Any) -> OutputError:
+    what = "None" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        what = "a scalar"
+    return OutputError(
+        f"model returned {what} for {name!r}; expected one row per input row (use postprocess=)"
+    )
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        return _rows(value.unbind()) if value.is_nested else _from_tensor(value)
+    if isinstance(value, list | tuple):
+        return _rows(value)
+    return np.array(value)  # copied: a model may give what it keeps, and write it in the next call
+
+
+def _rows(values: Sequence[Any]) -> np.ndarray:
+    """Give a list of rows as a column, of objects where their shapes differ."""
+    rows = [_array(row) if isinstance(row, torch.Tensor | list | tuple) else row for row in values]
+    shapes = {() if isinstance(row, Mapping) else np.shape(row) for row in rows}
+    if len(shapes) > 1 or any(isinstance(row, np.ndarray) and row.dtype == object for row in rows):
+        return _objects(rows)
+    column = np.array(rows)
+    mixed = column.dtype.kind == "U" and not all(isinstance(row, str | np.ndarray) for row in rows)
+    return _objects(rows) if mixed else column
+
+
+def _from_tensor(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    if tensor.is_floating_point() and (tensor.itemsize == 1 or tensor.dtype is torch.bfloat16):
+        tensor = tensor.float()  # numpy has none of these
+    tensor = tensor.to(torch.complex64) if tensor.dtype is torch.complex32 else tensor
+    return np.array(tensor.numpy())
+
+
+# --- from columns to JSON -------------------------------------------------------------------------
+
+
+def to_json(columns: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Give columns as lists that are valid JSON: null for NaN and infinities, which JSON lacks.
+
+    Raises `OutputError` for what JSON has no form of, such as complex numbers.
+    """
+    found = {}
+    for name, column in columns.items():
+        try:
+            found[name] = _plain(column)
+        except TypeError as error:
+            raise OutputError(f"column {name!r} holds {error} (use postprocess=)") from None
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        if not (finite := np.isfinite(value)).all():
+            value = value.astype(object)
+            value[~finite] = None
+        return value.tolist()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuU":
+        return value.tolist()
+    if isinstance(value, np.ndarray) and value.dtype.kind != "O":
+        raise TypeError(f"{value.dtype}, which JSON lacks")
+    if isinstance(value, torch.Tensor):
+        return _plain(_from_tensor(value))
+    if isinstance(value, _ROWS):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if not isinstance(value, str | int | None):
+        raise TypeError(f"a {type(value).__name__}, which JSON lacks")
+    return value
