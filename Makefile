@@ -16,7 +16,9 @@ test: build
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	PYO3_PYTHON=$(abspath $(BIN))/python cargo clippy --all-targets --features python -- -D warnings
+	cargo clippy --all-targets --features portable -- -D warnings
 	cargo test --quiet
+	cargo test --quiet --features portable
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

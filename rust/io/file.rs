@@ -27,8 +27,8 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::format::checksum::CHUNK;
-use crate::memory::huge::HUGE;
-use crate::memory::mapping::Mapping;
+use crate::platform::mapping::Mapping;
+use crate::platform::{self, HUGE};
 
 /// The middle of a chunk tells whether it is in the page cache: to ask for all of it takes 9 us for a MiB,
 /// a tenth of the time to read it from there; for so much, 1.5. Its ends may be there for a neighbour's
@@ -118,8 +118,8 @@ impl Reader {
     /// A file that is open already; `path` is what errors call it.
     pub fn new(file: File, path: &Path, how: How) -> io::Result<Reader> {
         let as_opened = state(&file)?;
-        system::read_no_further(&file);
-        let direct = if how == How::Buffered { None } else { system::reopen_direct(&file) };
+        platform::read_no_further(&file);
+        let direct = if how == How::Buffered { None } else { platform::reopen_direct(&file) };
         Ok(Reader {
             path: path.to_owned(),
             direct,
@@ -133,16 +133,17 @@ impl Reader {
 
     /// The mapped file, where it can be opened and lies on a disk; files in memory have nothing to read.
     pub fn of(mapping: &Mapping, how: How) -> Option<Reader> {
-        let path = PathBuf::from(&mapping.backing.name);
-        let file = mapping.open_at(&path).or_else(|| mapping.open_at(&mapping.link()))?;
-        if system::is_in_memory(&file) { None } else { Reader::new(file, &path, how).ok() }
+        let (file, _) = mapping.open(None).ok()?;
+        let path = Path::new(&mapping.backing.name);
+        if platform::has_no_disk(&file) { None } else { Reader::new(file, path, how).ok() }
     }
 
     /// Whether so little of the middle of a range is in the page cache that it comes from the disk.
     pub fn is_cold(&self, offset: u64, nbytes: usize) -> bool {
         let sample = nbytes.min(SAMPLE);
         let offset = offset + (nbytes - sample) as u64 / 2;
-        system::cached(&self.file, offset, sample).is_some_and(|cached| cached < sample as u64 / 2)
+        platform::cached(&self.file, offset, sample)
+            .is_some_and(|cached| cached < sample as u64 / 2)
     }
 
     /// At most [`CHUNK`] bytes from `offset` on, in a slot.
@@ -226,7 +227,7 @@ impl Bounce {
         let nbytes = (slots * SLOT).next_multiple_of(HUGE) + HUGE; // as it need not start at one
         let refused = |error| Error::refused(format!("{nbytes} bytes to read into"), &error);
         let map = MmapMut::map_anon(nbytes).map_err(refused)?;
-        system::prefer_huge(&map, huge);
+        platform::prefer_huge(&map, huge);
         Ok(Bounce(map))
     }
 
@@ -240,7 +241,7 @@ impl Bounce {
 impl Speeds {
     fn of(file: &File) -> Arc<Speeds> {
         let mut speeds = SPEEDS.lock().unwrap_or_else(PoisonError::into_inner);
-        speeds.entry(system::device(file)).or_default().clone()
+        speeds.entry(platform::device(file)).or_default().clone()
     }
 
     /// Whether the direct way is the faster, or has yet to be tried.
@@ -304,137 +305,10 @@ fn state(file: &File) -> io::Result<State> {
     Ok((metadata.len(), metadata.modified()?))
 }
 
-#[cfg(target_os = "linux")]
-mod system {
-    use std::fs::File;
-    use std::io;
-    use std::mem::MaybeUninit;
-    use std::os::fd::AsRawFd;
-    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-
-    use memmap2::{Advice, MmapMut};
-
-    /// Linux 6.5, one number for all architectures; `libc` knows it for some.
-    const SYS_CACHESTAT: libc::c_long = 451;
-
-    /// `linux/magic.h`
-    const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
-
-    /// The kernel's `struct cachestat_range` and `struct cachestat` (linux/mman.h).
-    #[repr(C)]
-    struct Range {
-        offset: u64,
-        nbytes: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Default)]
-    struct Cached {
-        pages: u64,
-        dirty: u64,
-        in_writeback: u64,
-        evicted: u64,
-        recently_evicted: u64,
-    }
-
-    /// Bytes of a range that are in the page cache; `None` where the kernel does not say.
-    pub fn cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
-        let range = Range { offset, nbytes: nbytes as u64 };
-        let mut cached = Cached::default();
-        // SAFETY: two structures of the kernel's, the second to be written.
-        let status = unsafe {
-            libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut cached, 0)
-        };
-        if status == 0 {
-            Some(cached.pages * 4096)
-        } else {
-            first_byte_cached(file, offset, nbytes)
-        }
-    }
-
-    /// Judges a range by its first byte: on older kernels, and for those who may not write the file,
-    /// whom `cachestat` does not tell.
-    fn first_byte_cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
-        let mut byte = 0_u8;
-        let target = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-        // SAFETY: one byte that can be written.
-        let read = unsafe {
-            libc::preadv2(file.as_raw_fd(), &raw const target, 1, offset as i64, libc::RWF_NOWAIT)
-        };
-        match (read, io::Error::last_os_error().raw_os_error()) {
-            (1, _) => Some(nbytes as u64),
-            (-1, Some(libc::EAGAIN)) => Some(0),
-            _ => None,
-        }
-    }
-
-    /// Whether a file has no disk behind it.
-    pub fn is_in_memory(file: &File) -> bool {
-        let mut found = MaybeUninit::<libc::statfs>::uninit();
-        // SAFETY: room for the structure.
-        if unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) } != 0 {
-            return false;
-        }
-        // SAFETY: the kernel has filled it.
-        let found = unsafe { found.assume_init() }.f_type;
-        [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&found)
-    }
-
-    /// Has the kernel read what is asked for and no more: the rest may come past the page cache.
-    pub fn read_no_further(file: &File) {
-        // SAFETY: advice.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
-    }
-
-    /// Has the kernel make huge pages of memory, if it has some, or none even where it makes them of all.
-    pub fn prefer_huge(map: &MmapMut, huge: bool) {
-        let _ = map.advise(if huge { Advice::HugePage } else { Advice::NoHugePage });
-    }
-
-    /// The file system that a file is on.
-    pub fn device(file: &File) -> u64 {
-        file.metadata().map_or(0, |metadata| metadata.dev())
-    }
-
-    /// The same file past the page cache; `None` where its file system cannot.
-    pub fn reopen_direct(file: &File) -> Option<File> {
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        File::options().read(true).custom_flags(libc::O_DIRECT).open(path).ok()
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-mod system {
-    use std::fs::File;
-
-    use memmap2::MmapMut;
-
-    pub fn cached(_: &File, _: u64, _: usize) -> Option<u64> {
-        None
-    }
-
-    pub fn is_in_memory(_: &File) -> bool {
-        false
-    }
-
-    pub fn read_no_further(_: &File) {}
-
-    pub fn prefer_huge(_: &MmapMut, _: bool) {}
-
-    pub fn device(_: &File) -> u64 {
-        0
-    }
-
-    pub fn reopen_direct(_: &File) -> Option<File> {
-        None
-    }
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use std::env;
     use std::fs;
-    use std::os::fd::AsRawFd;
 
     use proptest::prelude::*;
 
@@ -460,8 +334,7 @@ mod tests {
         fn evict(&self) {
             let file = File::open(&self.0).unwrap();
             file.sync_all().unwrap();
-            // SAFETY: advice.
-            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+            platform::evict(&file);
         }
     }
 
@@ -507,6 +380,7 @@ mod tests {
         }
     }
 
+    #[cfg(all(target_os = "linux", not(feature = "portable")))]
     #[test]
     fn what_is_cold_is_told_from_what_is_warm_and_stays_cold_when_read_directly() {
         let file = Written::new("cold");

@@ -17,8 +17,8 @@ use crate::format::layout::Span;
 use crate::io::file::Bounce;
 use crate::io::part::Part;
 use crate::io::source::Source;
-use crate::memory::huge::HUGE;
 use crate::memory::target::Target;
+use crate::platform::HUGE;
 
 /// Below this a second thread costs more than it saves.
 const ALONE: usize = 8 << 20;
@@ -114,7 +114,8 @@ pub unsafe fn fill(
         })
     });
     if let Err(Error::NoRoom { .. }) = filled {
-        pages.give_back();
+        // SAFETY: the block was never sealed.
+        unsafe { pages.give_back() };
         return filled.map(|()| vec![]);
     }
     filled?;

@@ -1,6 +1,7 @@
 //! Io: bytes on their way.
 //!
-//! In: storages by address, and memory that is ready. Out: a block. Imports `error`, `format` and `memory`.
+//! In: storages by address, and memory that is ready. Out: a block. Imports `error`, `format`,
+//! `platform` and `memory`.
 
 #[allow(unsafe_code)] // instructions of the processor
 pub mod stream;

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::io::file::{How, Reader};
 use crate::memory::arena::Lot;
-use crate::memory::mapping::{Mapping, Mappings};
-use crate::memory::page_table::PageTable;
 use crate::memory::region::Region;
+use crate::platform::mapping::Mapping;
+use crate::platform::{Mappings, PageTable};
 
 /// Bytes that are to be written somewhere.
 #[derive(Debug, Clone)]
@@ -185,7 +185,7 @@ impl Tracer {
     fn trace_mapped(&mut self, offset: u64, addresses: Range<usize>, mapping: &Mapping) {
         let written = match mapping.shared {
             true => Some(Vec::new()),
-            false => self.page_table.written(addresses.clone().into()),
+            false => self.page_table.written(&addresses),
         };
         let (Some(written), Some(reader)) = (written, self.reader(mapping)) else {
             return self.found.push((offset, memory(addresses)));
@@ -214,7 +214,7 @@ fn memory(addresses: Range<usize>) -> Source {
     Source::Memory(addresses.into())
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, target_os = "linux", not(feature = "portable")))]
 #[allow(unsafe_code)] // maps files
 mod tests {
     use std::fs::{self, File};

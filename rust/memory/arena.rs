@@ -11,13 +11,18 @@
 //! private memory 148.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::error::Result;
-use crate::memory::huge::HUGE;
-use crate::memory::page_table;
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::error::{Error, Result};
+use crate::memory::huge::Prices;
 use crate::memory::region::Region;
+use crate::platform::{self, HUGE, Map};
 
 /// Up to so much is lent in small pages: some of the huge ones are held for a few bytes.
 const SMALL: usize = 16 << 20;
@@ -29,7 +34,7 @@ const IDLE: usize = 8;
 /// Shared memory of this process, with pages only where lots lie.
 #[derive(Debug)]
 pub struct Arena {
-    memory: system::Memory,
+    memory: Memory,
     lots: Mutex<Lots>,
 }
 
@@ -58,18 +63,18 @@ pub struct Lot {
 impl Arena {
     /// An arena without any pages, of as many addresses as the machine has memory.
     pub fn new() -> Result<Arc<Arena>> {
-        let memory = system::Memory::new()?;
-        let Range { start, end } = memory.addresses();
+        let memory = Memory::new()?;
+        let Range { start, end } = memory.map.huge_range();
         let lots = Lots { free: BTreeMap::from([(start, end)]), ..Lots::default() };
         Ok(Arc::new(Arena { memory, lots: Mutex::new(lots) }))
     }
 
     /// Lends memory, whatever is in it, its page table filled; `None` when all addresses are lent.
     pub fn lend(self: &Arc<Self>, nbytes: usize) -> Option<Arc<Lot>> {
-        let size = nbytes.next_multiple_of(page_table::page()).max(page_table::page());
+        let size = nbytes.next_multiple_of(platform::page()).max(platform::page());
         let mut lots = lock(&self.lots);
         let huge = if lots.nbytes + nbytes <= SMALL { 0 } else { nbytes / HUGE };
-        let start = lots.take(size, if huge > 0 { HUGE } else { page_table::page() })?;
+        let start = lots.take(size, if huge > 0 { HUGE } else { platform::page() })?;
         let (region, held) = (Region { address: start, nbytes }, vec![HUGE; huge]);
         let lot = Arc::new(Lot { arena: self.clone(), region, held: Mutex::new(held) });
         lots.lent.insert(start, Arc::downgrade(&lot));
@@ -109,12 +114,7 @@ impl Lots {
     }
 
     /// Uses what is idle among these pages; what is so elsewhere in the addresses goes. True if any was.
-    fn wake(
-        &mut self,
-        addresses: Range<usize>,
-        pages: &Range<usize>,
-        memory: &system::Memory,
-    ) -> bool {
+    fn wake(&mut self, addresses: Range<usize>, pages: &Range<usize>, memory: &Memory) -> bool {
         let mut woken = false;
         self.idle.retain(|&idle| {
             let apart = idle + HUGE <= addresses.start || addresses.end <= idle;
@@ -129,14 +129,14 @@ impl Lots {
     }
 
     /// Gives pages back that are idle, but for so many bytes.
-    fn rest(&mut self, nbytes: usize, memory: &system::Memory) {
+    fn rest(&mut self, nbytes: usize, memory: &Memory) {
         let kept = self.idle.len().min(nbytes / HUGE);
         self.idle.drain(kept..).for_each(|idle| memory.punch(idle..idle + HUGE));
     }
 
     fn take_back(&mut self, region: Region) {
         let (mut start, mut end) = (region.address, region.address + region.nbytes.max(1));
-        end = end.next_multiple_of(page_table::page());
+        end = end.next_multiple_of(platform::page());
         self.lent.remove(&start);
         self.nbytes -= region.nbytes;
         if let Some(after) = self.free.remove(&end) {
@@ -172,7 +172,7 @@ impl Lot {
             }
             start += HUGE;
         }
-        let (page, end) = (page_table::page(), self.region.address + self.region.nbytes);
+        let (page, end) = (platform::page(), self.region.address + self.region.nbytes);
         let stop = if addresses.end < end { addresses.end / page * page } else { end };
         let start = start.max(addresses.start.next_multiple_of(page));
         if start < stop {
@@ -186,7 +186,7 @@ impl Drop for Lot {
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Region { address, nbytes } = self.region;
         let small = address + held.len() * HUGE;
-        let end = (address + nbytes).next_multiple_of(page_table::page());
+        let end = (address + nbytes).next_multiple_of(platform::page());
         if small < end {
             self.arena.memory.punch(small..end);
         }
@@ -203,125 +203,59 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[cfg(target_os = "linux")]
-mod system {
-    use std::fs::File;
-    use std::io;
-    use std::ops::Range;
-    use std::os::fd::{AsRawFd, FromRawFd};
-    use std::os::unix::fs::MetadataExt;
+/// A file in memory, mapped where its pages can be huge.
+#[derive(Debug)]
+struct Memory {
+    file: File,
+    map: Map,
+    prices: Prices,
+}
 
-    use memmap2::{MmapOptions, MmapRaw};
-
-    use crate::error::{Error, Result};
-    use crate::memory::huge::{HUGE, Placed, Prices};
-    use crate::memory::page_table::{self, page};
-    use crate::memory::region::Region;
-
-    /// A file in memory that has no name, so that nothing is left of it whatever ends this process.
-    /// It counts as shared memory of the process, not against the size of `/dev/shm`.
-    #[derive(Debug)]
-    pub struct Memory {
-        file: File,
-        pub placed: Placed,
-        prices: Prices,
+impl Memory {
+    fn new() -> Result<Memory> {
+        Memory::mapped().map_err(|error| Error::refused("shared memory without a name", &error))
     }
 
-    impl Memory {
-        pub fn new() -> Result<Memory> {
-            Memory::placed().map_err(|error| Error::refused("shared memory without a name", &error))
-        }
+    fn mapped() -> io::Result<Memory> {
+        let file = platform::nameless_file(platform::memory_nbytes().next_multiple_of(HUGE))?;
+        let anywhere: MmapRaw = MmapOptions::new().no_reserve_swap().map_raw(&file)?;
+        let start = anywhere.as_ptr().addr();
+        // SAFETY: mapped until the end of this function; nobody writes there.
+        let map = unsafe { Map::again(start..start + anywhere.len()) }?; // where pages can be huge
+        Ok(Memory { file, map, prices: Prices::default() })
+    }
 
-        fn placed() -> io::Result<Memory> {
-            // SAFETY: a name that ends with a zero.
-            let fd = unsafe { libc::memfd_create(c"ray-zerocopy".as_ptr(), libc::MFD_CLOEXEC) };
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // SAFETY: open, and nobody else's.
-            let file = unsafe { File::from_raw_fd(fd) };
-            // SAFETY: only reads a number.
-            let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) } as usize;
-            file.set_len((pages * page()).next_multiple_of(HUGE) as u64)?;
-            let map: MmapRaw = MmapOptions::new().no_reserve_swap().map_raw(&file)?;
-            let anywhere = Region { address: map.as_ptr().addr(), nbytes: map.len() };
-            let placed = Placed::again(anywhere)?; // where pages can be huge
-            Ok(Memory { file, placed, prices: Prices::default() })
-        }
+    fn nbytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |file| 512 * file.blocks())
+    }
 
-        pub fn addresses(&self) -> Range<usize> {
-            self.placed.chunks()
+    /// Makes the pages of a region: some huge if they are fresh, and cheaper than small ones.
+    fn make(&self, region: Region, huge: Range<usize>, fresh: bool) {
+        // this memory has no file system to be full
+        let fill = || {
+            let _ = platform::fill_to_write(region.addresses());
+        };
+        if huge.is_empty() || !fresh {
+            fill();
+        } else if self.prices.prefer_huge()
+            && self.prices.time_huge(huge.len(), || self.map.make(huge))
+        {
+            fill(); // the rest
+        } else {
+            self.prices.time_small(region.nbytes, fill);
         }
+    }
 
-        pub fn nbytes(&self) -> u64 {
-            self.file.metadata().map_or(0, |file| 512 * file.blocks())
-        }
-
-        /// Makes the pages of a region: some huge if they are fresh, and cheaper than small ones.
-        pub fn make(&self, region: Region, huge: Range<usize>, fresh: bool) {
-            // this memory has no file system to be full
-            let fill = || {
-                let _ = page_table::fill_to_write(region);
-            };
-            if huge.is_empty() || !fresh {
-                fill();
-            } else if self.prices.prefer_huge()
-                && self.prices.time_huge(huge.len(), || self.placed.make(huge))
-            {
-                fill(); // the rest
-            } else {
-                self.prices.time_small(region.nbytes, fill);
-            }
-        }
-
-        /// Frees whole pages; where that fails they stay, and nothing else is wrong.
-        pub fn punch(&self, pages: Range<usize>) {
-            let offset = (pages.start - self.addresses().start) as libc::off_t;
-            let (file, nbytes) = (self.file.as_raw_fd(), pages.len() as libc::off_t);
-            let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            // SAFETY: no slice of the mapping is ever made, and only what has been written to a block,
-            // or that nobody holds any more, is punched.
-            let _ = unsafe { libc::fallocate(file, how, offset, nbytes) };
-        }
+    /// Frees whole pages.
+    fn punch(&self, pages: Range<usize>) {
+        let offset = (pages.start - self.map.addresses().start) as u64;
+        // SAFETY: no slice of the mapping is ever made, and only what has been written to a block,
+        // or that nobody holds any more, is punched.
+        unsafe { platform::punch(&self.file, offset, pages.len()) };
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-mod system {
-    use std::ops::Range;
-
-    use crate::error::{Error, Result};
-    use crate::memory::region::Region;
-
-    #[derive(Debug)]
-    pub enum Memory {}
-
-    impl Memory {
-        pub fn new() -> Result<Memory> {
-            Err(Error::Unsupported {
-                reason: "only Linux gives shared memory back by the page".into(),
-            })
-        }
-
-        pub fn addresses(&self) -> Range<usize> {
-            match *self {}
-        }
-
-        pub fn nbytes(&self) -> u64 {
-            match *self {}
-        }
-
-        pub fn make(&self, _: Region, _: Range<usize>, _: bool) {
-            match *self {}
-        }
-
-        pub fn punch(&self, _: Range<usize>) {
-            match *self {}
-        }
-    }
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, target_os = "linux", not(feature = "portable")))]
 mod tests {
     use std::slice;
 
@@ -411,7 +345,7 @@ mod tests {
         let lot = arena.lend(2 * HUGE + PAGE).unwrap();
         bytes(&lot).fill(7);
         let start = lot.region().address;
-        assert_eq!(arena.memory.placed.huge_nbytes(start..start + 2 * HUGE), Some(2 * HUGE));
+        assert_eq!(arena.memory.map.huge_nbytes(start..start + 2 * HUGE), Some(2 * HUGE));
         lot.give_back(start..start + 5);
         lot.give_back(start + HUGE - 5..start + HUGE + 5);
         assert_eq!(nbytes(), 2 * HUGE + PAGE);

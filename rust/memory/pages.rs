@@ -14,15 +14,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use std::{mem, process};
+use std::{io::ErrorKind, mem, process};
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::memory::huge::{HUGE, Placed, SETTLED_AFTER};
-use crate::memory::mapping::Backing;
-use crate::memory::page_table::{self, AROUND, PageTable};
-use crate::memory::region::Region;
+use crate::memory::huge::SETTLED_AFTER;
+use crate::memory::region::{Region, touch};
+use crate::memory::store;
+use crate::platform::mapping::Backing;
+use crate::platform::{AROUND, HUGE, Map, PageTable};
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -35,7 +36,7 @@ pub enum Pages {
     /// The store's pages, copied page by page as they are written.
     Private {
         /// The mapping, which its thread has, too.
-        map: Arc<Placed>,
+        map: Arc<Map>,
         /// What was mapped again ...
         beneath: Region,
         /// ... and where it comes from.
@@ -56,15 +57,20 @@ impl Pages {
     }
 
     /// Maps a region of the store again, privately.
+    ///
+    /// The file is Ray's store. Ray neither writes nor reuses the bytes of an object while a reference
+    /// to its buffer lives, which whoever holds these pages keeps.
     pub fn private(beneath: Region) -> Result<Pages> {
-        let (map, backing) = system::map_private(beneath)?;
+        let (file, backing) = store::open(beneath)?;
+        let map = Map::private(&file, backing.offset, beneath.nbytes);
+        let map = map.map_err(|error| Error::refused(&backing.name, &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath, backing })
     }
 
     /// How many of the bytes lie in huge pages; `None` where that is not known.
     pub fn huge_nbytes(&self) -> Option<usize> {
         match self {
-            Pages::Private { map, .. } => map.huge_nbytes(map.chunks()),
+            Pages::Private { map, .. } => map.huge_nbytes(map.huge_range()),
             Pages::Shared(_) | Pages::Copied(_) => None,
         }
     }
@@ -99,7 +105,7 @@ impl Pages {
                     unsafe { fill(region, if huge { HUGE } else { AROUND }, stop) };
                     if !huge {
                         stop.wait(SETTLED_AFTER);
-                        system::make_huge(beneath, &backing, stop);
+                        make_huge(beneath, &backing, stop);
                     }
                 }))
             }
@@ -120,7 +126,7 @@ unsafe fn fill(region: Region, step: usize, stop: &Stop) {
             break;
         }
         // SAFETY: the caller's promise.
-        unsafe { page_table::touch(region.address + at) };
+        unsafe { touch(region.address + at) };
     }
 }
 
@@ -183,173 +189,32 @@ impl Drop for Prefault {
     }
 }
 
-/// The store's file behind this memory; `None` if it is other memory of this process.
-pub fn backing(region: Region) -> Result<Option<Backing>> {
-    system::backing(region)
-}
-
-fn unsupported(reason: impl Into<String>) -> Error {
-    Error::Unsupported { reason: reason.into() }
-}
-
-#[cfg(target_os = "linux")]
-mod system {
-    use std::fs::{self, File};
-    use std::io::{self, ErrorKind};
-    use std::iter;
-    use std::path::{Path, PathBuf};
-    use std::sync::Mutex;
-
-    use super::{Stop, TRIES, unsupported};
-    use crate::error::{Error, Result};
-    use crate::memory::huge::{Placed, SETTLED_AFTER};
-    use crate::memory::mapping::{self, Backing, Mapping};
-    use crate::memory::region::Region;
-
-    /// A shared mapping of Ray's store, or of a file that what had no room there fell back to.
-    #[derive(Debug, Clone)]
-    struct Store {
-        mapping: Mapping,
-        /// Where the file can be opened, once that was found.
-        path: Option<PathBuf>,
-    }
-
-    /// The stores found so far, without a question to the kernel's list of mappings.
-    static FOUND: Mutex<Vec<Store>> = Mutex::new(Vec::new());
-
-    /// More than Ray's store and a few of its files for what fell back to disk are not kept.
-    const KEEP: usize = 16;
-
-    impl Store {
-        /// Opens the mapped file where it was opened before, through the kernel's link, or, for
-        /// whoever may not, among the open files of the raylet that made the store.
-        fn open(&mut self) -> Result<File> {
-            let (name, link) = (&self.mapping.backing.name, self.mapping.link());
-            let raylets = iter::once_with(raylets).flatten().flat_map(|pid| {
-                let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-                files.map(|file| file.path())
-            });
-            let is_it =
-                |path: &PathBuf| fs::read_link(path).is_ok_and(|link| link == Path::new(name));
-            let known = self.path.iter().cloned().chain([link.clone()]);
-            for path in known.chain(raylets.filter(is_it)) {
-                if let Some(file) = self.mapping.open_at(&path) {
-                    self.path = Some(path);
-                    return Ok(file);
-                }
+/// Makes pages of the store huge, through a mapping that Ray and others have not written through:
+/// the kernel refuses one with pages of its own. One process at a time has the store's file locked,
+/// which ends with the process at the latest; the others find their work done.
+fn make_huge(beneath: Region, backing: &Backing, stop: &Stop) {
+    let Some((file, _)) = store::open(beneath).ok().filter(|(_, found)| found == backing) else {
+        return; // Ray is gone, and has taken its mapping along
+    };
+    let Ok(map) = Map::shared(&file, backing.offset, beneath.nbytes) else {
+        return;
+    };
+    let all = || map.huge_nbytes(map.huge_range()) == Some(map.huge_range().len());
+    let mut tries = 0;
+    while !stop.is_set() && tries < TRIES && !all() {
+        if file.try_lock().is_ok() {
+            let made = map.collapse_all(|| stop.is_set());
+            let _ = file.unlock();
+            if made.is_err_and(|error| error.kind() != ErrorKind::OutOfMemory) {
+                return; // for good; no 2 MiB in one piece, or pages in use, are another matter
             }
-            let error = File::open(&link).err().unwrap_or(io::ErrorKind::NotFound.into());
-            let link = link.display();
-            let what = format!("neither {link} nor a file of the raylet opens {name}");
-            Err(Error::refused(what, &error))
+            tries += 1;
         }
-    }
-
-    /// Processes that may hold the store's file: the parent, which is a worker's raylet, then all
-    /// that are called so.
-    fn raylets() -> Vec<u32> {
-        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let is_raylet = |pid: &u32| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "raylet\n")
-        };
-        [std::os::unix::process::parent_id()].into_iter().chain(pids.filter(is_raylet)).collect()
-    }
-
-    /// The store around a region: remembered if it still stands, else asked for.
-    fn find(region: Region) -> Result<Option<Store>> {
-        let mut found = FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(store) = found.iter().find(|store| store.mapping.holds(region))
-            && store.mapping.stands()
-        {
-            return Ok(Some(store.clone()));
-        }
-        let mapping = mapping::around(region)?.filter(|mapping| mapping.shared);
-        let store = mapping.map(|mapping| Store { mapping, path: None });
-        if let Some(store) = &store {
-            remember(&mut found, store);
-        }
-        Ok(store)
-    }
-
-    fn remember(found: &mut Vec<Store>, store: &Store) {
-        let (start, end) = (store.mapping.start, store.mapping.end);
-        // what overlaps it is gone
-        found.retain(|old| old.mapping.end <= start || end <= old.mapping.start);
-        found.truncate(KEEP - 1);
-        found.insert(0, store.clone());
-    }
-
-    pub fn backing(region: Region) -> Result<Option<Backing>> {
-        Ok(find(region)?.map(|store| store.mapping.backing_at(region.address)))
-    }
-
-    fn open(region: Region) -> Result<(File, Backing)> {
-        let mut store = find(region)?.ok_or_else(|| unsupported("it lies in no shared file"))?;
-        let known = store.path.is_some();
-        let file = store.open()?;
-        if !known {
-            remember(&mut FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), &store);
-        }
-        Ok((file, store.mapping.backing_at(region.address)))
-    }
-
-    /// The file is Ray's store. Ray neither writes nor reuses the bytes of an object while a reference
-    /// to its buffer lives, which whoever holds these pages keeps.
-    pub fn map_private(region: Region) -> Result<(Placed, Backing)> {
-        let (file, backing) = open(region)?;
-        let map = Placed::private(&file, backing.offset, region.nbytes);
-        Ok((map.map_err(|error| Error::refused(&backing.name, &error))?, backing))
-    }
-
-    /// Makes pages of the store huge, through a mapping that Ray and others have not written through:
-    /// the kernel refuses one with pages of its own. One process at a time has the store's file locked,
-    /// which ends with the process at the latest; the others find their work done.
-    pub fn make_huge(region: Region, backing: &Backing, stop: &Stop) {
-        let Some((file, _)) = open(region).ok().filter(|(_, found)| found == backing) else {
-            return; // Ray is gone, and has taken its mapping along
-        };
-        let Ok(map) = Placed::shared(&file, backing.offset, region.nbytes) else {
-            return;
-        };
-        let all = || map.huge_nbytes(map.chunks()) == Some(map.chunks().len());
-        let mut tries = 0;
-        while !stop.is_set() && tries < TRIES && !all() {
-            if file.try_lock().is_ok() {
-                let made = map.collapse_all(|| stop.is_set());
-                let _ = file.unlock();
-                if made.is_err_and(|error| error.kind() != ErrorKind::OutOfMemory) {
-                    return; // for good; no 2 MiB in one piece, or pages in use, are another matter
-                }
-                tries += 1;
-            }
-            stop.wait(SETTLED_AFTER * (1 << tries));
-        }
+        stop.wait(SETTLED_AFTER * (1 << tries));
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-mod system {
-    use super::{Stop, unsupported};
-    use crate::error::Result;
-    use crate::memory::huge::Placed;
-    use crate::memory::mapping::Backing;
-    use crate::memory::region::Region;
-
-    const REASON: &str = "only Linux tells which file lies behind Ray's store";
-
-    pub fn backing(_: Region) -> Result<Option<Backing>> {
-        Err(unsupported(REASON))
-    }
-
-    pub fn map_private(_: Region) -> Result<(Placed, Backing)> {
-        Err(unsupported(REASON))
-    }
-
-    pub fn make_huge(_: Region, _: &Backing, _: &Stop) {}
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, target_os = "linux", not(feature = "portable")))]
 mod tests {
     use std::fs::{self, File};
     use std::slice;
@@ -394,7 +259,7 @@ mod tests {
         assert_eq!(read(&one)[7], 99);
         assert_eq!(read(&other)[7], 4167_usize as u8);
         assert_eq!(store[4167], 4167_usize as u8);
-        assert_eq!(backing(part).unwrap().unwrap().offset, 4160);
+        assert_eq!(store::backing(part).unwrap().unwrap().offset, 4160);
     }
 
     #[test]
@@ -443,6 +308,6 @@ mod tests {
     fn ordinary_memory_is_refused() {
         let bytes = vec![0; 1 << 16];
         assert!(matches!(Pages::private(Region::of(&bytes)), Err(Error::Unsupported { .. })));
-        assert_eq!(backing(Region::of(&bytes)), Ok(None));
+        assert_eq!(store::backing(Region::of(&bytes)), Ok(None));
     }
 }

@@ -1,7 +1,7 @@
 //! Region: memory of this process, by its addresses.
 
 use std::ops::Range;
-use std::slice;
+use std::{ptr, slice};
 
 /// Some bytes of this process that somebody else keeps alive. A span is the same of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,4 +52,13 @@ impl From<Range<usize>> for Region {
     fn from(addresses: Range<usize>) -> Region {
         Region { address: addresses.start, nbytes: addresses.len() }
     }
+}
+
+/// Reads a byte, for which the kernel fills in its page, and those around it.
+///
+/// # Safety
+/// It is readable.
+pub unsafe fn touch(address: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { ptr::read_volatile(address as *const u8) };
 }

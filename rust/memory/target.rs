@@ -18,9 +18,9 @@ use std::thread::{self, JoinHandle};
 use std::{io, slice};
 
 use crate::error::{Error, Result};
-use crate::memory::huge::{HUGE, Placed, Prices, SETTLED_AFTER};
-use crate::memory::page_table::{self, PageTable};
+use crate::memory::huge::{Prices, SETTLED_AFTER};
 use crate::memory::region::Region;
+use crate::platform::{self, HUGE, Map, PageTable};
 
 /// Memory that is being written.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub struct Target {
     whole: Region,
     page_table: PageTable,
     /// All of it once more, where pages can be huge, once a part was not in the page table.
-    again: OnceLock<Option<Placed>>,
+    again: OnceLock<Option<Map>>,
     prices: Prices,
     /// Which of [`TARGETS`] it is.
     number: u64,
@@ -63,13 +63,13 @@ impl Target {
         if !self.page_table.lacks(middle) {
             return Ok(part);
         }
-        let fresh = !page_table::is_in_memory(middle);
+        let fresh = !platform::is_in_memory(middle);
         if let Some(Region { address, nbytes }) = self.huge(whole, fresh) {
             // SAFETY: the same bytes at their second address. Nobody else has the part, and while it
             // is borrowed nobody reads them at the first one.
             return Ok(unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) });
         }
-        let fill = || page_table::fill_to_write(whole);
+        let fill = || platform::fill_to_write(whole.addresses());
         let filled = if fresh { self.prices.time_small(whole.nbytes, fill) } else { fill() };
         if filled { Ok(part) } else { Err(Error::NoRoom { nbytes: self.whole.nbytes as u64 }) }
     }
@@ -81,7 +81,7 @@ impl Target {
         let part = Region { address, ..part };
         // those that start in it; the last may reach into the next part
         let first = address.next_multiple_of(HUGE);
-        let end = (address + part.nbytes).next_multiple_of(HUGE).min(again.chunks().end);
+        let end = (address + part.nbytes).next_multiple_of(HUGE).min(again.huge_range().end);
         let chunks = first..end;
         if chunks.is_empty() {
             return None;
@@ -104,16 +104,22 @@ impl Target {
             make(first..second) && self.prices.prefer_huge() && make(second..chunks.end)
         };
         // the ends, and what was not collapsed
-        (made && page_table::fill_to_write(part)).then_some(part)
+        (made && platform::fill_to_write(part.addresses())).then_some(part)
     }
 
-    fn map_again(&self) -> Option<Placed> {
-        (self.whole.nbytes >= 2 * HUGE).then(|| Placed::again(self.whole).ok())?
+    fn map_again(&self) -> Option<Map> {
+        // SAFETY: who has the target keeps it mapped, and writes at either address through it alone.
+        let again = || unsafe { Map::again(self.whole.addresses()) };
+        (self.whole.nbytes >= 2 * HUGE).then(|| again().ok())?
     }
 
     /// Gives back what was made ready: of memory that is short, others need some to go on.
-    pub fn give_back(self) {
-        page_table::give_back(self.whole);
+    ///
+    /// # Safety
+    /// Nobody counts on what was written.
+    pub unsafe fn give_back(self) {
+        // SAFETY: the caller's promise.
+        unsafe { platform::give_back(self.whole.addresses()) };
     }
 
     /// Has what was written into small pages made huge, on a thread that ends with that.
@@ -136,7 +142,7 @@ impl Target {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, target_os = "linux", not(feature = "portable")))]
 mod tests {
     use std::fs::{self, File};
     use std::time::Duration;
@@ -159,8 +165,9 @@ mod tests {
     }
 
     fn huge_nbytes(memory: &[u8]) -> usize {
-        let again = Placed::again(Region::of(memory)).unwrap();
-        again.huge_nbytes(again.chunks()).unwrap()
+        // SAFETY: mapped, and nobody writes.
+        let again = unsafe { Map::again(Region::of(memory).addresses()) }.unwrap();
+        again.huge_nbytes(again.huge_range()).unwrap()
     }
 
     /// Writes it all in parts, each byte telling where it is, and says how many parts were elsewhere.

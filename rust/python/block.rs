@@ -14,9 +14,10 @@ use crate::format::table::{Table, fingerprint};
 use crate::format::view::{Flags, View};
 use crate::io::block;
 use crate::memory::huge;
-use crate::memory::mapping::Backing;
-use crate::memory::pages::{self, Pages, Prefault};
+use crate::memory::pages::{Pages, Prefault};
 use crate::memory::region::Region;
+use crate::memory::store;
+use crate::platform::mapping::Backing;
 use crate::python::buffer;
 use crate::python::loan;
 
@@ -82,7 +83,7 @@ impl Block {
         let pages = match (whole, isolation) {
             (_, "copy") => copy()?,
             (Some(whole), "private" | "shared") if contiguous => {
-                match (pages::backing(whole), isolation) {
+                match (store::backing(whole), isolation) {
                     (Ok(None), "private") => {
                         fallback = Some("it lies in no shared file".to_owned());
                         copy()?
@@ -249,6 +250,6 @@ pub(super) fn huge_pages_obstacle() -> Option<String> {
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
 #[pyfunction]
 pub(super) fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
-    let source = pages::backing(Region { address, nbytes: 1 })?;
+    let source = store::backing(Region { address, nbytes: 1 })?;
     Ok(source.map(|source| (source.name, source.inode, source.offset)))
 }

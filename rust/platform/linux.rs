@@ -1,0 +1,674 @@
+//! Linux.
+
+use std::ffi::{CStr, c_void};
+use std::fs::{self, File};
+use std::io;
+use std::iter;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::OnceLock;
+
+use memmap2::{Advice, MmapMut};
+
+use crate::platform::mapping::{Backing, Mapping};
+
+/// Bytes in a huge page, where pages are of 4 KiB. Elsewhere none is made, and nothing is lost.
+pub const HUGE: usize = 2 << 20;
+
+/// Of a file, the kernel fills in the pages of so many bytes around one that is read
+/// (`fault_around_bytes`), if they are in memory.
+pub const AROUND: usize = 64 << 10;
+
+/// Bytes in a page.
+pub fn page() -> usize {
+    // SAFETY: only reads a number.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+/// Bytes of memory that the machine has.
+pub fn memory_nbytes() -> usize {
+    // SAFETY: only reads a number.
+    page() * unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) as usize }
+}
+
+/// The addresses of all pages that have a byte of these.
+fn whole_pages(addresses: &Range<usize>) -> Range<usize> {
+    addresses.start - addresses.start % page()..addresses.end.next_multiple_of(page())
+}
+
+/// What a system call gave that returns 0 if all went well.
+fn checked(status: libc::c_int) -> io::Result<()> {
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+// ---- Mappings: which file lies behind which memory
+
+const MAPS: &str = "/proc/self/maps";
+
+/// The kernel's `struct procmap_query` (linux/fs.h).
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    size: u64,
+    flags: u64,
+    address: u64,
+    start: u64,
+    end: u64,
+    rights: u64,
+    page_size: u64,
+    offset: u64,
+    inode: u64,
+    device: [u32; 2],
+    name_size: u32,
+    build_id_size: u32,
+    name: u64,
+    build_id: u64,
+}
+
+/// `_IOWR('f', 17, struct procmap_query)`
+const PROCMAP_QUERY: libc::Ioctl =
+    (3 << 30 | (size_of::<Query>() << 16) | ((b'f' as usize) << 8) | 17) as libc::Ioctl;
+const WRITABLE: u64 = 0x02;
+const SHARED: u64 = 0x08;
+const COVERING_OR_NEXT: u64 = 0x10;
+const FILE_BACKED: u64 = 0x20;
+
+/// The file mappings of this process, asked for one by one (Linux 6.11), or read at once: that takes
+/// 2 ms with torch's CUDA libraries loaded, as long as all the rest of a load.
+#[derive(Debug)]
+pub struct Mappings {
+    maps: File,
+    read: OnceLock<Vec<Mapping>>,
+}
+
+impl Mappings {
+    /// Those of this process, as they are now.
+    pub fn open() -> io::Result<Mappings> {
+        Ok(Mappings { maps: File::open(MAPS)?, read: OnceLock::new() })
+    }
+
+    /// The one that covers an address, or the next above it.
+    pub fn at_or_after(&self, address: usize) -> io::Result<Option<Mapping>> {
+        if self.read.get().is_none() {
+            match self.query(address) {
+                Ok(mapping) => return Ok(Some(mapping)),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+                Err(_) => {} // an older kernel
+            }
+        }
+        if self.read.get().is_none() {
+            let lines = fs::read_to_string(MAPS)?;
+            let _ = self.read.set(lines.lines().filter_map(Mapping::parse).collect());
+        }
+        let mappings = self.read.get().map_or(&[][..], Vec::as_slice);
+        Ok(mappings.get(mappings.partition_point(|mapping| mapping.end <= address)).cloned())
+    }
+
+    fn query(&self, address: usize) -> io::Result<Mapping> {
+        let mut name = [0_u8; libc::PATH_MAX as usize];
+        let mut query = Query {
+            size: size_of::<Query>() as u64,
+            flags: COVERING_OR_NEXT | FILE_BACKED,
+            address: address as u64,
+            name_size: name.len() as u32,
+            name: name.as_mut_ptr().addr() as u64,
+            ..Query::default()
+        };
+        // SAFETY: a structure of the size that it says, and a name of the size that it says.
+        let status = unsafe { libc::ioctl(self.maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) };
+        checked(status)?;
+        let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
+        let backing = Backing {
+            name: name.to_string_lossy().into_owned(),
+            inode: query.inode,
+            offset: query.offset,
+            writable: query.rights & WRITABLE != 0,
+        };
+        let (start, end) = (query.start as usize, query.end as usize);
+        Ok(Mapping { start, end, backing, shared: query.rights & SHARED != 0 })
+    }
+}
+
+impl Mapping {
+    /// Whether the mapping is what it was.
+    pub fn stands(&self) -> bool {
+        fs::read_link(self.link()).is_ok_and(|name| name.as_os_str() == &*self.backing.name)
+    }
+
+    /// Opens the mapped file: where it was opened before, by its name, or by the kernel's link, which takes
+    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Says by which path.
+    pub fn open(&self, known: Option<&Path>) -> io::Result<(File, PathBuf)> {
+        let paths = [PathBuf::from(&self.backing.name), self.link()];
+        let found =
+            known.map(Path::to_owned).into_iter().chain(paths).find_map(|path| self.open_at(path));
+        found.ok_or_else(|| File::open(self.link()).err().unwrap_or(io::ErrorKind::NotFound.into()))
+    }
+
+    /// Opens it among the open files of the raylet that made it: of the parent, which is a worker's raylet,
+    /// then of all that are called so.
+    pub fn open_of_raylet(&self) -> Option<(File, PathBuf)> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_raylet = |process: &u32| {
+            fs::read_to_string(format!("/proc/{process}/comm")).is_ok_and(|name| name == "raylet\n")
+        };
+        let files = |process| {
+            let files = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+            files.map(|file| file.path())
+        };
+        let is_it = |path: &PathBuf| {
+            fs::read_link(path).is_ok_and(|name| name.as_os_str() == &*self.backing.name)
+        };
+        let parent = std::os::unix::process::parent_id();
+        let raylets = iter::once(parent).chain(processes.filter(is_raylet));
+        raylets.flat_map(files).filter(is_it).find_map(|path| self.open_at(path))
+    }
+
+    /// The kernel's link to the mapped file. Its name tells that the mapping still stands.
+    fn link(&self) -> PathBuf {
+        format!("/proc/self/map_files/{:x}-{:x}", self.start, self.end).into()
+    }
+
+    /// Opens `path` if it is the mapped file.
+    fn open_at(&self, path: PathBuf) -> Option<(File, PathBuf)> {
+        // never a device, which may do something when it is opened
+        let file = fs::metadata(&path).ok()?.is_file().then(|| File::open(&path).ok())??;
+        (file.metadata().ok()?.ino() == self.backing.inode).then_some((file, path))
+    }
+
+    fn parse(line: &str) -> Option<Mapping> {
+        // 7f00-7f80 rw-s 00001000 00:1a 1234    /dev/shm/plasma (deleted)
+        let mut fields = line.splitn(6, ' ');
+        let (start, end) = fields.next()?.split_once('-')?;
+        let rights = fields.next()?;
+        let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+        let inode = fields.nth(1)?.parse().ok()?;
+        let name = fields.next()?.trim_start().to_owned();
+        let start = usize::from_str_radix(start, 16).ok()?;
+        let end = usize::from_str_radix(end, 16).ok()?;
+        let backing = Backing { name, inode, offset, writable: rights.starts_with("rw") };
+        let shared = rights.ends_with('s');
+        (inode != 0).then_some(Mapping { start, end, backing, shared })
+    }
+}
+
+// ---- The page table
+
+/// The bit of an entry of `/proc/self/pagemap` that says that the page is there.
+const PRESENT: u64 = 1 << 63;
+
+/// The bit that says that it is not there but in swap ...
+const SWAPPED: u64 = 1 << 62;
+
+/// ... and the one that says that it is a page of a file.
+const OF_FILE: u64 = 1 << 61;
+
+/// What tells which pages are in the page table of this process.
+#[derive(Debug)]
+pub struct PageTable {
+    /// `/proc/self/pagemap`; without it, pages are filled in as they are touched.
+    entries: Option<File>,
+}
+
+impl PageTable {
+    /// That of this process.
+    pub fn open() -> PageTable {
+        PageTable { entries: File::open("/proc/self/pagemap").ok() }
+    }
+
+    /// Whether the page at an address is known not to be in it. To ask takes 2 us.
+    pub fn lacks(&self, address: usize) -> bool {
+        let mut entry = [0; 8];
+        let at = 8 * (address / page()) as u64;
+        let read = self.entries.as_ref().map(|entries| entries.read_exact_at(&mut entry, at));
+        read.is_some_and(|read| read.is_ok()) && u64::from_ne_bytes(entry) & PRESENT == 0
+    }
+
+    /// The pages of a private mapping of a file that this process has written, which are its own since:
+    /// cut to these addresses; `None` where the kernel does not say. 1 GiB takes 1 ms, or 8 where all of it
+    /// has been read.
+    pub fn written(&self, addresses: &Range<usize>) -> Option<Vec<Range<usize>>> {
+        let entries = self.entries.as_ref()?;
+        let (page, mut pages, mut written) = (page(), whole_pages(addresses), Vec::new());
+        let mut read = vec![0; 8 * (pages.len() / page).min(16 << 10)];
+        while !pages.is_empty() {
+            let read = &mut read[..8 * (pages.len() / page).min(16 << 10)];
+            entries.read_exact_at(read, 8 * (pages.start / page) as u64).ok()?;
+            for entry in read.as_chunks::<8>().0 {
+                let entry = u64::from_ne_bytes(*entry);
+                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+                    let end = addresses.end.min(pages.start + page);
+                    let own = addresses.start.max(pages.start)..end;
+                    match written.last_mut() {
+                        Some(Range { end, .. }) if *end == own.start => *end = own.end,
+                        _ => written.push(own),
+                    }
+                }
+                pages.start += page;
+            }
+        }
+        Some(written)
+    }
+}
+
+/// Whether the page of a file that is mapped at an address is in memory, for this process or any.
+pub fn is_in_memory(address: usize) -> bool {
+    let (start, mut found) = (address - address % page(), 0);
+    // SAFETY: one byte for one page; memory that is not mapped gives ENOMEM.
+    let asked = unsafe { libc::mincore(start as *mut c_void, 1, &raw mut found) };
+    asked == 0 && found & 1 == 1
+}
+
+/// Fills in the pages of memory that is about to be written, and makes those that no one has.
+///
+/// False where a write would be a SIGBUS, as where a file system in memory is full. What is refused for
+/// another reason faults as it is written.
+#[must_use]
+pub fn fill_to_write(addresses: Range<usize>) -> bool {
+    let pages = whole_pages(&addresses);
+    let start = pages.start as *mut c_void;
+    // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
+    let filled = checked(unsafe { libc::madvise(start, pages.len(), libc::MADV_POPULATE_WRITE) });
+    !filled.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT))
+}
+
+/// Gives pages of a file in shared memory back to the system: those that lie wholly in these addresses.
+///
+/// # Safety
+/// Nobody counts on their bytes, which are zeros from then on.
+pub unsafe fn give_back(addresses: Range<usize>) {
+    let (start, end) = (addresses.start.next_multiple_of(page()), addresses.end);
+    let nbytes = (end - end % page()).saturating_sub(start);
+    // SAFETY: the caller's promise; where it is refused, the pages stay.
+    unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
+}
+
+// ---- Maps of our own
+
+/// Part of a file, mapped where its pages can be huge; unmapped when dropped.
+#[derive(Debug)]
+pub struct Map {
+    /// The bytes ...
+    addresses: Range<usize>,
+    /// ... and what is mapped: all pages that have one of them.
+    pages: Range<usize>,
+}
+
+impl Map {
+    /// Maps part of a file copy-on-write. It may be of any size, and start at any byte.
+    pub fn private(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        // the kernel is to set no memory aside for copies that may never be made
+        Map::of(file, offset, nbytes, rights, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+    }
+
+    /// Maps part of a file to be read.
+    pub fn shared(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
+        Map::of(file, offset, nbytes, libc::PROT_READ, libc::MAP_SHARED)
+    }
+
+    fn of(
+        file: &File,
+        offset: u64,
+        nbytes: usize,
+        rights: libc::c_int,
+        flags: libc::c_int,
+    ) -> io::Result<Map> {
+        Map::placed(offset, nbytes, |pages| {
+            let from = (offset - offset % page() as u64) as libc::off_t;
+            let (start, flags) = (pages.start as *mut c_void, flags | libc::MAP_FIXED);
+            // SAFETY: over our own reservation, which nobody else knows.
+            unsafe { libc::mmap(start, pages.len(), rights, flags, file.as_raw_fd(), from) }
+        })
+    }
+
+    /// Maps once more what is mapped shared already: writable, if that is.
+    ///
+    /// # Safety
+    /// It stays mapped meanwhile. Whoever writes at these addresses writes at the others.
+    pub unsafe fn again(addresses: Range<usize>) -> io::Result<Map> {
+        let found = Mappings::open()?.at_or_after(addresses.start)?;
+        let found = found.filter(|found| found.shared && found.holds(&addresses));
+        let found = found.ok_or(io::ErrorKind::NotFound)?;
+        let offset = found.backing_at(addresses.start).offset;
+        Map::placed(offset, addresses.len(), |pages| {
+            let old = (addresses.start - addresses.start % page()) as *mut c_void;
+            let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let new = pages.start as *mut c_void;
+            // SAFETY: "if the value of old_size is zero, and old_address refers to a shareable
+            // mapping, mremap() will create a new mapping of the same pages" (mremap(2)), here
+            // over our own reservation.
+            unsafe { libc::mremap(old, 0, pages.len(), how, new) }
+        })
+    }
+
+    /// Reserves room for part of a file at an address that agrees with its offset modulo [`HUGE`], and has
+    /// it mapped there: reserved so much too long that one such address is in it.
+    fn placed(
+        offset: u64,
+        nbytes: usize,
+        map: impl FnOnce(&Range<usize>) -> *mut c_void,
+    ) -> io::Result<Map> {
+        let before = offset as usize % page();
+        let mapped = (before + nbytes).next_multiple_of(page());
+        let spare = if nbytes < HUGE { 0 } else { HUGE };
+        let (flags, nowhere) =
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, ptr::null_mut());
+        // SAFETY: new memory, at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(nowhere, mapped + spare, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let reserved = start.addr()..start.addr() + mapped + spare;
+        let shift = match spare {
+            0 => 0,
+            _ => (offset as usize - before).wrapping_sub(reserved.start) % HUGE,
+        };
+        let start = reserved.start + shift;
+        let pages = start..start + mapped;
+        if map(&pages) == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            unmap(reserved);
+            return Err(error);
+        }
+        unmap(reserved.start..pages.start);
+        unmap(pages.end..reserved.end);
+        Ok(Map { addresses: start + before..start + before + nbytes, pages })
+    }
+
+    /// Where the bytes lie.
+    pub fn addresses(&self) -> Range<usize> {
+        self.addresses.clone()
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        unmap(self.pages.clone());
+    }
+}
+
+/// Unmaps pages of our own that nothing refers to any more.
+fn unmap(pages: Range<usize>) {
+    if !pages.is_empty() {
+        // SAFETY: called with what `Map::placed` has reserved, once for each page.
+        unsafe { libc::munmap(pages.start as *mut c_void, pages.len()) };
+    }
+}
+
+/// A file in memory that has no name, so that nothing is left of it whatever ends this process. It counts
+/// as shared memory of the process, not against the size of `/dev/shm`.
+pub fn nameless_file(nbytes: usize) -> io::Result<File> {
+    // SAFETY: a name that ends with a zero.
+    let file = unsafe { libc::memfd_create(c"ray-zerocopy".as_ptr(), libc::MFD_CLOEXEC) };
+    if file < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just opened, and nobody else's.
+    let file = unsafe { File::from_raw_fd(file) };
+    file.set_len(nbytes as u64)?;
+    Ok(file)
+}
+
+/// Frees whole pages of a file; where that fails they stay, and nothing else is wrong.
+///
+/// # Safety
+/// Nobody counts on their bytes, which are zeros from then on.
+pub unsafe fn punch(file: &File, offset: u64, nbytes: usize) {
+    let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (offset, nbytes) = (offset as libc::off_t, nbytes as libc::off_t);
+    // SAFETY: the caller's promise.
+    let _ = unsafe { libc::fallocate(file.as_raw_fd(), how, offset, nbytes) };
+}
+
+// ---- Huge pages
+
+/// Has the kernel copy each 2 MiB of a map, from a multiple of [`HUGE`] to another, into a huge page. One
+/// page of them at least must be in memory.
+pub fn collapse(addresses: Range<usize>) -> io::Result<()> {
+    let start = addresses.start as *mut c_void;
+    // SAFETY: changes no byte.
+    checked(unsafe { libc::madvise(start, addresses.len(), libc::MADV_COLLAPSE) })
+}
+
+/// Has the kernel make huge pages of memory, if it has some, or none even where it makes them of all.
+pub fn prefer_huge(map: &MmapMut, huge: bool) {
+    let _ = map.advise(if huge { Advice::HugePage } else { Advice::NoHugePage });
+}
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`, where the libraries do not have it yet; what encodes it otherwise
+/// does not know this number.
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
+const PAGE_IS_HUGE: u64 = 1 << 6;
+
+/// `struct pm_scan_arg` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`: pages of one kind, from `start` to `end`.
+#[repr(C)]
+#[derive(Clone, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// How many of these addresses entries of the page table for huge pages map; `None` where the kernel does not
+/// tell (before Linux 6.7). 6 us for one, 30 for 200.
+pub fn huge_nbytes(addresses: &Range<usize>) -> Option<usize> {
+    let entries = File::open("/proc/self/pagemap").ok()?;
+    let mut regions = vec![PageRegion::default(); addresses.len() / HUGE + 1];
+    let mut scan = Scan {
+        size: size_of::<Scan>() as u64,
+        start: addresses.start as u64,
+        end: addresses.end as u64,
+        vec: regions.as_mut_ptr().addr() as u64,
+        vec_len: regions.len() as u64,
+        category_mask: PAGE_IS_HUGE,
+        return_mask: PAGE_IS_HUGE,
+        ..Scan::default()
+    };
+    // SAFETY: the kernel writes as many regions as it is told that there are.
+    let found = unsafe { libc::ioctl(entries.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+    let found = usize::try_from(found).ok()?;
+    Some(regions[..found].iter().map(|region| (region.end - region.start) as usize).sum())
+}
+
+// ---- Files
+
+/// Linux 6.5, one number for all architectures; `libc` knows it for some.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// `linux/magic.h`
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
+
+/// The kernel's `struct cachestat_range` and `struct cachestat` (linux/mman.h).
+#[repr(C)]
+struct CachedRange {
+    offset: u64,
+    nbytes: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Cached {
+    pages: u64,
+    dirty: u64,
+    in_writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// Bytes of a range that are in the page cache; `None` where the kernel does not say.
+pub fn cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
+    let range = CachedRange { offset, nbytes: nbytes as u64 };
+    let mut cached = Cached::default();
+    // SAFETY: two structures of the kernel's, the second to be written.
+    let status = unsafe {
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut cached, 0)
+    };
+    if status == 0 { Some(cached.pages * 4096) } else { first_byte_cached(file, offset, nbytes) }
+}
+
+/// Judges a range by its first byte: on older kernels, and for those who may not write the file,
+/// whom `cachestat` does not tell.
+fn first_byte_cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
+    let mut byte = 0_u8;
+    let target = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: one byte that can be written.
+    let read = unsafe {
+        libc::preadv2(file.as_raw_fd(), &raw const target, 1, offset as i64, libc::RWF_NOWAIT)
+    };
+    match (read, io::Error::last_os_error().raw_os_error()) {
+        (1, _) => Some(nbytes as u64),
+        (-1, Some(libc::EAGAIN)) => Some(0),
+        _ => None,
+    }
+}
+
+/// Whether a file has no disk behind it.
+pub fn has_no_disk(file: &File) -> bool {
+    let mut found = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: room for the structure.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the kernel has filled it.
+    let found = unsafe { found.assume_init() }.f_type;
+    [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&found)
+}
+
+/// Has the kernel read what is asked for and no more: the rest may come past the page cache.
+pub fn read_no_further(file: &File) {
+    // SAFETY: advice.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+}
+
+/// The file system that a file is on.
+pub fn device(file: &File) -> u64 {
+    file.metadata().map_or(0, |metadata| metadata.dev())
+}
+
+/// The same file past the page cache; `None` where its file system cannot.
+pub fn reopen_direct(file: &File) -> Option<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).custom_flags(libc::O_DIRECT).open(path).ok()
+}
+
+/// Has the kernel forget what it has of a file in the page cache.
+#[cfg(test)]
+pub fn evict(file: &File) {
+    // SAFETY: advice.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+#[cfg(test)]
+mod tests {
+    use memmap2::MmapOptions;
+
+    use super::*;
+
+    #[test]
+    fn a_line_of_maps_is_read() {
+        let line = "7f0000-7f8000 rw-s 00001000 00:1a 1234                 /dev/shm/a b (deleted)";
+        let mapping = Mapping::parse(line).unwrap();
+        let name = "/dev/shm/a b (deleted)".to_owned();
+        let backing = Backing { name, inode: 1234, offset: 0x1000, writable: true };
+        assert_eq!(mapping.backing, backing);
+        assert_eq!(mapping.backing_at(0x7f0010).offset, 0x1010);
+        assert!(mapping.holds(&(0x7f0000..0x7f8000)));
+        assert!(!mapping.holds(&(0x7f0001..0x7f8001)));
+        assert!(mapping.shared);
+        let private = Mapping::parse("7f0000-7f8000 rw-p 00001000 00:1a 1234 /private");
+        assert!(!private.unwrap().shared);
+        assert!(Mapping::parse("7f0000-7f8000 rw-s 00000000 00:00 0").is_none());
+        assert!(Mapping::parse("").is_none());
+    }
+
+    #[test]
+    fn the_kernel_says_of_one_mapping_what_it_lists_of_all() {
+        let file = File::open("/proc/self/exe").unwrap();
+        // SAFETY: nobody writes a program that runs.
+        let map = unsafe { MmapOptions::new().offset(4096).len(5000).map_copy(&file) }.unwrap();
+        let asked = Mappings::open().unwrap();
+        let listed = Mappings::open().unwrap();
+        let lines = fs::read_to_string(MAPS).unwrap();
+        listed.read.set(lines.lines().filter_map(Mapping::parse).collect()).unwrap();
+        for address in [0, map.as_ptr().addr(), map.as_ptr().addr() + 4999] {
+            let (asked, listed) = (asked.at_or_after(address), listed.at_or_after(address));
+            let asked = asked.unwrap();
+            assert!(asked.is_some());
+            assert_eq!(asked, listed.unwrap());
+        }
+        assert_eq!(asked.at_or_after(usize::MAX - 4096).unwrap(), None);
+        let address = map.as_ptr().addr() + 100;
+        let mapping = asked.at_or_after(address).unwrap().unwrap();
+        assert_eq!(mapping.backing_at(address).offset, 4196);
+        assert!(!mapping.shared && mapping.backing.writable && mapping.stands());
+        assert!(mapping.open_at("/proc/self/exe".into()).is_some());
+        assert!(mapping.open_at(MAPS.into()).is_none());
+        assert!(mapping.open(Some(MAPS.as_ref())).is_ok_and(|(_, path)| path != Path::new(MAPS)));
+    }
+
+    const NBYTES: usize = 1 << 20;
+
+    #[test]
+    fn what_will_be_written_is_filled_in_and_not_changed() {
+        let mut memory = MmapMut::map_anon(NBYTES).unwrap();
+        let (table, last) = (PageTable::open(), memory.as_ptr().addr() + NBYTES - 1);
+        assert!(table.lacks(last));
+        memory[0] = 1;
+        assert!(fill_to_write(last - NBYTES + 101..last + 1));
+        assert!(!table.lacks(last) && is_in_memory(last));
+        memory[0] = 0;
+        assert!(memory.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn without_the_kernels_word_nothing_is_lacking() {
+        let memory = MmapMut::map_anon(NBYTES).unwrap();
+        assert!(!PageTable { entries: None }.lacks(memory.as_ptr().addr()));
+    }
+
+    #[test]
+    fn pages_of_a_file_that_were_written_are_told_from_those_that_were_read() {
+        let path = std::env::temp_dir().join(format!("rzc-written-{}", std::process::id()));
+        fs::write(&path, vec![7; NBYTES]).unwrap();
+        // SAFETY: the file is this test's own.
+        let mut map = unsafe { MmapOptions::new().map_copy(&File::open(&path).unwrap()) }.unwrap();
+        fs::remove_file(&path).unwrap();
+        let start = map.as_ptr().addr();
+        let written = |from, to| {
+            let ranges = PageTable::open().written(&(start + from..start + to)).unwrap();
+            let from_start = |own: Range<usize>| (own.start - start, own.end - start);
+            ranges.into_iter().map(from_start).collect::<Vec<_>>()
+        };
+        assert!(map.iter().all(|&byte| byte == 7));
+        assert_eq!(written(0, NBYTES), []);
+        for at in [5000, 9000, 100_000] {
+            map[at] = 8;
+        }
+        assert_eq!(written(0, NBYTES), [(4096, 12_288), (98_304, 102_400)]);
+        assert_eq!(written(5000, 98_305), [(5000, 12_288), (98_304, 98_305)]);
+        assert_eq!(written(12_288, 98_304), []);
+    }
+}
