@@ -13,6 +13,7 @@ The only file that knows Ray from the inside. Seen on Ray 2.43 to 2.60.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import ray
@@ -35,11 +36,17 @@ _REFERENCES = (b"_object_ref_deserializer", b"_rdt_ref_deserializer", b"_actor_h
 way: Literal["room", "ray.put"] = "ray.put" if RawSerializedObject is object else "room"
 
 
-def put(obj: object, nbytes: Callable[[], int]) -> tuple[ray.ObjectRef, Any, memoryview] | None:
+_AS_IT_IS = nullcontext()
+
+
+def put(
+    obj: object, nbytes: Callable[[], int], reading: AbstractContextManager[None] = _AS_IT_IS
+) -> tuple[ray.ObjectRef, Any, memoryview] | None:
     """Store an object as `ray.put` does, in memory that is `nbytes()` longer than it needs.
 
     `nbytes` is called when the object has been pickled. Gives the reference, what `ray.get` of it
-    gives, and all the memory of the object, to be written before anyone else has the reference.
+    gives inside of `reading`, and all the memory of the object, to be written before anyone else
+    has the reference. The pickling is outside of `reading`: objects may call `ray.get` there.
     None, and nothing stored, where Ray is not inside as it is from 2.43 to 2.60; from then on
     nothing is tried any more.
     """
@@ -60,7 +67,8 @@ def put(obj: object, nbytes: Callable[[], int]) -> tuple[ray.ObjectRef, Any, mem
         return None
     if memory.readonly or memory.nbytes != roomy.total_bytes:
         return None  # never write where another object may lie
-    (loaded,) = ray_worker.deserialize_objects(stored, [ref])
+    with reading:
+        (loaded,) = ray_worker.deserialize_objects(stored, [ref])
     return ref, loaded, memory
 
 

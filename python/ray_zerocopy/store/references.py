@@ -88,8 +88,7 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     if isinstance(shared.obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
     with telling_if_full(lambda: shared.nbytes, type(shared.obj).__name__):
-        with reading(anchor):
-            placed = ray_inside.put(shared, lambda: shared.block.nbytes)
+        placed = ray_inside.put(shared, lambda: shared.block.nbytes, reading(anchor))
         if placed is None:
             metrics.record("rzc_fallbacks", 1, "ray.put")
             metrics.record("rzc_published_bytes", shared.nbytes)

@@ -83,10 +83,9 @@ def restore(path: Path) -> ray.ObjectRef:
         snapshot = _head(file)
         skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
         with references.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
-            with reading(anchor):
-                start_there = bytes(_core.HEADER_NBYTES)
-                stored = Parts(skeleton, buffers, table, [start_there], anchored=True)
-                placed = ray_inside.put(stored, lambda: snapshot.nbytes)
+            start_there = bytes(_core.HEADER_NBYTES)
+            stored = Parts(skeleton, buffers, table, [start_there], anchored=True)
+            placed = ray_inside.put(stored, lambda: snapshot.nbytes, reading(anchor))
             if placed is None:
                 memory: Any = np.empty(snapshot.nbytes, np.uint8)
                 _fill(snapshot, path, file, memory, memory)
