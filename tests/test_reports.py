@@ -4,6 +4,7 @@ Each test is one public report: its docstring names the source and says what is 
 """
 
 import gc
+import signal
 
 import pytest
 import ray
@@ -77,6 +78,43 @@ def test_what_garbage_gets_when_it_goes_is_whole(ref, model):
     rzc.put(model)
     gc.collect()
     assert seen == [nn.Linear]
+
+
+class AlarmError(Exception):
+    """What a handler of signals raises."""
+
+
+class Interrupts:
+    """A part in which a signal arrives, the first time that it is pickled."""
+
+    def __init__(self):
+        self.arrived = False
+
+    def __reduce__(self):
+        if not self.arrived:
+            self.arrived = True
+            signal.raise_signal(signal.SIGUSR1)
+        return int, ()
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, AlarmError])
+@pytest.mark.parametrize("way", ["put", "build"])
+def test_an_interrupted_put_raises_what_interrupts_it(ref, model, raised, way):
+    """ray #3797, #3209: Ctrl-C and alarms reach the caller as themselves; then all goes on."""
+
+    def interrupt(*_):
+        raise raised("by a signal")
+
+    made = {"weights": torch.zeros(1000), "part": Interrupts()}
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(raised, match="by a signal"):
+            rzc.put(made) if way == "put" else rzc.build(lambda: made)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert gc.isenabled()
+    assert_exact(model, ray.get(ref))
+    assert_exact(model, ray.get(rzc.put(model)))
 
 
 # --- memory ---------------------------------------------------------------------------------------

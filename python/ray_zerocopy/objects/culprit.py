@@ -20,13 +20,14 @@ def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
     while id(obj) not in seen:
         seen.add(id(obj))
         for step, part in _parts_of(obj):
-            if id(part) not in seen and not _can_be_published(part, accepts):
+            if id(part) not in seen and not can_be_published(part, accepts):
                 path, obj = path + step, part
                 break
     return f"{path} ({type(obj).__name__})"
 
 
-def _can_be_published(obj: object, accepts: Callable[[bytes], bool]) -> bool:
+def can_be_published(obj: object, accepts: Callable[[bytes], bool] = bool) -> bool:
+    """Whether an object can be split, and `accepts` its skeleton."""
     try:
         parts = split(obj)
         _core.Gather(parts.sources)  # plans the block

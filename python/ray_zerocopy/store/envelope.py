@@ -20,7 +20,7 @@ import torch
 from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import IsolationWarning, PublishError, VersionError
 from ray_zerocopy.objects import tensors
-from ray_zerocopy.objects.culprit import culprit
+from ray_zerocopy.objects.culprit import can_be_published, culprit
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
 from ray_zerocopy.store.collector import quiet_collector
@@ -47,6 +47,8 @@ class Shared:
                 block = _core.Gather(parts.sources)
                 anchored, buffers = self._buffers(block)
         except Exception as error:
+            if can_be_published(self.obj):  # what was raised is none of its own: by a signal, say
+                raise
             raise PublishError(f"{culprit(self.obj)} cannot be published: {error}") from error
         self.nbytes = len(parts.skeleton) + block.nbytes
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
