@@ -266,8 +266,9 @@ def _default_dtype(dtype):
 @pytest.mark.parametrize("ambient", AMBIENT)
 def test_the_mode_of_the_caller_does_not_matter(ambient, isolation, cluster):
     """`assert_exact` covers `is_inference`: tensors loaded in inference mode are ordinary ones."""
-    for name in ("channels_last", "shared_storage_views", "lstm", "parameter_subclass"):
-        source = DIFFICULT[name]().model
+    names = ("channels_last", "shared_storage_views", "lstm", "parameter_subclass")
+    sources = [DIFFICULT[name]().model for name in names]
+    for source in (*sources, LAYOUTS["sparse_coo"](), LAYOUTS["sparse_csr"]()):
         with AMBIENT[ambient]():
             loaded = rzc.get(rzc.put(source), isolation=isolation)
         assert_exact(source, loaded)

@@ -23,7 +23,15 @@ from ray import cloudpickle
 
 from ray_zerocopy import _core
 from ray_zerocopy.errors import HostCopyWarning
-from ray_zerocopy.objects import arrays, fx, modules, programs, tensors, transformers_inside
+from ray_zerocopy.objects import (
+    arrays,
+    fx,
+    modules,
+    programs,
+    tensors,
+    torch_inside,
+    transformers_inside,
+)
 
 # Buffers of numpy arrays and the like stay in the skeleton below one page.
 _BUFFER_NBYTES = 4096
@@ -53,11 +61,21 @@ def split(obj: object) -> Split:
     return Split(file.getvalue(), splitter.sources, splitter.buffers)
 
 
-def join(skeleton: bytes, tensors: Sequence[object], buffers: Sequence[object]) -> Any:
-    """Build the object again around its tensors; the inverse of `split`."""
+def join(
+    skeleton: bytes,
+    tensors: Sequence[object],
+    buffers: Sequence[object],
+    device: torch.device | str | None = None,
+) -> Any:
+    """Build the object again around its tensors; the inverse of `split`.
+
+    What torch makes of them, as sparse tensors, lies where they do, on `device` or on the CPU, and
+    is no inference tensor either, whatever mode the caller is in.
+    """
     unpickler = _Joiner(io.BytesIO(skeleton), buffers=buffers)
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
-    return unpickler.load()
+    with torch.inference_mode(False), torch_inside.default_device(device or "cpu"):
+        return unpickler.load()
 
 
 def unshared_nbytes(skeleton: bytes) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ ScriptModuleSerializer = torch._C.ScriptModuleSerializer
 create_function_from_graph = torch._C._create_function_from_graph
 import_module_from_buffer = torch._C.import_ir_module_from_buffer
 import_module_from_package = torch._C._import_ir_module_from_package
+
+
+def default_device(device: torch.device | str) -> AbstractContextManager[Any]:
+    """Have tensors made here lie on a device, whatever the caller has said for tensors at large.
+
+    `torch.device(...)` and `set_default_device` are modes on a stack; a further mode slows torch
+    down, so where the stack is empty nothing is done.
+    """
+    return torch.device(device) if torch._C._len_torch_function_stack() else nullcontext()
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:

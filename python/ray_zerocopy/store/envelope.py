@@ -168,7 +168,8 @@ class Loading:
             _fill_in(block, self.prefault)
         with quiet_collector():
             over = tensors.over(block, self.device)
-            loaded = join(parts.skeleton, over, tensors.buffers_over(block, parts.buffers))
+            buffers = tensors.buffers_over(block, parts.buffers)
+            loaded = join(parts.skeleton, over, buffers, self.device)
         _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
         metrics.loaded(block, self.isolation, time.perf_counter() - start)
         return loaded
