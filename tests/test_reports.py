@@ -117,6 +117,17 @@ def test_an_interrupted_put_raises_what_interrupts_it(ref, model, raised, way):
     assert_exact(model, ray.get(rzc.put(model)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_that_torch_cannot_load_again_is_refused(cluster):
+    """pytorch #62706, #69608: what `optimize_for_inference` gives is refused when it is put."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    frozen, x = torch.jit.freeze(torch.jit.script(net)), torch.randn(1, 3, 8, 8)
+    optimized = torch.jit.optimize_for_inference(torch.jit.script(net))
+    with pytest.raises(rzc.PublishError, match=r"ScriptModule.*optimize_for_inference"):
+        rzc.put(optimized)
+    assert torch.equal(frozen(x), ray.get(rzc.put(frozen))(x))
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,11 @@ def _elsewhere(module: Any) -> Iterator[torch.Tensor]:
     for method in inside.methods_of(module):
         # Inlined, as functions that it calls have constants, too; named, as nodes die with it.
         graph = method.inlined_graph
+        if graph.findAllNodes("prim::ConstantMKLDNNTensor"):
+            raise TypeError(
+                "torch.jit.optimize_for_inference made it for this process, and torch's archives "
+                "do not keep that: store the script it was made of, and optimize what is loaded"
+            )
         for node in graph.findAllNodes("prim::Constant"):
             yield from _inside(node.output().toIValue())
     for _, child in _children(module):
