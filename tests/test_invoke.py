@@ -6,9 +6,11 @@ Also: who may call what, how a call runs in its worker, how it fails, and what i
 import asyncio
 import collections
 import functools
+import logging
 import os
 import pickle
 import re
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ import torch
 from exact import assert_exact, assert_same_description, describe
 from models import ARCHITECTURES, DIFFICULT, large, simple, transformer
 from ray._private.internal_api import memory_summary
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray_zerocopy import invoke
 from ray_zerocopy.invoke import Shim, call_model, rewrite_pipeline
 from ray_zerocopy.rewrite import extract_tensors
 from torch import nn
@@ -69,6 +74,13 @@ class Scaler(nn.Module):
     def fail(self, key):
         raise KeyError(key)
 
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
+    def time_out(self, why):
+        raise ray.exceptions.GetTimeoutError(why)
+
     def die_once(self, marker):
         if not os.path.exists(marker):
             open(marker, "x").close()
@@ -87,7 +99,7 @@ class Scaler(nn.Module):
 
 METHODS = (
     *("predict", "count", "surroundings", "differentiate", "output_with_graph"),
-    *("fail", "die_once", "repeat", "sparsify"),
+    *("fail", "time_out", "die_once", "repeat", "sparsify"),
 )
 
 
@@ -313,6 +325,81 @@ def test_the_call_of_a_worker_that_died_is_made_again(shim, scaler, tmp_path):
     once = rewrite_pipeline(scaler, METHODS, max_retries=0)
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         once.die_once(str(tmp_path / "other"))
+
+
+# --- how long it waits ----------------------------------------------------------------------------
+
+
+class Holding:
+    """An actor that holds CPUs and calls a shim."""
+
+    def ask(self, method, x):
+        """Give what it says while it waits, and the result, if that comes first."""
+        told, results = [], []
+        logger = logging.getLogger("ray_zerocopy.invoke")
+        handler = logging.Handler()
+        handler.emit = lambda record: told.append(record.getMessage())
+        logger.addHandler(handler)
+        threading.Thread(target=lambda: results.append(method(x)), daemon=True).start()
+        until_s = time.monotonic() + 60
+        while not (told or results) and time.monotonic() < until_s:
+            time.sleep(0.05)
+        logger.removeHandler(handler)
+        return told, results
+
+
+def in_a_group(cpus):
+    """Options of an actor whose tasks run in its placement group, as those of a Tune trial do."""
+    group = placement_group([{"CPU": cpus}])
+    ray.get(group.ready())
+    return group, {
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            group, placement_group_capture_child_tasks=True
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("holds all", "needs 1 CPU (0 free)"),
+        ("holds its group", "needs 1 CPU (0 free)"),
+        ("holds half", "needs 3 CPU (2 free)"),
+        ("no such thing", "needs 1 gold (0 free)"),
+    ],
+)
+def test_a_call_that_waits_for_resources_says_so_and_the_way_out(kind, told, shim, scaler, x):
+    cpus = {"holds all": 4, "holds half": 2}.get(kind, 1)
+    options = {"holds half": {"num_cpus": 3}, "no such thing": {"resources": {"gold": 1}}}
+    method = rewrite_pipeline(scaler, METHODS, **options.get(kind, {}))
+    group, how = in_a_group(1) if kind == "holds its group" else (None, {})
+    actor = ray.remote(Holding).options(num_cpus=cpus, **how).remote()
+    try:
+        said, results = ray.get(actor.ask.remote(method, x))
+        assert results == []
+        assert len(said) == 1
+        assert f"{method!r} waits for a task that {told}" in said[0]
+        assert "num_cpus=0" in said[0]
+        if kind.startswith("holds"):
+            free = rewrite_pipeline(scaler, METHODS, num_cpus=0)
+            said, results = ray.get(actor.ask.remote(free, x))
+            assert said == []
+            assert_exact([home(scaler, x)], results)
+    finally:
+        ray.kill(actor)
+        if group:
+            remove_placement_group(group)
+
+
+def test_a_call_that_takes_long_says_nothing(scaler, caplog, monkeypatch):
+    monkeypatch.setattr(invoke, "_PATIENCE_S", 0.1)
+    assert rewrite_pipeline(scaler, ("sleep",)).sleep(1.0) == 1.0
+    assert caplog.messages == []
+
+
+def test_an_error_of_the_model_that_is_a_timeout_is_the_models(shim):
+    with pytest.raises(ray.exceptions.GetTimeoutError, match="mine"):
+        shim.time_out("mine")
 
 
 # --- where models hang ----------------------------------------------------------------------------

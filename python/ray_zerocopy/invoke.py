@@ -7,6 +7,7 @@ shim(x) ═ call_model.remote(shim.ref, (x,)) ═▶ in a worker: cache ─▶ m
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ from ray_zerocopy.rewrite import is_extracted, replace_tensors_direct
 from ray_zerocopy.store.envelope import Shared
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 from ray_zerocopy.store.references import put
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 5.0  # of a call, after which it says what it may wait for
 
 
 class CallModel(Leaf):
@@ -80,6 +85,18 @@ class CallModel(Leaf):
         asked = ([model_ref], method_name, self._grad)
         keywords = {name: _light(value) for name, value in (kwargs or {}).items()}
         return self._task.remote(asked, *map(_light, args), **keywords)
+
+    def lacks(self) -> list[tuple[str, float, float]]:
+        """Tell what a task needs more of than is free here: (resource, needed, free)."""
+        options = {"num_cpus": 1, **self._options}
+        needs = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus")}
+        needs |= options.get("resources") or {}
+        free, context = ray.available_resources(), ray.get_runtime_context()
+        if context.should_capture_child_tasks_in_placement_group:  # as in a trial of Tune
+            group = f"_group_{context.get_placement_group_id()}"
+            free = {name.removesuffix(group): n for name, n in free.items() if name.endswith(group)}
+        found = [(name, need or 0, free.get(name, 0)) for name, need in needs.items()]
+        return [(name, need, has) for name, need, has in found if has < need]
 
     @functools.cached_property
     def _task(self) -> Any:
@@ -161,9 +178,35 @@ class Method(Leaf):
     def __deepcopy__(self, memo: object) -> Method:
         return self
 
+    def __repr__(self) -> str:
+        return f"<{self._name!r} of a model in tasks>"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method in a task and wait for its result."""
-        return ray.get(self.remote(*args, **kwargs))
+        """Call the method in a task and wait for its result.
+
+        A warning tells when the task waits for CPUs or other resources. An actor that holds them
+        all waits for ever, unless the task needs none: `num_cpus=0`.
+        """
+        result, told = self.remote(*args, **kwargs), False
+        while True:
+            try:
+                return ray.get(result, timeout=None if told else _PATIENCE_S)
+            except ray.exceptions.GetTimeoutError as error:
+                if isinstance(error, ray.exceptions.RayTaskError):  # the model's own
+                    raise
+                told = self._tell_what_lacks()
+
+    def _tell_what_lacks(self) -> bool:
+        """Warn of what a task waits for, if it does; whether it did."""
+        lacking = [f"{need:g} {name} ({has:g} free)" for name, need, has in self._task.lacks()]
+        if lacking:
+            logger.warning(
+                "%s waits for a task that needs %s. If the caller holds these itself, as actors, "
+                "Tune trials and pools of Ray Data do, it waits for ever: with num_cpus=0 in "
+                "rewrite_pipeline or call_model.options the task runs beside it",
+                *(self, " and ".join(lacking)),
+            )
+        return bool(lacking)
 
     def remote(self, *args: Any, **kwargs: Any) -> ray.ObjectRef:
         """Start the call; `ray.get` or `await` the reference for its result."""
