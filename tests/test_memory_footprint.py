@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import ray
 import ray_zerocopy as rzc
+import torch
 from footprint import anonymous_memory, trim, unique_set_size, with_peak
 from models import large, simple
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 MODEL_NBYTES = sum(parameter.nbytes for parameter in large().model.parameters())
 WORKERS = (1, 2, 4)
@@ -214,6 +217,47 @@ def test_object_store_sharing(workers):
 
     plain = ray.get(ray.put(large().model))
     assert all(inode == 0 for _, inode, _ in places(plain))
+
+
+class Trainer:
+    """Trains a head on a shared base by data parallelism, as a group of one process."""
+
+    def __init__(self, store):
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        self.train(large().model[:2], nn.Linear(2048, 1), whole=False)  # so that all code is in
+
+    def train(self, base, head, whole):
+        """Give the growth by three steps, with the base inside of DDP or not."""
+        before = unique_set_size()
+        base.requires_grad_(False)
+        if whole:
+            model = DistributedDataParallel(nn.Sequential(base, head))
+        else:
+            model = nn.Sequential(base, DistributedDataParallel(head))
+        optimizer = torch.optim.SGD(head.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 2048)).sum().backward()
+            optimizer.step()
+        return unique_set_size() - before
+
+    def growth(self, refs, whole):
+        return self.train(ray.get(refs[0]), nn.Linear(2048, 1), whole)
+
+
+def test_data_parallel_training_of_a_head_leaves_the_base_shared(cluster, tmp_path):
+    """DDP writes what it is given, from rank 0, into the parameters of all: the base, too."""
+    trainer = ray.remote(Trainer).options(num_cpus=0).remote(tmp_path / "group")
+    ref = rzc.put(large().model)
+    found = {
+        name: ray.get(trainer.growth.remote([ref], name == "DDP(all)"))
+        for name in ("DDP(head)", "DDP(all)")
+    }
+    ray.kill(trainer)
+    rows = {name: [grown] for name, grown in found.items()}
+    print_table("Unique set size of a trainer grows by", ["three steps"], rows)
+    assert found["DDP(head)"] < 0.02 * MODEL_NBYTES
+    assert found["DDP(all)"] > 0.9 * MODEL_NBYTES
 
 
 def test_publishing_private_memory(start):
