@@ -26,7 +26,7 @@ INSIDE = {
 INSIDE_RUST = {"sources.rs", "module.rs"}
 
 OTHERS = {"_can_record_outputs": "transformers", "_CAN_RECORD_REGISTRY": "transformers"}
-OTHERS |= {"_mmap": "numpy"}
+OTHERS |= {"_mmap": "numpy", "_serialize_to_pickle5": "ray"}
 OF_TORCH = {"_buffers", "_grad", "_modules", "_parameters", "_version"}  # whoever else has such
 OF_RAY = re.compile(
     r"ray\.(core|internal|worker|util\.client)\b|core_worker|global_worker|internal_kv_\w+"

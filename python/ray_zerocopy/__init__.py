@@ -19,15 +19,18 @@ from ray_zerocopy.errors import (
     LostVersionError,
     MismatchError,
     NotABlockError,
+    NotABlockWarning,
     OutputError,
     PublishError,
     RayZeroCopyError,
     ResourceError,
     SaveError,
+    StoredAgainWarning,
     StoreFullError,
     UnknownVersionError,
     VersionError,
 )
+from ray_zerocopy.store.automatic import disable, enable
 from ray_zerocopy.store.description import Info, TensorInfo
 from ray_zerocopy.store.envelope import Shared
 from ray_zerocopy.store.inspection import inspect
@@ -65,6 +68,7 @@ __all__ = [
     "MismatchError",
     "ModelWrapper",
     "NotABlockError",
+    "NotABlockWarning",
     "OutputError",
     "PublishError",
     "RayZeroCopyError",
@@ -73,6 +77,7 @@ __all__ = [
     "Shared",
     "Shim",
     "StoreFullError",
+    "StoredAgainWarning",
     "TensorInfo",
     "UnknownVersionError",
     "Version",
@@ -81,6 +86,8 @@ __all__ = [
     "build",
     "call_model",
     "data",
+    "disable",
+    "enable",
     "follow",
     "get",
     "inspect",

@@ -65,5 +65,13 @@ class IsolationWarning(UserWarning):
     """Weights are not isolated as asked: a write in one process would be seen by others."""
 
 
+class StoredAgainWarning(UserWarning):
+    """A model is stored anew by each call that takes it; `put` stores it once."""
+
+
+class NotABlockWarning(UserWarning):
+    """`enable` left an object to Ray's own pickle: `put` refuses it."""
+
+
 class HostCopyWarning(UserWarning):
     """Tensors of another device travel through host memory and are loaded on the CPU."""

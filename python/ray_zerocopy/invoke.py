@@ -16,6 +16,7 @@ import torch
 
 from ray_zerocopy.calls.cache import Cache
 from ray_zerocopy.calls.replacement import Leaf, replace
+from ray_zerocopy.objects.tensors import nbytes_of
 from ray_zerocopy.pickled import named
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
@@ -294,8 +295,7 @@ def _light(value: Any) -> Any:
     else:
         parts = value if isinstance(value, tuple | list) else [value]
     tensors = (part for part in parts if isinstance(part, torch.Tensor))
-    nbytes = sum(part.numel() * part.element_size() for part in tensors)  # sparse ones, too
-    return Shared(value) if nbytes > INLINE_NBYTES else value
+    return Shared(value) if sum(map(nbytes_of, tensors)) > INLINE_NBYTES else value
 
 
 def _is_private(name: str) -> bool:

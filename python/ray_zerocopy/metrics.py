@@ -34,6 +34,11 @@ _METRICS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str, tuple[s
     "rzc_load_seconds": ("histogram", "Seconds that a load took", ("name", "way")),
     "rzc_mapped_bytes": ("counter", "Bytes of blocks mapped by loads", ("way",)),
     "rzc_fallbacks": ("counter", "Loads and puts that took a slower way, by reason", ("reason",)),
+    "rzc_automatic": (
+        "counter",
+        "Objects that `enable` met with 100 KiB of tensors or more, by what became of them",
+        ("way",),
+    ),
     "rzc_versions": ("gauge", "Versions of published models, by name and state", ("name", "state")),
     "rzc_followers": ("gauge", "Processes that follow a published model", ("name",)),
     "rzc_rebuilds": ("counter", "Blocks of published models made again, by reason", ("reason",)),

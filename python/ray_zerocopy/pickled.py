@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 HOMES = {
     # an object: its skeleton, its table, its block
     "load": "store.envelope",
+    "item": "store.automatic",
     # tensors and storages
     "tensor_subclass": "objects.tensors",
     "typed_storage": "objects.torch_inside",

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import warn_if_has_hooks
 
 from ray_zerocopy import _core
@@ -21,6 +22,11 @@ View: TypeAlias = tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]
 # How views are made in this process. Every torch has `from_numpy`; lending by DLPack's exchange
 # API, from torch 2.10 on, takes less of its time, and gives the same tensors.
 way: Literal["dlpack", "from_numpy"] = "dlpack" if _core.borrows() else "from_numpy"
+
+
+def nbytes_of(tensor: torch.Tensor) -> int:
+    """Count the bytes of a tensor's elements, those that a sparse one does not store included."""
+    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
 
 
 # --- reduced --------------------------------------------------------------------------------------

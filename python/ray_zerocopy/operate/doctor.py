@@ -107,9 +107,11 @@ def _ways() -> Iterator[Finding]:
         "views": "a load takes up to three times as long: install torch 2.10 or later",
         "put": "publishing takes two to three times as long: this Ray's inside is not known",
     }
-    for way, taken in ways().items():
-        good = taken == fast[way]
-        yield Finding(f"way of {way}", good, taken, "" if good else cost[way])
+    taken = ways()
+    for way, best in fast.items():
+        good = taken[way] == best
+        yield Finding(f"way of {way}", good, taken[way], "" if good else cost[way])
+    yield Finding("enable", True, taken["enable"])
 
 
 def _huge_pages() -> Iterator[Finding]:

@@ -85,7 +85,7 @@ class Info:
                 f"held {self.held}"
                 + (f", {huge:,} bytes in huge pages" if huge is not None else "")
                 + (f": {self.fallback}" if self.fallback else ""),
-                "views by {views}, put by {put}".format(**self.ways),
+                "views by {views}, put by {put}, enable is {enable}".format_map(self.ways),
             ]
         if self.verified:
             lines.append("verified: every byte is as it was written")
@@ -96,9 +96,10 @@ def ways() -> dict[str, str]:
     """Tell by which ways this process makes views and puts blocks, as its torch and Ray allow.
 
     `"views"` is `"dlpack"`, or the slower `"from_numpy"`; `"put"` is `"room"`, or the slower
-    `"ray.put"`.
+    `"ray.put"`; `"enable"` is `"on"` or `"off"`.
     """
-    return {"views": tensors.way, "put": ray_inside.way}
+    enabled = "on" if ray_inside.is_hooked() else "off"
+    return {"views": tensors.way, "put": ray_inside.way, "enable": enabled}
 
 
 def describe(block: _core.Block, skeleton: bytes, verify: bool = False) -> Info:

@@ -17,9 +17,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import ray
-from ray._private import auto_init_hook, worker
+from ray import cloudpickle
+from ray._private import auto_init_hook, ray_constants, serialization, worker
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.experimental import get_object_locations
+
+from ray_zerocopy.errors import VersionError
 
 try:
     from ray._raylet import RawSerializedObject  # type: ignore[attr-defined]
@@ -102,6 +105,44 @@ class _Storing:
 
     def serialize(self, roomy: _Roomy) -> _Roomy:
         return roomy
+
+
+# --- Ray's serializer -----------------------------------------------------------------------------
+
+
+class _Pickle:
+    """`ray.cloudpickle`, as Ray's serializer knows it, with a `dumps` of ours."""
+
+    def __init__(self, dumps: Callable[..., bytes]) -> None:
+        self.dumps = dumps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cloudpickle, name)
+
+
+def hook_dumps(dumps: Callable[..., bytes] | None) -> None:
+    """Have Ray's serializer pickle by `dumps(value, protocol, buffer_callback)`; None: as before.
+
+    It pickles so whatever Ray stores: what is put, arguments and returns. Raises `VersionError`
+    where it does not pickle as in Ray 2.43 to 2.60.
+    """
+    method = getattr(serialization.SerializationContext, "_serialize_to_pickle5", None)
+    if method is None or not {"pickle", "dumps"} <= set(method.__code__.co_names):
+        raise VersionError(
+            f"enable does not know the serializer of Ray {ray.__version__}: call ray_zerocopy.put, "
+            f"or install Ray 2.60"
+        )
+    serialization.pickle = cloudpickle if dumps is None else _Pickle(dumps)
+
+
+def is_hooked() -> bool:
+    """Whether `hook_dumps` is in force."""
+    return isinstance(serialization.pickle, _Pickle)
+
+
+def shares_tensors() -> bool:
+    """Whether Ray's own flag for tensors is set."""
+    return bool(getattr(ray_constants, "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", False))
 
 
 # --- references -----------------------------------------------------------------------------------

@@ -148,7 +148,13 @@ def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None 
     """Tell what a reference holds; raises as `inspect` does."""
     refuse_client()
     with reading(Inspecting(verify)):
-        return _of_ours(ref, _ray_get(ref, timeout), Info)
+        found = _ray_get(ref, timeout)
+    while (
+        isinstance(found, list | dict) and found
+    ):  # what Ray writes around the objects of `enable`
+        parts = list(found.values() if isinstance(found, dict) else found)
+        found = next((part for part in parts if isinstance(part, Info | list | dict)), None)
+    return _of_ours(ref, found, Info)
 
 
 T = TypeVar("T")

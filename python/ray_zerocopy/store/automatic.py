@@ -1,0 +1,173 @@
+"""Ray's own serializer, storing what holds tensors as blocks: `ray.put`, arguments, returns.
+
+Ray ─ dumps(value) ─▶ fewer than 100 KiB of tensors in it ─▶ Ray's own pickle, byte for byte
+                        └ more ─▶ `Shared(value)` ─▶ skeleton, table, block
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ray import cloudpickle
+
+from ray_zerocopy import metrics
+from ray_zerocopy.errors import NotABlockWarning, PublishError, StoredAgainWarning
+from ray_zerocopy.objects.tensors import nbytes_of
+from ray_zerocopy.pickled import named
+from ray_zerocopy.store import ray_inside
+from ray_zerocopy.store.envelope import Shared
+
+_STORED_AGAIN = 3  # times that one model is stored before a warning names `put`
+
+
+def enable(only: type | tuple[type, ...] = object) -> None:
+    """Have Ray store whatever holds tensors as one block, as `put` does.
+
+    From now on, in this process, `ray.put(model)`, a model as an argument or a return value of a
+    task or actor, and a model inside anything else that Ray stores (`fn_constructor_args` of Ray
+    Data, `with_parameters` of Ray Tune, the config of Ray Train) lies in the store as one block.
+    Readers need no `enable`. Objects with fewer than 100 KiB of tensors go Ray's way, and so do
+    objects with tensors on another device than the CPU. An object that `put` would refuse goes
+    Ray's way with a `NotABlockWarning`; one that Ray would refuse is stored as `put` would.
+
+    A model that is passed as an argument again and again is stored each time, as in Ray; the third
+    time warns with `StoredAgainWarning`.
+
+    Args:
+        only: store as blocks only objects that hold an instance of this class.
+
+    Raises:
+        VersionError: the serializer of this Ray is not known.
+
+    Example:
+        >>> rzc.enable()                                                # in the driver
+        >>> ray.init(runtime_env={"worker_process_setup_hook": "ray_zerocopy.enable"})  # in workers
+
+    """
+    if ray_inside.shares_tensors():
+        warnings.warn(
+            "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: objects with 100 KiB of tensors or more "
+            "are stored by ray_zerocopy, smaller ones by Ray",
+            stacklevel=2,
+        )
+    ray_inside.hook_dumps(_Serializer(only))
+
+
+def disable() -> None:
+    """End what `enable` began: Ray pickles everything itself again."""
+    ray_inside.hook_dumps(None)
+
+
+class _Serializer:
+    """Pickles for Ray, in place of `ray.cloudpickle.dumps`."""
+
+    def __init__(self, only: type | tuple[type, ...]) -> None:
+        self._only = only
+        self._stored: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __call__(
+        self,
+        value: list[Any],
+        protocol: int | None = None,
+        buffer_callback: Callable[[Any], Any] | None = None,
+    ) -> bytes:
+        buffers: list[Any] = []
+        try:
+            pickled = _pickled(_Watcher, value, protocol, buffers, self._only)
+        except Exception as error:  # it holds tensors, or does not pickle as Ray would have it
+            buffers.clear()
+            pickled = self._as_block(value, protocol, buffers, error)
+        for buffer in buffers:
+            if buffer_callback is not None:
+                buffer_callback(buffer)
+        return pickled
+
+    def _as_block(
+        self, value: list[Any], protocol: int | None, buffers: list[Any], why: Exception
+    ) -> bytes:
+        """Pickle the objects that Ray has found in a value, all of them over one block."""
+        self._warn_of_the_third(value)
+        whole = Shared(value)
+        items = [_Item(whole, index) for index in range(len(value))]
+        try:
+            pickled = _pickled(cloudpickle.CloudPickler, items, protocol, buffers)
+        except PublishError as error:
+            if not isinstance(why, _HoldsTensors):
+                raise why from None
+            metrics.record("rzc_automatic", 1, "refused")
+            warnings.warn(f"stored by Ray's own pickle: {error}", NotABlockWarning, stacklevel=2)
+            buffers.clear()
+            return _pickled(cloudpickle.CloudPickler, value, protocol, buffers)
+        metrics.record("rzc_automatic", 1, "block")
+        return pickled
+
+    def _warn_of_the_third(self, value: list[Any]) -> None:
+        for obj in value:
+            if isinstance(obj, torch.nn.Module):
+                times = self._stored[obj] = self._stored.get(obj, 0) + 1
+                if times == _STORED_AGAIN:
+                    warnings.warn(
+                        f"this {type(obj).__name__} has been stored {times} times: once for each "
+                        f"call that takes it; pass ref = ray_zerocopy.put(model) instead",
+                        StoredAgainWarning,
+                        stacklevel=2,
+                    )
+
+
+def _pickled(
+    pickler: Callable[..., Any], value: Any, protocol: int | None, buffers: list[Any], *how: Any
+) -> bytes:
+    file = io.BytesIO()
+    pickler(file, protocol, buffers.append, *how).dump(value)
+    return file.getvalue()
+
+
+class _Item:
+    """One of several objects over one block."""
+
+    def __init__(self, whole: Shared, index: int) -> None:
+        self._reduced = whole, index
+
+    def __reduce__(self) -> Any:
+        return item, self._reduced
+
+
+@named
+def item(whole: Any, index: int) -> Any:
+    """Unpickle one of several objects, or what a reader makes of them all."""
+    return whole[index] if isinstance(whole, list) else whole
+
+
+class _HoldsTensors(Exception):  # noqa: N818 - a message to `_Serializer`
+    """An object holds tensors that are worth a block."""
+
+
+class _Watcher(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Ray's pickler, which adds up the bytes of tensors on its way.
+
+    It ends with `_HoldsTensors` at 100 KiB of them, once an instance of `only` was met.
+    """
+
+    def __init__(self, file: io.BytesIO, protocol: Any, take_buffer: Any, only: Any) -> None:
+        super().__init__(file, protocol, take_buffer)
+        self._only = only
+        self._met = only is object
+        self._nbytes = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        self._met = self._met or isinstance(obj, self._only)
+        if isinstance(obj, torch.Tensor):
+            self._add(obj)
+        return super().reducer_override(obj)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_cpu:
+            self._only, self._met = (), False  # Ray's way keeps the device
+        self._nbytes += nbytes_of(tensor)
+        if self._met and self._nbytes >= ray_inside.INLINE_NBYTES:
+            raise _HoldsTensors
