@@ -23,6 +23,10 @@ test: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	rm -rf target/portable
+	$(BIN)/maturin build --release --quiet --features python,portable --out target/portable
+	$(BIN)/python -m zipfile -e target/portable/*.whl target/portable
+	PYTHONPATH=$(abspath target/portable) $(BIN)/pytest tests/portable.py
 
 # The head lost, for which Debian has redis-server; KILLS of publishers and readers; ten minutes of
 # faults at random, the same again with the same SEED.
