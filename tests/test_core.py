@@ -1,6 +1,8 @@
 """The Rust core from Python, with `bytes` as the oracle, and its stub."""
 
+import ctypes
 import gc
+import mmap
 import random
 import re
 import subprocess
@@ -42,6 +44,33 @@ def laid_out(segments):
     starts = np.cumsum([0] + [len(memoryview(s)) + -len(memoryview(s)) % 64 for s in segments])
     ends = (start + len(memoryview(s)) for start, s in zip(starts, segments, strict=False))
     return [aligned[start:end] for start, end in zip(starts, ends, strict=False)]
+
+
+def written(gathered):
+    """The whole block, as it is written into room."""
+    room = np.zeros(gathered.nbytes + 64, np.uint8)
+    room = room[-room.ctypes.data % 64 :][: gathered.nbytes]
+    gathered.write(room, room)
+    return room
+
+
+class Guarded:
+    """Memory behind which nothing may be read, as behind the end of a mapping."""
+
+    def __init__(self, nbytes, *flags):
+        guard = mmap.PAGESIZE
+        self.end = -(-nbytes // guard) * guard
+        self.map = mmap.mmap(-1, self.end + guard, *flags)
+        self.memory = np.frombuffer(self.map, np.uint8)
+        guarded = ctypes.c_void_p(self.memory.ctypes.data + self.end)
+        assert ctypes.CDLL(None).mprotect(guarded, ctypes.c_size_t(guard), 0) == 0
+
+    def at_the_end(self, part):
+        """Give memory that starts with this and ends with the guard."""
+        start = (self.end - len(part)) // 64 * 64
+        memory = self.memory[start : self.end]
+        memory[:] = np.frombuffer(bytes(part).ljust(len(memory), b"\0"), np.uint8)
+        return memory
 
 
 def header_v1(table, nbytes):
@@ -113,6 +142,32 @@ def test_a_block_is_written_whole_into_room_that_was_used_before():
     start = room[128 : 192 + 8 * len(parts)]  # the header and the checksums
     padding = gathered.nbytes - sum(map(len, parts)) - np.count_nonzero(start)
     assert zeros == padding + len(room) - 128 - gathered.nbytes
+
+
+@pytest.mark.parametrize("isolation", ["private", "shared", "copy"])
+@pytest.mark.parametrize("flags", [(mmap.MAP_SHARED,), (mmap.MAP_PRIVATE,)], ids=["file", "own"])
+def test_what_follows_an_anchor_is_there_or_refused(isolation, flags):
+    parts = [bytes([5]) * 300_000, bytes([6]) * 100]
+    gathered = gather(*parts)
+    whole = bytes(written(gathered))
+    guarded = Guarded(2**20, *flags)
+    for nbytes in (len(whole), _core.HEADER_NBYTES, 4096, len(whole) - 64):
+        anchor = guarded.at_the_end(whole[:nbytes])[: _core.HEADER_NBYTES]
+        if nbytes == len(whole):
+            block = _core.Block(gathered.table, [anchor], isolation, anchored=True)
+            assert rejoined(block) == parts
+        else:
+            with pytest.raises(rzc.BlockError, match=rf"should have {len(whole)} bytes"):
+                _core.Block(gathered.table, [anchor], isolation, anchored=True)
+
+
+@pytest.mark.parametrize("isolation", ["private", "shared", "copy"])
+def test_what_follows_an_anchor_in_no_file_is_what_was_written(isolation):
+    gathered = gather(bytes([5]) * 300_000)
+    memory = written(gathered)
+    memory[5000:] = 0
+    with pytest.raises(rzc.BlockError, match="damaged"):
+        _core.Block(gathered.table, [memory[: _core.HEADER_NBYTES]], isolation, anchored=True)
 
 
 def test_no_room_no_block():

@@ -14,7 +14,7 @@ import ray_zerocopy as rzc
 import torch
 from ray_zerocopy import _core
 from ray_zerocopy.objects import tensors
-from test_core import WAYS, header_v1
+from test_core import WAYS, Guarded, header_v1
 
 CASES, SEED = int(os.environ.get("CASES", 3000)), int(os.environ.get("SEED", 0))
 
@@ -92,6 +92,34 @@ def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room, monkeypatch):
         made += 1
     assert CASES / 5 < made < CASES
     print(f"{CASES:,} tables, {made:,} of them made")
+
+
+@pytest.mark.parametrize("isolation", ["private", "shared", "copy"])
+def test_an_anchored_block_ends_before_its_memory_or_is_refused(isolation):
+    """What is behind the memory may not be read: a block that reaches there is a SIGSEGV."""
+    tables, guarded, made = Tables(SEED), Guarded(2**16), 0
+    for _ in range(CASES):
+        table, nbytes = tables.table()
+        if tables.random() < 0.2:  # a table that says something else than there is
+            table = table[:8] + struct.pack("<Q", tables.choice([*EDGES, nbytes - 64])) + table[16:]
+        there = tables.choice([64, nbytes, tables.randrange(64, nbytes + 1), nbytes + 4096])
+        head = header_v1(table, nbytes)
+        anchor = guarded.at_the_end(head + bytes(there - 64))[:64]
+        try:
+            block = _core.Block(table, [anchor], isolation, anchored=True)
+        except rzc.BlockError:
+            continue
+        whole = np.frombuffer(block, np.uint8)
+        assert whole[:64].tobytes() == head
+        if isolation == "shared":
+            assert whole.ctypes.data == anchor.ctypes.data
+            assert len(whole) <= guarded.memory.ctypes.data + guarded.end - anchor.ctypes.data
+        assert not whole[64:].any()
+        for view, tensor in zip(block.views, tensors.over(block), strict=True):
+            assert_is(view, tensor, block)
+        made += 1
+    assert CASES / 5 < made < CASES
+    print(f"{CASES:,} anchored blocks, {made:,} of them made")
 
 
 # What torch refused with errors of its own: dtype, flags, offset, shape, stride.

@@ -134,7 +134,7 @@ impl Reader {
     /// The mapped file, where it can be opened and lies on a disk; files in memory have nothing to read.
     pub fn of(mapping: &Mapping, how: How) -> Option<Reader> {
         let (file, _) = mapping.open(None).ok()?;
-        let path = Path::new(&mapping.backing.name);
+        let path = &mapping.backing.name;
         if platform::has_no_disk(&file) { None } else { Reader::new(file, path, how).ok() }
     }
 

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::iter;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -136,7 +137,7 @@ struct Tracer {
     /// The one that covers where the tracer is, or the next above it.
     mapping: Option<Mapping>,
     /// By name and inode, as one file may be mapped in parts; `None` for what is to be memory.
-    readers: HashMap<(String, u64), Option<Arc<Reader>>>,
+    readers: HashMap<(PathBuf, u64), Option<Arc<Reader>>>,
     page_table: PageTable,
     how: How,
     found: Vec<(u64, Source)>,

@@ -63,7 +63,7 @@ impl Pages {
     pub fn private(beneath: Region) -> Result<Pages> {
         let (file, backing) = store::open(beneath)?;
         let map = Map::private(&file, backing.offset, beneath.nbytes);
-        let map = map.map_err(|error| Error::refused(&backing.name, &error))?;
+        let map = map.map_err(|error| Error::refused(backing.name.display(), &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath, backing })
     }
 

@@ -18,9 +18,9 @@ impl Region {
         Region { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
     }
 
-    /// The addresses of all its bytes.
+    /// The addresses of all its bytes, or all there are where it says that it has more.
     pub fn addresses(self) -> Range<usize> {
-        self.address..self.address + self.nbytes
+        self.address..self.address.saturating_add(self.nbytes)
     }
 
     /// The bytes.

@@ -35,7 +35,7 @@ pub fn open(region: Region) -> Result<(File, Backing)> {
     let opened = store.mapping.open(store.path.as_deref());
     let opened = opened.or_else(|error| store.mapping.open_of_raylet().ok_or(error));
     let (file, path) = opened.map_err(|error| {
-        let name = &store.mapping.backing.name;
+        let name = store.mapping.backing.name.display();
         Error::refused(
             format!("no link of the kernel's nor file of the raylet opens {name}"),
             &error,

@@ -1,15 +1,17 @@
 //! Linux.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, OsStr, c_void};
 use std::fs::{self, File};
 use std::io;
 use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::str;
 use std::sync::OnceLock;
 
 use memmap2::{Advice, MmapMut};
@@ -101,11 +103,15 @@ impl Mappings {
             }
         }
         if self.read.get().is_none() {
-            let lines = fs::read_to_string(MAPS)?;
-            let _ = self.read.set(lines.lines().filter_map(Mapping::parse).collect());
+            let _ = self.read.set(Mappings::list()?);
         }
         let mappings = self.read.get().map_or(&[][..], Vec::as_slice);
         Ok(mappings.get(mappings.partition_point(|mapping| mapping.end <= address)).cloned())
+    }
+
+    fn list() -> io::Result<Vec<Mapping>> {
+        let lines = fs::read(MAPS)?;
+        Ok(lines.split(|&byte| byte == b'\n').filter_map(Mapping::parse).collect())
     }
 
     fn query(&self, address: usize) -> io::Result<Mapping> {
@@ -123,7 +129,7 @@ impl Mappings {
         checked(status)?;
         let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
         let backing = Backing {
-            name: name.to_string_lossy().into_owned(),
+            name: OsStr::from_bytes(name.to_bytes()).into(),
             inode: query.inode,
             offset: query.offset,
             writable: query.rights & WRITABLE != 0,
@@ -136,13 +142,13 @@ impl Mappings {
 impl Mapping {
     /// Whether the mapping is what it was.
     pub fn stands(&self) -> bool {
-        fs::read_link(self.link()).is_ok_and(|name| name.as_os_str() == &*self.backing.name)
+        fs::read_link(self.link()).is_ok_and(|name| name == self.backing.name)
     }
 
     /// Opens the mapped file: where it was opened before, by its name, or by the kernel's link, which takes
     /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Says by which path.
     pub fn open(&self, known: Option<&Path>) -> io::Result<(File, PathBuf)> {
-        let paths = [PathBuf::from(&self.backing.name), self.link()];
+        let paths = [self.backing.name.clone(), self.link()];
         let found =
             known.map(Path::to_owned).into_iter().chain(paths).find_map(|path| self.open_at(path));
         found.ok_or_else(|| File::open(self.link()).err().unwrap_or(io::ErrorKind::NotFound.into()))
@@ -160,9 +166,8 @@ impl Mapping {
             let files = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
             files.map(|file| file.path())
         };
-        let is_it = |path: &PathBuf| {
-            fs::read_link(path).is_ok_and(|name| name.as_os_str() == &*self.backing.name)
-        };
+        let is_it =
+            |path: &PathBuf| fs::read_link(path).is_ok_and(|name| name == self.backing.name);
         let parent = std::os::unix::process::parent_id();
         let raylets = iter::once(parent).chain(processes.filter(is_raylet));
         raylets.flat_map(files).filter(is_it).find_map(|path| self.open_at(path))
@@ -180,14 +185,15 @@ impl Mapping {
         (file.metadata().ok()?.ino() == self.backing.inode).then_some((file, path))
     }
 
-    fn parse(line: &str) -> Option<Mapping> {
+    fn parse(line: &[u8]) -> Option<Mapping> {
         // 7f00-7f80 rw-s 00001000 00:1a 1234    /dev/shm/plasma (deleted)
-        let mut fields = line.splitn(6, ' ');
-        let (start, end) = fields.next()?.split_once('-')?;
-        let rights = fields.next()?;
-        let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-        let inode = fields.nth(1)?.parse().ok()?;
-        let name = fields.next()?.trim_start().to_owned();
+        let mut fields = line.splitn(6, |&byte| byte == b' ');
+        let mut next = || str::from_utf8(fields.next()?).ok();
+        let (start, end) = next()?.split_once('-')?;
+        let rights = next()?;
+        let offset = u64::from_str_radix(next()?, 16).ok()?;
+        let inode = next().and_then(|_device| next())?.parse().ok()?;
+        let name = OsStr::from_bytes(fields.next()?.trim_ascii_start()).into();
         let start = usize::from_str_radix(start, 16).ok()?;
         let end = usize::from_str_radix(end, 16).ok()?;
         let backing = Backing { name, inode, offset, writable: rights.starts_with("rw") };
@@ -274,6 +280,17 @@ pub fn fill_to_write(addresses: Range<usize>) -> bool {
     // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
     let filled = checked(unsafe { libc::madvise(start, pages.len(), libc::MADV_POPULATE_WRITE) });
     !filled.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT))
+}
+
+/// Whether all of these addresses can be read, which fills in their pages. A kernel without
+/// `MADV_POPULATE_READ` (before Linux 5.14) tells only whether they are mapped.
+pub fn is_readable(addresses: Range<usize>) -> bool {
+    let pages = addresses.start - addresses.start % page()..addresses.end;
+    // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
+    let advise =
+        |nbytes, advice| unsafe { libc::madvise(pages.start as *mut c_void, nbytes, advice) };
+    let known = advise(0, libc::MADV_POPULATE_READ) == 0;
+    advise(pages.len(), if known { libc::MADV_POPULATE_READ } else { libc::MADV_NORMAL }) == 0
 }
 
 /// Gives pages of a file in shared memory back to the system: those that lie wholly in these addresses.
@@ -589,19 +606,36 @@ mod tests {
 
     #[test]
     fn a_line_of_maps_is_read() {
-        let line = "7f0000-7f8000 rw-s 00001000 00:1a 1234                 /dev/shm/a b (deleted)";
+        let line = b"7f0000-7f8000 rw-s 00001000 00:1a 1234                 /dev/shm/a b (deleted)";
         let mapping = Mapping::parse(line).unwrap();
-        let name = "/dev/shm/a b (deleted)".to_owned();
+        let name = "/dev/shm/a b (deleted)".into();
         let backing = Backing { name, inode: 1234, offset: 0x1000, writable: true };
         assert_eq!(mapping.backing, backing);
         assert_eq!(mapping.backing_at(0x7f0010).offset, 0x1010);
         assert!(mapping.holds(&(0x7f0000..0x7f8000)));
         assert!(!mapping.holds(&(0x7f0001..0x7f8001)));
         assert!(mapping.shared);
-        let private = Mapping::parse("7f0000-7f8000 rw-p 00001000 00:1a 1234 /private");
+        let private = Mapping::parse(b"7f0000-7f8000 rw-p 00001000 00:1a 1234 /private");
         assert!(!private.unwrap().shared);
-        assert!(Mapping::parse("7f0000-7f8000 rw-s 00000000 00:00 0").is_none());
-        assert!(Mapping::parse("").is_none());
+        assert!(Mapping::parse(b"7f0000-7f8000 rw-s 00000000 00:00 0").is_none());
+        assert!(Mapping::parse(b"").is_none());
+    }
+
+    #[test]
+    fn a_name_that_is_no_utf_8_hides_no_mapping() {
+        let name = [format!("rzc-{}-", std::process::id()).as_bytes(), &[0xff]].concat();
+        let path = std::env::temp_dir().join(OsStr::from_bytes(&name));
+        fs::write(&path, [7; 100]).unwrap();
+        // SAFETY: the file is this test's own.
+        let map = unsafe { MmapOptions::new().map_copy(&File::open(&path).unwrap()) }.unwrap();
+        let address = map.as_ptr().addr();
+        let asked = Mappings::open().unwrap().at_or_after(address).unwrap().unwrap();
+        let listed = Mappings::list().unwrap();
+        let listed = listed.iter().find(|mapping| mapping.start == address).unwrap();
+        assert_eq!((&asked, &asked.backing.name), (listed, &path));
+        assert!(asked.stands() && asked.open_at(path.clone()).is_some());
+        fs::remove_file(&path).unwrap();
+        assert!(Mappings::list().unwrap().iter().any(|other| other.start > address));
     }
 
     #[test]
@@ -611,8 +645,7 @@ mod tests {
         let map = unsafe { MmapOptions::new().offset(4096).len(5000).map_copy(&file) }.unwrap();
         let asked = Mappings::open().unwrap();
         let listed = Mappings::open().unwrap();
-        let lines = fs::read_to_string(MAPS).unwrap();
-        listed.read.set(lines.lines().filter_map(Mapping::parse).collect()).unwrap();
+        listed.read.set(Mappings::list().unwrap()).unwrap();
         for address in [0, map.as_ptr().addr(), map.as_ptr().addr() + 4999] {
             let (asked, listed) = (asked.at_or_after(address), listed.at_or_after(address));
             let asked = asked.unwrap();
@@ -641,6 +674,19 @@ mod tests {
         assert!(!table.lacks(last) && is_in_memory(last));
         memory[0] = 0;
         assert!(memory.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn what_can_be_read_is_told_from_what_cannot() {
+        let memory = Map::private(&nameless_file(3 * NBYTES).unwrap(), 0, 3 * NBYTES).unwrap();
+        let start = memory.addresses().start;
+        let readable = |from, to| is_readable(start + from..start + to);
+        assert!(readable(0, 3 * NBYTES) && readable(1, NBYTES) && readable(NBYTES, NBYTES));
+        // SAFETY: nobody reads it any more.
+        assert_eq!(unsafe { libc::mprotect((start + NBYTES) as *mut _, NBYTES, 0) }, 0);
+        assert!(!readable(0, NBYTES + 1) && !readable(NBYTES, NBYTES + 1));
+        assert!(readable(NBYTES - 1, NBYTES) && readable(2 * NBYTES, 3 * NBYTES));
+        assert!(!is_readable(start..usize::MAX));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a system says of a mapping of a file.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
 /// One mapping of a file in this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,8 +19,8 @@ pub struct Mapping {
 /// The file behind some memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
-    /// The file's name as the kernel gives it, with ` (deleted)` if it is.
-    pub name: String,
+    /// The file's name as the kernel gives it, with ` (deleted)` if it is. It may be no UTF-8.
+    pub name: PathBuf,
     /// Its inode.
     pub inode: u64,
     /// Where in the file the memory starts, in bytes.

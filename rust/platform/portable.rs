@@ -90,6 +90,11 @@ pub fn fill_to_write(_: Range<usize>) -> bool {
     true
 }
 
+/// Not known.
+pub fn is_readable(_: Range<usize>) -> bool {
+    true
+}
+
 /// Nothing: they stay.
 ///
 /// # Safety

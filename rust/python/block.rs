@@ -1,6 +1,6 @@
 //! A block where it is read.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{OsString, c_int, c_void};
 use std::sync::OnceLock;
 
 use pyo3::buffer::PyUntypedBuffer;
@@ -9,6 +9,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
+use crate::error::Error;
 use crate::format::header;
 use crate::format::table::{Table, fingerprint};
 use crate::format::view::{Flags, View};
@@ -17,6 +18,7 @@ use crate::memory::huge;
 use crate::memory::pages::{Pages, Prefault};
 use crate::memory::region::Region;
 use crate::memory::store;
+use crate::platform;
 use crate::platform::mapping::Backing;
 use crate::python::buffer;
 use crate::python::loan;
@@ -74,6 +76,16 @@ impl Block {
         let whole = pieces
             .first()
             .map(|first| Region { address: first.address, nbytes: table.nbytes as usize });
+        // no buffer says how much follows an anchor: all of it lies in one file, or it must be
+        // readable, and what its checksums say
+        let found = whole.filter(|_| anchored).map(|whole| (whole, store::backing(whole)));
+        if let Some((whole, Ok(None) | Err(_))) = found
+            && !platform::is_readable(whole.addresses())
+        {
+            let (expected, found) = (table.nbytes, first.len() as u64);
+            return Err(Error::BlockLength { expected, found }.into());
+        }
+        let in_no_file = matches!(found, Some((_, Ok(None))));
         let copy = || {
             // SAFETY: the buffers are held; objects of the store are sealed before they are read;
             // the length was checked.
@@ -114,7 +126,7 @@ impl Block {
         if let Pages::Private { backing: found, .. } = &pages {
             source = Some(found.clone());
         }
-        Ok(Block {
+        let block = Block {
             prefault: OnceLock::new(),
             pages,
             _buffers: buffers,
@@ -122,7 +134,11 @@ impl Block {
             fingerprint,
             source,
             fallback,
-        })
+        };
+        if in_no_file {
+            block.verify(py)?;
+        }
+        Ok(block)
     }
 
     /// How the bytes are held: "private", "shared" or "copied".
@@ -137,8 +153,8 @@ impl Block {
 
     /// File name, inode and offset in bytes of the store's file beneath; None for other memory.
     #[getter]
-    fn source(&self) -> Option<(String, u64, u64)> {
-        self.source.clone().map(|source| (source.name, source.inode, source.offset))
+    fn source(&self) -> Option<(OsString, u64, u64)> {
+        self.source.clone().map(|source| (source.name.into(), source.inode, source.offset))
     }
 
     /// Offset and bytes of each span.
@@ -249,7 +265,7 @@ pub(super) fn huge_pages_obstacle() -> Option<String> {
 
 /// File name, inode and offset in bytes of the shared file mapping that holds an address.
 #[pyfunction]
-pub(super) fn source_of(address: usize) -> PyResult<Option<(String, u64, u64)>> {
+pub(super) fn source_of(address: usize) -> PyResult<Option<(OsString, u64, u64)>> {
     let source = store::backing(Region { address, nbytes: 1 })?;
-    Ok(source.map(|source| (source.name, source.inode, source.offset)))
+    Ok(source.map(|source| (source.name.into(), source.inode, source.offset)))
 }
