@@ -4,13 +4,16 @@ Each test is one public report: its docstring names the source and says what is 
 """
 
 import gc
+import pickletools
 import signal
 
+import numpy as np
 import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
 from exact import assert_exact
+from ray_zerocopy.objects.skeleton import split
 from torch import nn
 
 
@@ -135,3 +138,15 @@ def test_a_script_that_torch_cannot_load_again_is_refused(cluster):
 
 
 # --- calls ----------------------------------------------------------------------------------------
+
+
+# --- in other areas -------------------------------------------------------------------------------
+
+
+def test_empty_arrays_name_nothing_that_an_older_numpy_lacks(cluster):
+    """numpy #28340, ray #48053: empty arrays are stored like others, by names of ours alone."""
+    arrays = {"c": np.zeros((0, 3)), "f": np.zeros((0, 3), order="F"), "kind": np.zeros(0, "f4,i8")}
+    skeleton = split(arrays).skeleton
+    names = [name for _, name, _ in pickletools.genops(skeleton) if isinstance(name, str)]
+    assert "numpy._core.numeric" not in names
+    assert_exact(arrays, ray.get(rzc.put(arrays)))

@@ -24,12 +24,13 @@ def _reduce_array(whole: np.ndarray) -> Any:
     """Reduce an array to a buffer of its elements, in the order in which they lie in memory.
 
     numpy does so only for arrays of no other class than its own; of a memory map it writes the
-    whole file into the pickle. What has gaps comes back without. (numpy 2.4)
+    whole file into the pickle. What has gaps comes back without. Empty arrays come this way, too:
+    of those numpy 2 names a function that numpy 1.26 lacks. (numpy 2.4)
     """
     plain = whole.view(np.ndarray)
-    if plain.dtype.hasobject or not plain.nbytes:
+    if plain.dtype.hasobject:
         return NotImplemented
-    if not np.may_share_memory(elements := plain.ravel(order="K"), plain):
+    if not np.may_share_memory(elements := plain.ravel(order="K"), plain) and plain.nbytes:
         plain = plain.copy(order="K")
         elements = plain.ravel(order="K")
     buffer = pickle.PickleBuffer(elements.view(np.uint8).data)
