@@ -3,6 +3,7 @@
 Each test is one public report: its docstring names the source and says what is right.
 """
 
+import copyreg
 import gc
 import pickletools
 import signal
@@ -150,3 +151,30 @@ def test_empty_arrays_name_nothing_that_an_older_numpy_lacks(cluster):
     names = [name for _, name, _ in pickletools.genops(skeleton) if isinstance(name, str)]
     assert "numpy._core.numeric" not in names
     assert_exact(arrays, ray.get(rzc.put(arrays)))
+
+
+class Wrapped(np.ndarray):
+    """An array of a library's own."""
+
+
+class Marked(torch.Tensor):
+    """A tensor of a library's own."""
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Marked])
+@pytest.mark.parametrize("way", ["ray", "copyreg"])
+def test_serializers_that_were_registered_are_used(cluster, kind, way):
+    """ray #45473, nupic.research #273: `register_serializer` and `copyreg` hold for every class."""
+    source = np.zeros(3).view(kind) if kind is Wrapped else torch.zeros(3).as_subclass(kind)
+    if way == "ray":
+        ray.util.register_serializer(kind, serializer=lambda _: 5, deserializer=lambda five: five)
+    else:
+        copyreg.pickle(kind, lambda _: (int, (5,)))
+    try:
+        assert isinstance(ray.get(ray.put(source)), int)
+        assert isinstance(ray.get(rzc.put(source)), int)
+    finally:
+        if way == "ray":
+            ray.util.deregister_serializer(kind)
+        else:
+            del copyreg.dispatch_table[kind]

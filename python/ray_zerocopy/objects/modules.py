@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ray import cloudpickle
 from torch.nn.utils import parametrize
 
 from ray_zerocopy import _core
@@ -32,7 +31,6 @@ def reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
         kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
         and kind.__new__ is object.__new__
-        and kind not in cloudpickle.CloudPickler.dispatch
     )
     if not reduces_by_default:
         return None

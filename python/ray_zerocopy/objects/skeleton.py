@@ -151,8 +151,18 @@ _BY_CLASS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Reduce | None]],
 )
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray)
+
+
 def _reducer(obj: Any) -> Reduce | None:
-    """Give what reduces objects of this one's class; None if that is cloudpickle's affair."""
+    """Give what reduces objects of this one's class; None if that is cloudpickle's affair.
+
+    So it is where the class was registered, with Ray or `copyreg`. Of the plain ones that would
+    leave nothing for the block.
+    """
+    kind = type(obj)
+    if kind not in _PLAIN and kind in cloudpickle.CloudPickler.dispatch:
+        return None
     for kinds, reducer in _BY_CLASS:
         if isinstance(obj, kinds):
             return reducer(obj)
