@@ -178,3 +178,33 @@ def test_serializers_that_were_registered_are_used(cluster, kind, way):
             ray.util.deregister_serializer(kind)
         else:
             del copyreg.dispatch_table[kind]
+
+
+def test_a_hook_that_is_added_replaces_none(cluster):
+    """pytorch #96310, #2847: hooks of a loaded model stay when a fresh process adds one.
+
+    torch numbers hooks by process, from 0, and pickles the numbers.
+    """
+    numbers = torch.utils.hooks.RemovableHandle
+    before, numbers.next_id = numbers.next_id, 0
+    try:
+        model = nn.Linear(3, 3)
+        model.register_forward_hook(_double)
+    finally:
+        numbers.next_id = before
+
+    @ray.remote(num_cpus=0, max_calls=1)
+    def adds(model, x):
+        model.register_forward_hook(_increase)
+        return model(x)
+
+    x = torch.ones(1, 3)
+    assert torch.equal(ray.get(adds.remote(rzc.put(model), x)), model(x) + 1)
+
+
+def _double(model, args, output):
+    return 2 * output
+
+
+def _increase(model, args, output):
+    return output + 1

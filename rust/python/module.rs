@@ -87,7 +87,22 @@ impl Defaults {
             };
             set(name.bind(py), &value)?;
         }
-        differing.iter().try_for_each(|(name, value)| set(&name, &value))
+        differing.iter().try_for_each(|(name, value)| {
+            if value.is_exact_instance(self.ordered_dict.bind(py)) && self.holds_hooks(&name)? {
+                keep_numbers(&value)?;
+            }
+            set(&name, &value)
+        })
+    }
+
+    /// Whether this attribute of a module holds hooks, by number.
+    fn holds_hooks(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        for (hooks, default) in &self.kinds {
+            if matches!(default, Default::OrderedDict) && name.eq(hooks)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether a module's attribute is as it was made.
@@ -100,6 +115,23 @@ impl Defaults {
             }
             Default::Constant(constant) => value.is(constant),
         })
+    }
+}
+
+/// Has torch give the next hook of this process a number that none of these has.
+///
+/// torch numbers hooks by process, from 0, and pickles them by number: in a process that has none, a
+/// new one would take the place of one that came with a model. (torch 2.15)
+fn keep_numbers(hooks: &Bound<'_, PyAny>) -> PyResult<()> {
+    let py = hooks.py();
+    let handle = py.import("torch.utils.hooks")?.getattr("RemovableHandle")?;
+    let next: u64 = handle.getattr(intern!(py, "next_id"))?.extract()?;
+    let numbers = hooks.try_iter()?.filter_map(|number| number.ok()?.extract::<u64>().ok());
+    match numbers.max() {
+        Some(last) if last >= next => {
+            handle.setattr(intern!(py, "next_id"), last.saturating_add(1))
+        }
+        _ => Ok(()),
     }
 }
 
