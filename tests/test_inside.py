@@ -23,7 +23,7 @@ INSIDE = {
     "numpy": {"objects/arrays.py"},
     "copyreg": {"calls/replacement.py"},
 }
-INSIDE_RUST = {"sources.rs", "module.rs"}
+INSIDE_RUST = {"sources.rs", "module.rs", "digest.rs"}  # the last of what pickles name
 
 OTHERS = {"_can_record_outputs": "transformers", "_CAN_RECORD_REGISTRY": "transformers"}
 OTHERS |= {"_mmap": "numpy", "_serialize_to_pickle5": "ray"}

@@ -23,6 +23,7 @@ __all__ = [
     "Sources",
     "borrows",
     "differing",
+    "digest",
     "dtypes",
     "has_plain_storage",
     "huge_pages_obstacle",
@@ -153,6 +154,13 @@ class ModuleReducer:
 
 def borrows() -> bool: ...
 def differing(state: dict[str, Any]) -> dict[str, Any] | None: ...
+def digest(
+    skeleton: bytes,
+    table: bytes,
+    buffers: Sequence[int],
+    block: Buffer,
+    plain: Callable[[bytes], bytes],
+) -> str: ...
 def huge_pages_obstacle() -> str | None: ...
 def has_plain_storage(tensor: torch.Tensor) -> bool: ...
 def initialized_module(kind: type) -> torch.nn.Module: ...

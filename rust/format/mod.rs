@@ -16,3 +16,5 @@ pub mod table;
 pub mod header;
 
 pub mod snapshot;
+
+pub mod digest;

@@ -8,6 +8,7 @@ use crate::format::snapshot::SNAPSHOT_HEADER_NBYTES;
 use crate::format::view::Flags;
 use crate::python::arena;
 use crate::python::block;
+use crate::python::digest;
 use crate::python::gather;
 use crate::python::module;
 use crate::python::snapshot;
@@ -32,6 +33,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<snapshot::Snapshot>()?;
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head, m)?)?;
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head_nbytes, m)?)?;
+    m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
     m.add_function(wrap_pyfunction!(sources::has_plain_storage, m)?)?;
     m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
     m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;

@@ -36,4 +36,7 @@ mod module;
 mod snapshot;
 
 #[cfg(feature = "python")]
+mod digest;
+
+#[cfg(feature = "python")]
 mod extension;

@@ -13,7 +13,9 @@ stand on are called directly; only those two warn of deprecation. (torch 2.15)
 from __future__ import annotations
 
 import io
+import itertools
 import types
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,3 +214,30 @@ def _reduce_exported(program: Any) -> Any:
         program.constants,
         program.example_inputs,
     )
+
+
+def plain(archive: bytes) -> bytes:
+    """Give what counts of an archive: the same for equal programs in every process.
+
+    TorchScript writes constants in the order of a set, and after all else a hash of all that was
+    written; its debug information names files. Other archives count as they are. (torch 2.15)
+    """
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        names = [name for name in file.namelist() if not name.endswith(_COUNTS_FOR_NOTHING)]
+        if not any("/code/" in name for name in names):
+            return archive
+        members = {name: file.read(name) for name in names}
+    return b"".join(
+        name.encode() + b"\n" + (_in_order(code) if name.endswith(".py") else code)
+        for name, code in members.items()
+    )
+
+
+_COUNTS_FOR_NOTHING = ("/serialization_id", ".debug_pkl")
+
+
+def _in_order(code: bytes) -> bytes:
+    """Sort the lines of each run of constants."""
+    lines = code.splitlines(keepends=True)
+    runs = itertools.groupby(lines, lambda line: b" : Final[" in line)
+    return b"".join(b"".join(sorted(run) if final else run) for final, run in runs)

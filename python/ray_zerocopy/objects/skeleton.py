@@ -28,6 +28,7 @@ from ray_zerocopy.objects import (
     fx,
     modules,
     programs,
+    sets,
     tensors,
     torch_inside,
     transformers_inside,
@@ -148,6 +149,7 @@ _BY_CLASS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Reduce | None]],
     (torch.UntypedStorage, lambda _: tensors.reduce_storage),
     (torch.TypedStorage, lambda _: tensors.reduce_typed_storage),
     (ContextVar, lambda _: transformers_inside.reduce_context_var),
+    (sets.KINDS, lambda members: sets.reducer(type(members))),
 )
 
 

@@ -6,7 +6,6 @@ object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import pickle
 import time
 import warnings
@@ -19,7 +18,7 @@ import torch
 
 from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import IsolationWarning, PublishError, VersionError
-from ray_zerocopy.objects import tensors
+from ray_zerocopy.objects import programs, tensors
 from ray_zerocopy.objects.culprit import can_be_published, culprit
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
@@ -104,13 +103,13 @@ class Parts:
         return _reduced(self, segments)
 
     def digest(self) -> str:
-        """Give the SHA-256 of everything, in hexadecimal: equal for equal skeletons and weights."""
-        hashed = hashlib.sha256()
-        parts: tuple[Any, ...] = (self.skeleton, repr(self.buffers).encode(), self.table)
-        for part in (*parts, *self.segments):
-            hashed.update(part)
-            hashed.update(bytes(-len(part) % 64))
-        return hashed.hexdigest()
+        """Give what equal objects share, and no others: 128 bits, in hexadecimal.
+
+        It is a hash of the weights' checksums and of the object's structure, and the same in every
+        process (`rust/format/digest.rs`). No weight is read.
+        """
+        parts = self.skeleton, self.table, self.buffers, self.segments[0]
+        return _core.digest(*parts, programs.plain)
 
 
 def open_block(parts: Parts, isolation: Isolation) -> _core.Block:

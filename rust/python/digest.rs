@@ -1,0 +1,36 @@
+//! The digest of an object in parts.
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::format::digest::digest as digest_of;
+use crate::format::header::{checksums, start_nbytes};
+use crate::format::table::{Table, fingerprint};
+use crate::memory::region::Region;
+
+/// The digest of an object, in hexadecimal: its skeleton, its table, its views that are buffers, its
+/// block or the start of it, where the checksums are. `plain` gives what counts of an archive.
+#[pyfunction]
+pub(super) fn digest(
+    py: Python<'_>,
+    skeleton: &[u8],
+    table: &[u8],
+    buffers: Vec<u32>,
+    block: &Bound<'_, PyAny>,
+    plain: &Bound<'_, PyAny>,
+) -> PyResult<String> {
+    let decoded = Table::decode(table)?;
+    let block = PyUntypedBuffer::get(block)?;
+    let nbytes = block.len_bytes().min(start_nbytes(&decoded));
+    let start = Region { address: block.buf_ptr() as usize, nbytes };
+    // SAFETY: within the buffer, which is held; a block is not written any more.
+    let start = unsafe { start.bytes() };
+    let sums = checksums(&decoded, fingerprint(table), start)?;
+    let plain = |archive: &[u8]| {
+        let counts = plain.call1((PyBytes::new(py, archive),)).and_then(|counts| counts.extract());
+        counts.unwrap_or_else(|_| archive.to_vec())
+    };
+    let digest = digest_of(skeleton, &decoded, &buffers, &sums, &plain)?;
+    Ok(format!("{digest:032x}"))
+}
