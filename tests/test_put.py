@@ -179,12 +179,25 @@ def test_a_small_object_comes_inline(cluster):
     assert_exact(DIFFICULT["shared_storage_views"]().model, ray.get(ref))
 
 
+def test_a_device_that_is_not_there_is_refused_by_name(cluster):
+    ref = rzc.put(torch.ones(3))
+    with pytest.raises(rzc.DeviceError, match=r"device='cuda:99'.*num_gpus=1"):
+        rzc.get(ref, device="cuda:99")
+
+
 def test_a_full_store_spills_and_falls_back_exactly(cluster):
     """Unused blocks go to disk and come back; beside blocks in use, new ones lie in Ray's files."""
     source = large().model
     expected = describe(source)
-    refs = [rzc.put(source) for _ in range(12)]
-    in_use = [ray.get(ref) for ref in refs]
+    refs, in_use = [], []
+
+    def fill():
+        for _ in range(12):
+            refs.append(rzc.put(source))
+            in_use.append(ray.get(refs[-1]))
+
+    with pytest.warns(rzc.OnDiskWarning, match=r"no room for [\d,]+ bytes of Sequential.*on disk"):
+        fill()
     assert {rzc.inspect(ref).where for ref in refs} == {"store", "disk"}
     for loaded in (in_use[0], in_use[-1]):
         assert_same_description(expected, describe(loaded))

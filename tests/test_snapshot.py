@@ -17,6 +17,7 @@ import torch
 from exact import assert_exact
 from models import DIFFICULT
 from ray_zerocopy import _core
+from ray_zerocopy.store import ray_inside
 
 _HARD = (
     *("tied_weights", "lstm", "spectral_norm", "numpy_attributes", "shared_storage_views"),
@@ -212,3 +213,33 @@ def test_urls(cluster, model, tmp_path, url):
     loaded = ray.get(rzc.restore(url))
     assert_exact(model, loaded)
     assert rzc.inspect(url, verify=True).verified
+
+
+@pytest.mark.parametrize("second", [2.0, torch.full((1500, 1500), 2.0), torch.full((50, 5), 2.0)])
+def test_a_path_that_is_saved_anew_meanwhile_gives_one_object(
+    cluster, tmp_path, monkeypatch, second
+):
+    """Head, checksums and block come from one file, whoever has the name by then."""
+    path = tmp_path / "model.rzc"
+    second = torch.full((700, 1000), second) if isinstance(second, float) else second
+    rzc.save({"step": 1, "weights": torch.full((700, 1000), 1.0)}, path)
+    put = ray_inside.put
+
+    def put_slowly(*args):
+        placed = put(*args)
+        rzc.save({"step": 2, "weights": second}, path)
+        return placed
+
+    monkeypatch.setattr(ray_inside, "put", put_slowly)
+    loaded = ray.get(rzc.restore(path))
+    assert set(loaded["weights"].unique().tolist()) == {loaded["step"]} == {1}
+
+
+def test_a_snapshot_has_the_rights_of_any_new_file(tmp_path, monkeypatch):
+    """The umask belongs to the process: to read it by setting it is seen by other threads."""
+    before = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", None)
+    rzc.save(torch.ones(3), tmp_path / "model.rzc")
+    monkeypatch.undo()
+    assert os.umask(before) == 0o027
+    assert os.stat(tmp_path / "model.rzc").st_mode & 0o777 == 0o640

@@ -104,6 +104,35 @@ def test_fetched_from_another_node():
         cluster.shutdown()
 
 
+def test_a_store_in_another_directory_is_no_disk():
+    def elsewhere():
+        import tempfile
+
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            ray.init("local", num_cpus=1, object_store_memory=2**27, _plasma_directory=folder)
+            info = rzc.inspect(rzc.put(torch.randn(10, 2**18)))
+            assert info.file.startswith(folder)
+            assert (info.where, info.held) == ("store", "private")
+            ray.shutdown()
+
+    run(elsewhere)
+
+
+def test_importing_everything_imports_no_face():
+    def importing():
+        import sys
+
+        exec("from ray_zerocopy import *", names := {})
+        assert {"put", "publish"} <= set(names)
+        assert not {"ray.serve", "ray.data"} & set(sys.modules)
+
+    run(importing)
+
+
 def test_private_pages_for_the_ordinary_user():
     """Who may not open the kernel's link finds the store among the raylet's files."""
 

@@ -13,6 +13,7 @@ from ray_zerocopy.errors import (
     BlockError,
     CatalogError,
     ClientError,
+    DeviceError,
     HostCopyWarning,
     InputError,
     IsolationWarning,
@@ -20,6 +21,7 @@ from ray_zerocopy.errors import (
     MismatchError,
     NotABlockError,
     NotABlockWarning,
+    OnDiskWarning,
     OutputError,
     PublishError,
     RayZeroCopyError,
@@ -38,7 +40,9 @@ from ray_zerocopy.store.references import build, get, put
 from ray_zerocopy.store.snapshot import restore, save
 
 if TYPE_CHECKING:
-    from ray_zerocopy import aio, data, serve
+    from ray_zerocopy import aio as aio
+    from ray_zerocopy import data as data
+    from ray_zerocopy import serve as serve
     from ray_zerocopy.invoke import CallModel, Shim, call_model, rewrite_pipeline
     from ray_zerocopy.registry.broadcast import prefetch
     from ray_zerocopy.registry.catalog import Version
@@ -58,6 +62,7 @@ __all__ = [
     "CallModel",
     "CatalogError",
     "ClientError",
+    "DeviceError",
     "HostCopyWarning",
     "Info",
     "InputError",
@@ -69,6 +74,7 @@ __all__ = [
     "ModelWrapper",
     "NotABlockError",
     "NotABlockWarning",
+    "OnDiskWarning",
     "OutputError",
     "PublishError",
     "RayZeroCopyError",
@@ -82,10 +88,8 @@ __all__ = [
     "UnknownVersionError",
     "Version",
     "VersionError",
-    "aio",
     "build",
     "call_model",
-    "data",
     "disable",
     "enable",
     "follow",
@@ -101,7 +105,6 @@ __all__ = [
     "retire",
     "rewrite_pipeline",
     "save",
-    "serve",
     "versions",
 ]
 __version__ = "0.1.0"

@@ -21,6 +21,10 @@ class ClientError(RayZeroCopyError):
     """Ray Client has no object store on its side, so there is nothing to share."""
 
 
+class DeviceError(RayZeroCopyError, RuntimeError):
+    """Tensors cannot lie on a device: there is none, or this process may not use it."""
+
+
 class NotABlockError(RayZeroCopyError):
     """A reference does not hold what `put` stores."""
 
@@ -63,6 +67,10 @@ class LostVersionError(RayZeroCopyError):
 
 class IsolationWarning(UserWarning):
     """Weights are not isolated as asked: a write in one process would be seen by others."""
+
+
+class OnDiskWarning(UserWarning):
+    """The object store has no room for a block, which lies on disk: loads read it from there."""
 
 
 class StoredAgainWarning(UserWarning):

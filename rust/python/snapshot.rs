@@ -1,6 +1,6 @@
 //! Snapshots: what precedes the block in the file, and the block on its way in.
 
-use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -101,17 +101,21 @@ impl Snapshot {
         Ok(check_spans(table, &expected, &chunks.combine(&sums))?)
     }
 
-    /// Reads the block of a local file to where `anchor` starts in `room`, by several threads.
+    /// Reads the block of a local file, by its descriptor, to where `anchor` starts in `room`, by several
+    /// threads; `path` is what errors call it.
     ///
     /// Raises `BlockError` where it is not as it was written; what it leaves is then no block.
     fn read(
         &self,
         py: Python<'_>,
+        descriptor: i32,
         path: PathBuf,
         anchor: &Bound<'_, PyAny>,
         room: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let reader = Reader::new(File::open(&path)?, &path, How::from_env())?;
+        // SAFETY: the caller's file object, which is held, has it open.
+        let file = unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?;
+        let reader = Reader::new(file.into(), &path, How::from_env())?;
         let target = buffer::room_at(anchor, room, self.nbytes())?;
         let fingerprint = self.fingerprint(py);
         // SAFETY: the room can be written and is held; nobody else knows of it yet.

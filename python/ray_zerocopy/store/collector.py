@@ -32,14 +32,41 @@ def quiet_collector() -> Iterator[None]:
     thaws = gc.get_freeze_count() < _FROZEN_BY_PYTHON  # what someone froze is to stay frozen
     if thaws:
         gc.collect(0)
-    gc.disable()
-    try:
+    with _QUIET:
         yield
-    finally:
         if thaws:
             gc.freeze()
             gc.unfreeze()
-        gc.enable()
+
+
+class _Quiet:
+    """While any thread is in here, no collection starts by itself.
+
+    The threshold says so, not `gc.disable`: another thread may call that meanwhile, and mean it.
+    """
+
+    _NEVER = 2**31 - 3  # allocations; nobody else asks for just this many
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = gc.get_threshold()
+                gc.set_threshold(self._NEVER, *self._before[1:])
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and gc.get_threshold()[0] == self._NEVER:
+                gc.set_threshold(*self._before)
+
+
+_QUIET = _Quiet()
 
 
 def collect(dropped: list[Callable[[], object]]) -> None:

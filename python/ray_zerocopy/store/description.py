@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from ray_zerocopy import _core
@@ -162,4 +161,4 @@ def _tensors(block: _core.Block | _core.Snapshot) -> list[TensorInfo]:
 def _where(file: str | None) -> str:
     if file is None:
         return "inline"
-    return "store" if os.path.dirname(file) == "/dev/shm" else "disk"
+    return "store" if ray_inside.is_store(file) else "disk"

@@ -12,8 +12,12 @@ The only file that knows Ray from the inside. Seen on Ray 2.43 to 2.60.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -186,6 +190,28 @@ def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
 def is_client() -> bool:
     """Whether this process is a Ray Client, with no object store on its side."""
     return bool(ray.util.client.ray.is_connected())
+
+
+def is_store(file: str) -> bool:
+    """Whether a file is the store, not one in which Ray keeps what had no room there."""
+    return os.path.dirname(file) == _store_directory(_socket())
+
+
+def _socket() -> str:
+    return getattr(worker.global_worker.node, "plasma_store_socket_name", None) or ""
+
+
+@functools.cache
+def _store_directory(socket: str) -> str:
+    """Give the directory of a store, as its raylet was told: `/dev/shm` unless it was too small."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            arguments = command.read_bytes().split(b"\0")
+            if f"--store_socket_name={socket}".encode() in arguments:
+                for argument in arguments:
+                    if argument.startswith(b"--plasma_directory="):
+                        return os.fsdecode(argument.partition(b"=")[2])
+    return "/dev/shm"
 
 
 def cause_of(error: ray.exceptions.RaySystemError) -> BaseException | None:

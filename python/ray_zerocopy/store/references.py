@@ -7,14 +7,23 @@ model ◀─ join ── skeleton + tensors ◀── open ─── block ◀�
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 import torch
 
 from ray_zerocopy import _core, metrics
-from ray_zerocopy.errors import ClientError, NotABlockError, RayZeroCopyError, StoreFullError
+from ray_zerocopy.errors import (
+    ClientError,
+    DeviceError,
+    NotABlockError,
+    OnDiskWarning,
+    RayZeroCopyError,
+    StoreFullError,
+)
 from ray_zerocopy.store import ray_inside
 from ray_zerocopy.store.description import Info
 from ray_zerocopy.store.envelope import (
@@ -87,7 +96,8 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     """Store an object; with an arena it is let go first, so that what lies there can be, too."""
     if isinstance(shared.obj, ray.ObjectRef):
         raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
-    with telling_if_full(lambda: shared.nbytes, type(shared.obj).__name__):
+    kind = type(shared.obj).__name__
+    with telling_if_full(lambda: shared.nbytes, kind):
         placed = ray_inside.put(shared, lambda: shared.block.nbytes, reading(anchor))
         if placed is None:
             metrics.record("rzc_fallbacks", 1, "ray.put")
@@ -96,6 +106,7 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     ref, start, memory = placed
     if arena is not None:
         shared.obj = None
+    warn_if_on_disk(start, shared.nbytes, kind)
     shared.block.write(start, memory, arena)
     metrics.record("rzc_published_bytes", shared.nbytes)
     return ref
@@ -125,11 +136,13 @@ def get(
 
     Raises:
         BlockError: the stored block is damaged, truncated or another object's.
+        DeviceError: this process cannot use that device.
 
     """
     if isolation not in ("private", "shared", "copy"):
         raise ValueError(f"isolation is 'private', 'shared' or 'copy', not {isolation!r}")
     refuse_client()
+    check_device(device)
     with reading(Loading(isolation, prefault, device)):
         return _ray_get(ref, timeout)
 
@@ -178,6 +191,30 @@ def telling_if_full(nbytes: Callable[[], int], what: str) -> Iterator[None]:
             f"the object store has no room for {nbytes():,} bytes of {what}: start Ray with a "
             f"larger store, as in ray.init(object_store_memory={_roomy(nbytes())}), or drop "
             "references"
+        ) from error
+
+
+def warn_if_on_disk(start: Any, nbytes: int, what: str) -> None:
+    """Warn with `OnDiskWarning` where Ray had no room in shared memory for a block."""
+    source = _core.source_of(np.frombuffer(start, np.uint8).ctypes.data)
+    if source is not None and not ray_inside.is_store(source[0]):
+        warnings.warn(
+            f"the object store has no room for {nbytes:,} bytes of {what}: they lie on disk, in "
+            f"{source[0]}, and are read from there; start Ray with a larger store, as in "
+            f"ray.init(object_store_memory={_roomy(nbytes)}), or drop references",
+            OnDiskWarning,
+            stacklevel=4,
+        )
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise `DeviceError` where this process cannot have tensors on a device."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise DeviceError(
+            f"this process cannot use device={str(device)!r} ({str(error).splitlines()[0]}): give "
+            f"its task or actor a GPU (num_gpus=1), or load without device="
         ) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -92,6 +92,7 @@ def restore(path: Path) -> ray.ObjectRef:
                 return ray.put(Parts(skeleton, buffers, table, [memory]))
         ref, start, room_there = placed
         _fill(snapshot, path, file, start, room_there)
+        references.warn_if_on_disk(start, snapshot.nbytes, path)
         metrics.record("rzc_published_bytes", snapshot.nbytes)
         return ref
 
@@ -125,7 +126,7 @@ def _head(file: BinaryIO) -> _core.Snapshot:
 def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, start: Any, memory: Any) -> None:
     """Read the block to where `start` lies, and refuse it unless it is as it was saved."""
     if not _is_url(path):
-        return snapshot.read(path, start, memory)
+        return snapshot.read(file.fileno(), path, start, memory)
     address = np.frombuffer(start, np.uint8).ctypes.data
     at = address - np.frombuffer(memory, np.uint8).ctypes.data
     block = memoryview(memory)[at : at + snapshot.nbytes].cast("B")
@@ -196,12 +197,11 @@ def _writing(path: str) -> Iterator[Any]:
                 yield file
             return
         folder, name = os.path.split(os.path.abspath(path))
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as file:
+        with open(os.path.join(folder, f".{name}.{uuid.uuid4().hex}"), "xb") as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o666 & ~_umask())
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)
@@ -213,9 +213,3 @@ def _writing(path: str) -> Iterator[Any]:
             os.close(descriptor)
     except OSError as error:
         raise SaveError(f"{path} cannot be written: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,59 @@
+"""The collector stays out of a walk over a model, and is left as others want it."""
+
+import gc
+import threading
+
+import pytest
+from ray_zerocopy.store.collector import quiet_collector
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    threshold, enabled = gc.get_threshold(), gc.isenabled()
+    yield
+    gc.set_threshold(*threshold)
+    (gc.enable if enabled else gc.disable)()
+
+
+def collections():
+    return [generation["collections"] for generation in gc.get_stats()]
+
+
+def test_none_starts_inside_and_all_is_as_before_after():
+    threshold = gc.get_threshold()
+    with quiet_collector():
+        before = collections()
+        kept = [[] for _ in range(100_000)]
+        assert collections() == before
+    assert len(kept) == 100_000
+    assert gc.get_threshold() == threshold
+    assert gc.isenabled()
+
+
+def test_threads_may_be_inside_at_once():
+    threshold, entered, leave = gc.get_threshold(), threading.Event(), threading.Event()
+
+    def walk():
+        with quiet_collector():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=walk)
+    thread.start()
+    entered.wait(10)
+    with quiet_collector():
+        pass
+    assert gc.get_threshold() != threshold  # the other is inside
+    leave.set()
+    thread.join()
+    assert gc.get_threshold() == threshold
+
+
+def test_what_others_ask_meanwhile_stays():
+    with quiet_collector():
+        gc.disable()
+    assert not gc.isenabled()
+    gc.enable()
+    with quiet_collector():
+        gc.set_threshold(123, 4, 5)
+    assert gc.get_threshold()[0] == 123
