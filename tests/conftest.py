@@ -1,4 +1,4 @@
-"""One small Ray for the whole run, and models published in it."""
+"""One small Ray for the whole run, workers in it that tests share, and the ways of making views."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from ray_zerocopy.objects import tensors
+from hosts import Guest, Host
+from ways import WAYS, made_by
 
 # Workers import what tests define by name, so they need this folder on their path, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -34,31 +35,31 @@ def cluster():
         ray.shutdown()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def way(request):
-    """The way in which this process and what `start` starts make views: torch's best, or a file's.
-
-    A file says it by `pytest.mark.parametrize("way", ..., indirect=True, scope="module")`.
-    """
-    best, tensors.way = tensors.way, getattr(request, "param", tensors.way)
-    yield tensors.way
-    tensors.way = best
+@pytest.fixture(scope="session")
+def hosts(cluster):
+    """The workers that serve all tests, as many as one of them has needed so far."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def start(cluster, way):
-    """Start actors: `start(Actor, 2)` gives two, gone at the end of the file."""
-    actors = []
-
-    def make_views(actor, way):
-        tensors.way = way
+def start(hosts):
+    """Put objects into workers: `start(Reader, 2)` gives two, gone at the end of the file."""
+    guests = []
 
     def start(cls, count=1):
-        new = [ray.remote(cls).options(num_cpus=0).remote() for _ in range(count)]
-        actors.extend(new)
-        ray.get([actor.__ray_call__.remote(make_views, way) for actor in new])
+        while len(hosts) < count:
+            hosts.append(ray.remote(Host).options(num_cpus=0).remote())
+        new = [Guest(host, cls) for host in hosts[:count]]
+        guests.extend(new)
         return new
 
     yield start
-    for actor in actors:
-        ray.kill(actor)
+    for guest in guests:
+        guest.leave()
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """How this process makes views; `made_by` tells others."""
+    with made_by(request.param):
+        yield request.param

@@ -88,8 +88,8 @@ class Loader:
         return [float(each.sum()) for each in await asyncio.gather(*map(rzc.aio.get, refs))]
 
 
-def test_the_coroutines_of_an_actor_load_at_once(cluster, start):
-    (loader,) = start(Loader)
+def test_the_coroutines_of_an_actor_load_at_once(cluster):
+    loader = ray.remote(Loader).options(num_cpus=0).remote()
     refs = [rzc.put(torch.full((2**18,), float(value))) for value in range(8)]
     answers = ray.get([loader.sums.remote(refs) for _ in range(8)])
     assert answers == [[value * 2.0**18 for value in range(8)]] * 8

@@ -16,8 +16,7 @@ import ray_zerocopy as rzc
 import torch
 from ray_zerocopy import _core
 from ray_zerocopy.objects import tensors
-
-WAYS = ("dlpack", "from_numpy") if _core.borrows() else ("from_numpy",)
+from ways import WAYS
 
 
 def gather(*parts):
@@ -237,9 +236,8 @@ def test_a_block_that_nobody_wrote_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.* experimental:UserWarning", "ignore:.*quantize_per_tensor")
-@pytest.mark.parametrize("by", WAYS)
 @pytest.mark.parametrize("name", _core.dtypes())
-def test_a_tensor_of_every_dtype(name, by, monkeypatch):
+def test_a_tensor_of_every_dtype(name, way):
     dtype = getattr(torch, name, None)
     if dtype is None:
         return  # a dtype of another torch
@@ -256,7 +254,6 @@ def test_a_tensor_of_every_dtype(name, by, monkeypatch):
     if block.tensors() == [None] and "dlpack" in WAYS:
         less_than_a_byte = re.fullmatch(r"u?int[1-7]", name)
         assert less_than_a_byte or name.startswith(("bits", "float4", "bcomplex"))
-    monkeypatch.setattr(tensors, "way", by)
     (tensor,) = tensors.over(block)
     assert (tensor.dtype, tensor.shape, tensor.stride()) == (dtype, source.shape, source.stride())
     assert bytes(tensor.untyped_storage()) == bytes(numbers)

@@ -14,7 +14,8 @@ import ray_zerocopy as rzc
 import torch
 from ray_zerocopy import _core
 from ray_zerocopy.objects import tensors
-from test_core import WAYS, Guarded, header_v1
+from test_core import Guarded, header_v1
+from ways import WAYS, made_by
 
 CASES, SEED = int(os.environ.get("CASES", 3000)), int(os.environ.get("SEED", 0))
 
@@ -77,7 +78,7 @@ def assert_is(view, tensor, block):
 
 
 @pytest.mark.filterwarnings("ignore:.* experimental:UserWarning", "ignore:.*quantize_per_tensor")
-def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room, monkeypatch):
+def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room):
     tables, made = Tables(SEED), 0
     for _ in range(CASES):
         table, nbytes = tables.table()
@@ -86,8 +87,9 @@ def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room, monkeypatch):
         except rzc.BlockError:
             continue
         for way in WAYS:
-            monkeypatch.setattr(tensors, "way", way)
-            for view, tensor in zip(block.views, tensors.over(block), strict=True):
+            with made_by(way):
+                made_of_it = tensors.over(block)
+            for view, tensor in zip(block.views, made_of_it, strict=True):
                 assert_is(view, tensor, block)
         made += 1
     assert CASES / 5 < made < CASES
@@ -152,9 +154,7 @@ BEYOND_NUMPY = {
 
 
 @pytest.mark.parametrize("name", BEYOND_NUMPY)
-@pytest.mark.parametrize("way", WAYS)
-def test_what_numpy_cannot_express_is_a_tensor(name, way, room, monkeypatch):
-    monkeypatch.setattr(tensors, "way", way)
+def test_what_numpy_cannot_express_is_a_tensor(name, way, room):
     dtype, *geometry = BEYOND_NUMPY[name]
     block = opened(*encode([4096], [(0, dtype, 0, *geometry)]), room)
     assert_is(block.views[0], *tensors.over(block), block)

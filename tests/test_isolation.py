@@ -1,6 +1,7 @@
 """What one process does to its weights, no other sees: neither now nor at a later load.
 
-The same question put to `isolation="shared"` gets the opposite answer, so it is a real question.
+By either way of making views. The same question put to `isolation="shared"` gets the opposite
+answer, so it is a real question.
 """
 
 import numpy as np
@@ -10,6 +11,7 @@ import ray_zerocopy as rzc
 import torch
 from exact import describe
 from torch import nn
+from ways import made_by
 
 
 def write_in_place(model):
@@ -64,8 +66,9 @@ class Model(nn.Module):
 
 
 class Worker:
-    def load(self, refs, isolation):
-        self.model = rzc.get(refs[0], isolation=isolation)
+    def load(self, refs, isolation, way):
+        with made_by(way):
+            self.model = rzc.get(refs[0], isolation=isolation)
 
     def write(self, kind):
         before = describe(self.model)
@@ -84,12 +87,12 @@ def workers(start):
     return start(Worker, 2)
 
 
-def write_is_visible(workers, isolation, kind) -> bool:
+def write_is_visible(workers, isolation, kind, way) -> bool:
     """Whether a write in one worker shows in another, in the driver, or in a later load in any."""
     torch.manual_seed(0)
     source = Model()
     ref, writer, other = rzc.put(source), *workers
-    ray.get([worker.load.remote([ref], isolation) for worker in workers])
+    ray.get([worker.load.remote([ref], isolation, way) for worker in workers])
     driver = rzc.get(ref, isolation=isolation)
 
     assert ray.get(writer.write.remote(kind)), "the write did nothing"
@@ -101,13 +104,13 @@ def write_is_visible(workers, isolation, kind) -> bool:
 
 @pytest.mark.parametrize("kind", WRITES)
 @pytest.mark.parametrize("isolation", ["private", "copy"])
-def test_a_write_is_invisible_to_all_others(workers, isolation, kind):
-    assert not write_is_visible(workers, isolation, kind)
+def test_a_write_is_invisible_to_all_others(workers, isolation, kind, way):
+    assert not write_is_visible(workers, isolation, kind, way)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WRITES if kind != "write_a_numpy_attribute"])
-def test_a_write_to_shared_pages_is_visible(workers, kind):
-    assert write_is_visible(workers, "shared", kind)
+def test_a_write_to_shared_pages_is_visible(workers, kind, way):
+    assert write_is_visible(workers, "shared", kind, way)
 
 
 def test_numpy_refuses_a_write_to_shared_pages(cluster):
@@ -115,7 +118,7 @@ def test_numpy_refuses_a_write_to_shared_pages(cluster):
         write_a_numpy_attribute(rzc.get(rzc.put(Model()), isolation="shared"))
 
 
-def test_ray_get_isolates_by_default(workers):
+def test_ray_get_isolates_by_default(way, cluster):
     ref = rzc.put(Model())
     expected = describe(ray.get(ref))
     write_in_place(ray.get(ref))
@@ -123,7 +126,7 @@ def test_ray_get_isolates_by_default(workers):
 
 
 @pytest.mark.parametrize("isolation", ["private", "copy"])
-def test_two_loads_in_one_process_are_isolated(cluster, isolation):
+def test_two_loads_in_one_process_are_isolated(cluster, isolation, way):
     ref = rzc.put(Model())
     one, other = rzc.get(ref, isolation=isolation), rzc.get(ref, isolation=isolation)
     expected = describe(other)
@@ -131,7 +134,7 @@ def test_two_loads_in_one_process_are_isolated(cluster, isolation):
     assert describe(other) == expected
 
 
-def test_the_source_is_isolated_from_what_is_loaded(cluster):
+def test_the_source_is_isolated_from_what_is_loaded(way, cluster):
     source = Model()
     expected = describe(source)
     write_in_place(rzc.get(rzc.put(source), isolation="shared"))

@@ -327,8 +327,8 @@ def publish_late(gate):
     return rzc.Shared(simple().model)
 
 
-def test_loading_one_model_does_not_block_another(url, start):
-    (gate,) = start(Gate)
+def test_loading_one_model_does_not_block_another(url):
+    gate = ray.remote(Gate).options(num_cpus=0).remote()
     quick, late = nn.Linear(16, 4), publish_late.remote(gate)
     models = {"quick": rzc.put(quick), "other": nn.Linear(16, 4), "late": late}
     serve.run(multiplexed(models, **SMALL), name="many", route_prefix="/many")

@@ -1,8 +1,4 @@
-"""Views by `from_numpy`, as in a torch without DLPack's exchange API: the same laws hold of them.
-
-The driver and its actors make them so in this whole file, which runs the laws of others again. What
-an architecture adds for its views has been met in the difficult models and layouts.
-"""
+"""A view is a tensor over the block, whichever way it is made."""
 
 import gc
 import re
@@ -16,32 +12,24 @@ import torch
 from ray_zerocopy import _core
 from ray_zerocopy.objects import tensors
 from test_core import gather, laid_out
-from test_isolation import *  # noqa: F403
-from test_put import *  # noqa: F403
-from test_put import SOURCES, Published, observe
-
-pytestmark = pytest.mark.parametrize("way", ["from_numpy"], indirect=True, scope="module")
+from ways import made_by
 
 
-@pytest.fixture(scope="module", params=[name for name in SOURCES if not name.startswith("hf-")])
-def published(request, cluster):
-    case = SOURCES[request.param]()
-    return Published(case, rzc.put(case.model), observe(case, case.model))
-
-
-def test_this_file_goes_the_plain_way(start, cluster):
-    class Teller:
-        def tell(self, refs):
+class Teller:
+    def tell(self, refs, way):
+        with made_by(way):
             return rzc.inspect(refs[0]).ways
 
+
+def test_inspect_tells_how_views_are_made(way, start, cluster):
     ref = rzc.put(torch.ones(3))
     (teller,) = start(Teller)
-    told = [rzc.inspect(ref).ways, ray.get(teller.tell.remote([ref]))]
-    assert [ways["views"] for ways in told] == ["from_numpy", "from_numpy"]
-    assert "views by from_numpy" in str(rzc.inspect(ref))
+    told = [rzc.inspect(ref).ways, ray.get(teller.tell.remote([ref], way))]
+    assert [ways["views"] for ways in told] == [way, way]
+    assert f"views by {way}" in str(rzc.inspect(ref))
 
 
-def test_a_view_is_over_the_block_and_keeps_it():
+def test_a_view_is_over_the_block_and_keeps_it(way):
     array = np.arange(2**18, dtype=np.float32)
     gathered = gather(array)
     block = _core.Block(gathered.table, laid_out(gathered.segments()), "private")
@@ -55,7 +43,7 @@ def test_a_view_is_over_the_block_and_keeps_it():
     assert bytes(tensor.untyped_storage()) == expected
 
 
-def test_a_dtype_of_a_newer_torch_is_refused_with_the_versions(monkeypatch):
+def test_a_dtype_of_a_newer_torch_is_refused_with_the_versions(monkeypatch, way):
     sources = _core.Sources(None)
     sources.take(torch.empty(3, dtype=torch.uint7))
     gathered = _core.Gather(sources)
