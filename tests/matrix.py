@@ -1,4 +1,4 @@
-"""The suite on the pairs of torch and Ray that people run; writes the table that the README shows.
+"""The suite on the pairs of torch and Ray that people run; writes docs/reference/compatibility.md.
 
     python tests/matrix.py WHEEL [TORCH/RAY ...]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from ray_zerocopy import requirements
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs/reference/compatibility.md"
 PAIRS = (  # Python, torch, Ray, and what else is asked for
     ("3.11", "2.6", "2.43", "numpy<2"),
     ("3.11", "2.8", "2.48"),
@@ -109,13 +109,13 @@ def told(*command, **options):
 
 
 def write(row):
-    """Put a row into the table between the README's two marks, in the order of versions."""
+    """Put a row into the table between the page's two marks, in the order of versions."""
     marks = r"(?<=<!-- matrix -->\n)(.*)(?=<!-- /matrix -->)"
-    before, old, after = re.split(marks, README.read_text(), flags=re.S)
+    before, old, after = re.split(marks, PAGE.read_text(), flags=re.S)
     kept = ([cell.strip() for cell in line[1:-1].split("|")] for line in old.splitlines()[2:])
     rows = {minors(cells): cells for cells in (*kept, row)}
     lines = [HEADS, ["--"] * len(HEADS), *(rows[key] for key in sorted(rows))]
-    README.write_text(before + "".join(f"| {' | '.join(line)} |\n" for line in lines) + after)
+    PAGE.write_text(before + "".join(f"| {' | '.join(line)} |\n" for line in lines) + after)
 
 
 def minors(cells):

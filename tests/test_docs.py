@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray_zerocopy as rzc
 import torch
 from models import simple
 from ray import serve
@@ -58,7 +59,8 @@ def test_every_snippet_runs(page, cluster, tmp_path, monkeypatch):
         serve.shutdown()
     if page.name == "README.md":
         assert set(names["scored"].take(1)[0]) == {"data", "class"}
-        assert all(torch.equal(output, own["model"](own["x"])) for output in names["outputs"])
+        for output, batch in zip(names["outputs"], own["batches"], strict=True):
+            assert torch.equal(output, own["model"](batch))
 
 
 def test_every_fault_names_a_test_that_exists():
@@ -76,3 +78,10 @@ def test_nothing_of_ours_listens_on_a_port():
     assert not [
         file for file in files if re.search(r"listen\(|Listener|socket\(", file.read_text())
     ]
+
+
+def test_troubleshooting_has_each_error_and_warning():
+    page = (TOP / "docs/how-to/troubleshooting.md").read_text()
+    for name in rzc.__all__:
+        if name.endswith(("Error", "Warning")):
+            assert f"`{name}`" in page or name == "RayZeroCopyError"
