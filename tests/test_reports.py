@@ -132,18 +132,6 @@ def test_a_script_that_torch_cannot_load_again_is_refused(cluster):
     assert torch.equal(frozen(x), ray.get(rzc.put(frozen))(x))
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-# --- calls ----------------------------------------------------------------------------------------
-
-
-# --- in other areas -------------------------------------------------------------------------------
-
-
 def test_empty_arrays_name_nothing_that_an_older_numpy_lacks(cluster):
     """numpy #28340, ray #48053: empty arrays are stored like others, by names of ours alone."""
     arrays = {"c": np.zeros((0, 3)), "f": np.zeros((0, 3), order="F"), "kind": np.zeros(0, "f4,i8")}
@@ -208,3 +196,36 @@ def _double(model, args, output):
 
 def _increase(model, args, output):
     return output + 1
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    """Its methods are coroutines, or give several results."""
+
+    async def ask(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        return x, 2 * x
+
+
+def test_a_method_that_is_a_coroutine_is_awaited_in_the_task(cluster):
+    """ray #13687: it gives its result, or an error that names it: never "cannot pickle"."""
+    call = rzc.call_model.remote(rzc.put(Asks()), (torch.ones(3),), method_name="ask")
+    assert ray.get(call, timeout=60).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("count", [10, 200_000])
+def test_a_call_may_have_several_results(cluster, count):
+    """ray #60251, #16100: `num_returns=2` parts a model's outputs, be they small or large."""
+    call = rzc.call_model.options(num_returns=2)
+    first, second = ray.get(call.remote(rzc.put(Asks()), (torch.ones(count),)), timeout=60)
+    assert torch.equal(2 * first, second)

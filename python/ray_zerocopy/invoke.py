@@ -6,7 +6,9 @@ shim(x) ═ call_model.remote(shim.ref, (x,)) ═▶ in a worker: cache ─▶ m
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -69,7 +71,8 @@ class CallModel(Leaf):
         to what `extract_tensors` returned; or it is what `publish` or `follow` gave. As in any
         task, an argument that is itself a reference is replaced by its value. Tensors of 100 kB
         and more come and go as blocks: like numpy arrays with Ray, a result then lies in the store
-        for as long as it lives.
+        for as long as it lives. With the option `num_returns=2` a pair of results comes by two
+        references. A coroutine is run to its end in the task.
 
         Raises `AttributeError` for a private method; for an unknown one the task does.
         """
@@ -83,7 +86,9 @@ class CallModel(Leaf):
         if _is_private(method_name):
             raise AttributeError(f"{method_name!r} is private, so no task can call it")
         # In a list, Ray leaves the reference alone: loading is up to the worker's cache.
-        asked = ([model_ref], method_name, self._grad)
+        count = self._options.get("num_returns")
+        several = isinstance(count, int) and count > 1
+        asked = ([model_ref], method_name, self._grad, several)
         keywords = {name: _light(value) for name, value in (kwargs or {}).items()}
         return self._task.remote(asked, *map(_light, args), **keywords)
 
@@ -317,11 +322,16 @@ def _load(ref: ray.ObjectRef | Version) -> Any:
 _models = Cache(_load)
 
 
-def _call(call: tuple[list[Any], str, bool], /, *args: Any, **kwargs: Any) -> Any:
-    [ref], method_name, grad = call
+def _call(call: tuple[list[Any], str, bool, bool], /, *args: Any, **kwargs: Any) -> Any:
+    [ref], method_name, grad, several = call
     _use_assigned_cpus()
     with _models.use(ref) as model, torch.set_grad_enabled(grad):
-        return _light(getattr(model, method_name)(*args, **kwargs))
+        result = getattr(model, method_name)(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
+    if several and isinstance(result, tuple | list):
+        return [_light(part) for part in result]
+    return result if several else _light(result)  # of another number, Ray tells
 
 
 # Not as a decorator: a function that its name leads to is sent by name, and the cache is one.
