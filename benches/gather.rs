@@ -44,7 +44,7 @@ fn writing(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(layout.nbytes));
     group.bench_function("block", |b| {
         // SAFETY: the storages live and are only read.
-        b.iter(|| unsafe { write(sources(), &layout, 1, &mut block[start..]) });
+        b.iter(|| unsafe { write(sources(), &layout, 1, &mut block[start..], None) });
     });
     let mut flat = vec![0; 128 << 20];
     group.bench_function("memcpy", |b| {

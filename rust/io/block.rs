@@ -10,11 +10,12 @@ use crate::format::header::{check_spans, checksums, seal, start_nbytes};
 use crate::format::layout::{Layout, align_up};
 use crate::format::table::Table;
 use crate::io::file::Reader;
-use crate::io::fill::fill;
+use crate::io::fill::{Release, fill};
 use crate::io::source::Source;
 use crate::memory::region::Region;
 
-/// Writes the whole block, each source at its offset in it, and clears the rest of `target`.
+/// Writes the whole block, each source at its offset in it, and clears the rest of `target`. Releases
+/// what has been written.
 ///
 /// # Safety
 /// As for [`fill`].
@@ -23,9 +24,10 @@ pub unsafe fn write(
     layout: &Layout,
     fingerprint: u64,
     target: &mut [u8],
+    release: Option<Release<'_>>,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    let sums = unsafe { fill(sources, &layout.spans, target) }?;
+    let sums = unsafe { fill(sources, &layout.spans, target, release) }?;
     seal(target, layout.nbytes, fingerprint, &sums);
     Ok(())
 }
@@ -40,7 +42,7 @@ pub unsafe fn pack(layout: &Layout, storages: &[Region], fingerprint: u64) -> Re
     let small = small.map(|(span, &storage)| (span.offset, storage.into())).collect();
     let mut packed = vec![0; layout.packed_nbytes as usize];
     // SAFETY: the caller's promise for each storage.
-    unsafe { fill(small, &[], &mut packed) }?;
+    unsafe { fill(small, &[], &mut packed, None) }?;
     // SAFETY: the caller's promise.
     let bytes: Vec<_> = storages.iter().map(|storage| unsafe { storage.bytes() }).collect();
     seal(&mut packed, layout.nbytes, fingerprint, &checksum::sums(&bytes));
@@ -64,7 +66,7 @@ pub fn read(
     let nbytes = (table.nbytes - first) as usize; // a table with room for less was refused
     let source = Source::File { reader, offset, nbytes };
     // SAFETY: no source is memory.
-    let found = unsafe { fill(vec![(first, source)], &table.spans, target) }?;
+    let found = unsafe { fill(vec![(first, source)], &table.spans, target, None) }?;
     check_spans(table, &expected, &found)?;
     seal(target, table.nbytes, fingerprint, &expected);
     Ok(())
@@ -102,7 +104,7 @@ pub unsafe fn copy(pieces: &[Region], nbytes: u64) -> Result<MmapMut> {
         end = start + piece.nbytes as u64;
     }
     // SAFETY: the caller's promise.
-    unsafe { fill(sources, &[], &mut block) }?;
+    unsafe { fill(sources, &[], &mut block, None) }?;
     Ok(block)
 }
 
@@ -179,7 +181,8 @@ mod tests {
         for shift in [0, 64, 1] {
             let mut memory = vec![7; expected.len() + shift];
             // SAFETY: the storages live and are only read.
-            unsafe { write(sources(&layout, &pieces), &layout, 42, &mut memory[shift..]) }.unwrap();
+            unsafe { write(sources(&layout, &pieces), &layout, 42, &mut memory[shift..], None) }
+                .unwrap();
             assert!(memory[shift..] == expected);
         }
     }
@@ -192,7 +195,7 @@ mod tests {
         let table = Table::new(&layout, vec![]).unwrap();
         let mut block = vec![0; layout.nbytes as usize];
         // SAFETY: the storages live and are only read.
-        unsafe { write(sources(&layout, &pieces), &layout, 42, &mut block) }.unwrap();
+        unsafe { write(sources(&layout, &pieces), &layout, 42, &mut block, None) }.unwrap();
         let verify = |block: &[u8]| verify(&table, 42, block);
         assert_eq!(verify(&block), Ok(()));
         for at in 0..HEADER_NBYTES as usize + 8 * storages.len() {

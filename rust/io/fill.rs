@@ -26,8 +26,12 @@ const ALONE: usize = 8 << 20;
 /// The part of a target that a thread takes on at once, making its pages ready.
 const PART: usize = 8 << 20;
 
-/// Of what an arena has lent, at most one of so many parts: for so long it is in memory twice.
-const LENT_PARTS: usize = 64;
+/// Of what goes as it is written, at most one of so many parts: for so long it is in memory twice.
+const GOING_PARTS: usize = 64;
+
+/// Called with each range of the target that has been filled, by the thread that did it: what it lets go
+/// of its sources.
+pub type Release<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 
 /// Threads that read from a disk, however few the cores: it wants several requests at a time, and a
 /// thread that copies what it has read asks for nothing. 755 MiB by 8, 12, 16 and 24 threads took 1.28,
@@ -49,12 +53,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(sources: &[(u64, Source)], nbytes: usize) -> Plan {
+    fn of(sources: &[(u64, Source)], nbytes: usize, release: bool) -> Plan {
         let any = |of: fn(&Source) -> bool| sources.iter().any(|(_, source)| of(source));
-        let lent = any(|source| matches!(source, Source::Lent(..)));
         let cold = nbytes >= ALONE && any(|source| source.is_cold(PART));
-        let part = if lent {
-            (nbytes / LENT_PARTS).clamp(HUGE, PART)
+        let part = if release {
+            (nbytes / GOING_PARTS).clamp(HUGE, PART)
         } else if cold {
             HUGE // or at the end most threads wait for the last
         } else {
@@ -79,17 +82,18 @@ impl Plan {
 /// Refuses a file that cannot be read, or is written to meanwhile; the target is then half filled.
 ///
 /// # Safety
-/// Sources in memory are readable, and nobody writes them meanwhile.
+/// Sources in memory are readable, and nobody writes them before they are released.
 pub unsafe fn fill(
     mut sources: Vec<(u64, Source)>,
     spans: &[Span],
     target: &mut [u8],
+    release: Option<Release<'_>>,
 ) -> Result<Vec<u64>> {
     let chunks = Chunks::of(spans)?;
     let mut sums = vec![0; chunks.ranges.len()];
     sources.retain(|(_, source)| source.nbytes() > 0);
     sources.sort_unstable_by_key(|&(offset, _)| offset);
-    let plan = Plan::of(&sources, target.len());
+    let plan = Plan::of(&sources, target.len(), release.is_some());
     let pages = Target::of(target);
     let parts = Part { start: 0, target, chunks: &chunks.ranges, sums: &mut sums }.cut(plan.part);
     let parts = Mutex::new(parts.into_iter());
@@ -97,34 +101,36 @@ pub unsafe fn fill(
     let fill_parts = |slot: &mut [u8]| {
         while let Some(mut part) = next() {
             part.target = pages.ready(part.target)?;
+            let range = part.range();
             // SAFETY: the caller's promise.
-            let filled = unsafe { fill_part(&sources, part, slot) };
-            filled.inspect_err(|_| while next().is_some() {})?; // nor need the others go on
+            let done = unsafe { fill_part(&sources, part, slot) };
+            done.inspect_err(|_| while next().is_some() {})?; // nor need the others go on
+            release.inspect(|release| release(range));
         }
         Ok(())
     };
     let mut bounce = Bounce::new(plan.threads, plan.cold)?;
-    let filled = thread::scope(|scope| {
+    let done = thread::scope(|scope| {
         let mut slots = bounce.slots().take(plan.threads);
         let own_slot = slots.next().expect("one thread at least");
         let others: Vec<_> = slots.map(|slot| scope.spawn(|| fill_parts(slot))).collect();
         let own = fill_parts(own_slot);
-        others.into_iter().fold(own, |filled, other| {
-            filled.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        others.into_iter().fold(own, |done, other| {
+            done.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })
     });
-    if let Err(Error::NoRoom { .. }) = filled {
+    if let Err(Error::NoRoom { .. }) = done {
         // SAFETY: the block was never sealed.
         unsafe { pages.give_back() };
-        return filled.map(|()| vec![]);
+        return done.map(|()| vec![]);
     }
-    filled?;
+    done?;
     let _ = pages.settle(); // whoever waits for it waits for nothing that he needs
     sources.iter().try_for_each(|(_, source)| source.check_unchanged())?;
     Ok(chunks.combine(&sums))
 }
 
-/// Fills one part, then gives back what was lent for it.
+/// Fills one part, then gives back the pages that are wanted for nothing else.
 ///
 /// # Safety
 /// As for [`fill`].
@@ -220,7 +226,7 @@ mod tests {
             let start = memory.as_ptr().align_offset(64);
             let target = &mut memory[start..start + end];
             // SAFETY: the block lives and is only read.
-            prop_assert_eq!(unsafe { super::fill(sources, &spans, target) }, Ok(expected));
+            prop_assert_eq!(unsafe { super::fill(sources, &spans, target, None) }, Ok(expected));
             prop_assert!(target == block);
         }
     }
@@ -241,7 +247,7 @@ mod tests {
         ];
         let mut target = vec![7; 18 << 20];
         // SAFETY: the memory lives and is only read.
-        unsafe { fill(sources.clone(), &[], &mut target) }.unwrap();
+        unsafe { fill(sources.clone(), &[], &mut target, None) }.unwrap();
         assert_eq!(target[64..74], bytes[100..110]);
         assert!(target[128..5128] == memory);
         assert!(target[6400..][..17 << 20] == bytes[8..][..17 << 20]);
@@ -251,7 +257,7 @@ mod tests {
         File::options().write(true).open(&path).unwrap().set_len(9 << 20).unwrap();
         fs::remove_file(&path).unwrap();
         // SAFETY: as above.
-        let error = unsafe { fill(sources, &[], &mut target) }.unwrap_err();
+        let error = unsafe { fill(sources, &[], &mut target, None) }.unwrap_err();
         assert!(matches!(error, Error::Unreadable { .. }), "{error}");
     }
 
@@ -285,7 +291,7 @@ mod tests {
             }
             let mut target = vec![7; expected.len()];
             // SAFETY: all of it lives and is only read.
-            unsafe { fill(trace(pieces.into_iter(), How::Auto), &[], &mut target) }.unwrap();
+            unsafe { fill(trace(pieces.into_iter(), How::Auto), &[], &mut target, None) }.unwrap();
             prop_assert!(target == expected);
         }
     }

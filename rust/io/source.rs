@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::io::file::{How, Reader};
 use crate::memory::arena::Lot;
 use crate::memory::region::Region;
+use crate::memory::sole::Sole;
 use crate::platform::mapping::Mapping;
 use crate::platform::{Mappings, PageTable};
 
@@ -26,6 +27,8 @@ pub enum Source {
     Memory(Region),
     /// Memory of an arena that nobody else holds any more: its pages are given back once written.
     Lent(Arc<Lot>, Region),
+    /// Private memory of which that is true.
+    Sole(Sole),
     /// A part of a file.
     File {
         /// The file.
@@ -48,6 +51,7 @@ impl Source {
     pub fn nbytes(&self) -> usize {
         match self {
             Source::Memory(region) | Source::Lent(_, region) => region.nbytes,
+            Source::Sole(sole) => sole.region().nbytes,
             Source::File { nbytes, .. } => *nbytes,
         }
     }
@@ -55,7 +59,7 @@ impl Source {
     /// Whether any part of it, of so many bytes each, starts on a disk.
     pub fn is_cold(&self, part: usize) -> bool {
         match self {
-            Source::Memory(_) | Source::Lent(..) => false,
+            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => false,
             Source::File { reader, offset, nbytes } => (0..*nbytes)
                 .step_by(part)
                 .any(|at| reader.is_cold(offset + at as u64, part.min(nbytes - at))),
@@ -73,23 +77,29 @@ impl Source {
                 // SAFETY: the caller's promise.
                 Ok(unsafe { &region.bytes()[part] })
             }
+            // SAFETY: as above.
+            Source::Sole(sole) => Ok(unsafe { &sole.region().bytes()[part] }),
             Source::File { reader, offset, .. } => {
                 reader.read(offset + part.start as u64, part.len(), slot)
             }
         }
     }
 
-    /// Gives back the pages of a part that was lent.
+    /// Gives back the pages of a part, where nobody else has them.
     pub fn give_back(&self, part: Range<usize>) {
-        if let Source::Lent(lot, region) = self {
-            lot.give_back(region.address + part.start..region.address + part.end);
+        match self {
+            Source::Lent(lot, region) => {
+                lot.give_back(region.address + part.start..region.address + part.end);
+            }
+            Source::Sole(sole) => sole.give_back(part),
+            Source::Memory(_) | Source::File { .. } => {}
         }
     }
 
     /// Refuses a file that was written to since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         match self {
-            Source::Memory(_) | Source::Lent(..) => Ok(()),
+            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => Ok(()),
             Source::File { reader, .. } => reader.check_unchanged(),
         }
     }
@@ -246,7 +256,9 @@ mod tests {
     /// What lies where, as (offset, "file" or "memory", bytes).
     fn kinds(sources: &[(u64, Source)]) -> Vec<(u64, &str, usize)> {
         let kind = |(offset, source): &(u64, Source)| match source {
-            Source::Memory(_) | Source::Lent(..) => (*offset, "memory", source.nbytes()),
+            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => {
+                (*offset, "memory", source.nbytes())
+            }
             Source::File { .. } => (*offset, "file", source.nbytes()),
         };
         sources.iter().map(kind).collect()

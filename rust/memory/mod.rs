@@ -6,6 +6,9 @@
 #[allow(unsafe_code)] // bytes by address
 pub mod region;
 
+#[allow(unsafe_code)] // has the kernel drop pages
+pub mod sole;
+
 #[allow(unsafe_code)] // reads what it has mapped
 pub mod huge;
 

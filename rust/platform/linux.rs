@@ -304,6 +304,26 @@ pub unsafe fn give_back(addresses: Range<usize>) {
     unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
 }
 
+/// Gives pages of private memory back to the system: those that lie wholly in these addresses.
+///
+/// # Safety
+/// They are mapped, and nobody counts on their bytes, which are zeros from then on.
+pub unsafe fn discard(addresses: Range<usize>) {
+    let (start, end) = (addresses.start.next_multiple_of(page()), addresses.end);
+    let nbytes = (end - end % page()).saturating_sub(start);
+    // SAFETY: the caller's promise; where it is refused, as of locked pages, they stay.
+    unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_DONTNEED) };
+}
+
+/// Has the C library give back what was freed: of what is below 32 MiB, glibc keeps most.
+pub fn trim() {
+    // SAFETY: takes nothing that is in use.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 // ---- Maps of our own
 
 /// Part of a file, mapped where its pages can be huge; unmapped when dropped.

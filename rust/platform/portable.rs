@@ -101,6 +101,15 @@ pub fn is_readable(_: Range<usize>) -> bool {
 /// As on Linux.
 pub unsafe fn give_back(_: Range<usize>) {}
 
+/// Nothing: they stay.
+///
+/// # Safety
+/// As on Linux.
+pub unsafe fn discard(_: Range<usize>) {}
+
+/// Nothing.
+pub fn trim() {}
+
 /// Part of a file, mapped; unmapped when dropped.
 #[derive(Debug)]
 pub struct Map(MmapRaw);

@@ -2,8 +2,9 @@
 
 use std::ffi::c_int;
 use std::iter;
+use std::mem;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -14,13 +15,16 @@ use crate::format::layout::{Layout, used};
 use crate::format::table::{Table, fingerprint};
 use crate::io::block;
 use crate::io::file::How;
+use crate::io::fill;
 use crate::io::source::{self, Source};
-use crate::memory::arena::Lot;
 use crate::memory::region::Region;
+use crate::memory::sole::Sole;
 use crate::python::arena::Arena;
 use crate::python::buffer;
 use crate::python::errors::PublishError;
+use crate::python::release::Release;
 use crate::python::sources::Sources;
+use crate::python::torch::Torch;
 
 /// Storages and views on their way into a block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
@@ -87,9 +91,17 @@ impl Gather {
         self.layout.nbytes
     }
 
+    /// Whether anybody else holds one of the storages.
+    fn is_held(&self, py: Python<'_>) -> PyResult<bool> {
+        let owners = lock(&self.owners);
+        let held = |owner: &Py<PyAny>| Torch::get(py)?.is_held(owner.bind(py));
+        owners.iter().try_fold(false, |any, owner| Ok(any || held(owner)?))
+    }
+
     /// Writes the whole block where `anchor` starts, and clears what is left of `room`.
     ///
-    /// What lies in `arena`, and nobody but this holds, goes as it is written: once only.
+    /// With an arena the storages are let go as they are written, once only: what nobody else holds is
+    /// gone then.
     #[pyo3(signature = (anchor, room, arena = None))]
     fn write(
         &self,
@@ -100,14 +112,24 @@ impl Gather {
     ) -> PyResult<()> {
         let target = buffer::room_at(anchor, room, self.layout.nbytes)?;
         let fingerprint = fingerprint(self.table.as_bytes(py));
-        let lots = arena.map_or_else(Vec::new, |arena| self.take_over(py, arena));
+        let (going, release) = match arena {
+            Some(arena) => {
+                let going = self.going(py, arena)?;
+                let owners = mem::take(&mut *lock(&self.owners));
+                (going, Some(Release::new(&self.layout.spans, owners)))
+            }
+            None => (Vec::new(), None),
+        };
+        let filled = release.as_ref().map(|release| |range| release.filled(range));
+        let filled = filled.as_ref().map(|filled| filled as fill::Release<'_>);
         py.detach(|| {
             // SAFETY: within the room, which can be written and is held; nobody else has the
             // object's reference yet, so nobody reads or writes it.
             let target = unsafe { target.bytes_mut() };
-            let sources = self.sources(&lots);
-            // SAFETY: as for `segments`; what lies in an arena is kept by its lot.
-            unsafe { block::write(sources, &self.layout, fingerprint, target) }
+            let sources = self.sources(going);
+            // SAFETY: as for `segments`; what lies in an arena is kept by its lot, and the others by
+            // `release` until they are filled in.
+            unsafe { block::write(sources, &self.layout, fingerprint, target, filled) }
         })
         .map_err(|error| match error {
             Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
@@ -117,31 +139,44 @@ impl Gather {
 }
 
 impl Gather {
-    /// The lot that each storage lies in, in place of its owner: a lot that has no second holder then
-    /// is out of everyone's reach.
-    fn take_over(&self, py: Python<'_>, arena: &Arena) -> Vec<Option<Arc<Lot>>> {
-        let lots: Vec<_> =
-            self.storages.iter().map(|storage| arena.0.lot_at(storage.address)).collect();
-        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-        for (owner, _) in owners.iter_mut().zip(&lots).filter(|(_, lot)| lot.is_some()) {
-            *owner = py.None();
-        }
-        lots
+    /// Of each storage, whether it is out of everyone else's reach, so that its pages can go as it is
+    /// written. The lot that it lies in takes the place of its owner: one without a second holder is.
+    fn going(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Option<Source>>> {
+        let torch = Torch::get(py)?;
+        let going = |(&storage, owner): (&Region, &mut Py<PyAny>)| {
+            if let Some(lot) = arena.0.lot_at(storage.address) {
+                *owner = py.None();
+                return Ok(Some(Source::Lent(lot, storage)));
+            }
+            let sole = torch.is_sole(owner.bind(py))?;
+            // SAFETY: `release` keeps the owner until all is written. Nobody else has the storage, so
+            // nobody reads it then, and none of its pages is pinned.
+            Ok(sole.then(|| Source::Sole(unsafe { Sole::new(storage) })))
+        };
+        self.storages.iter().zip(lock(&self.owners).iter_mut()).map(going).collect()
     }
 
     /// Where the block's bytes lie, each with the offset that it goes to.
-    fn sources(&self, lots: &[Option<Arc<Lot>>]) -> Vec<(u64, Source)> {
-        let sole = |lot: &&Arc<Lot>| Arc::strong_count(lot) == 1;
-        let (mut lent, mut others) = (Vec::new(), Vec::new());
-        for (index, (span, &storage)) in self.layout.spans.iter().zip(&self.storages).enumerate() {
-            match lots.get(index).and_then(Option::as_ref).filter(sole) {
-                Some(lot) => lent.push((span.offset, Source::Lent(lot.clone(), storage))),
+    fn sources(&self, going: Vec<Option<Source>>) -> Vec<(u64, Source)> {
+        let goes = |source: &Source| match source {
+            Source::Lent(lot, _) => Arc::strong_count(lot) == 1,
+            _ => true,
+        };
+        let mut going = going.into_iter();
+        let (mut sources, mut others) = (Vec::new(), Vec::new());
+        for (span, &storage) in self.layout.spans.iter().zip(&self.storages) {
+            match going.next().flatten().filter(goes) {
+                Some(source) => sources.push((span.offset, source)),
                 None => others.push((span.offset, storage)),
             }
         }
-        lent.extend(source::trace(others.into_iter(), How::from_env()));
-        lent
+        sources.extend(source::trace(others.into_iter(), How::from_env()));
+        sources
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A part of the block on its way: a read-only buffer.

@@ -21,6 +21,9 @@ mod buffer;
 mod arena;
 
 #[cfg(feature = "python")]
+mod release;
+
+#[cfg(feature = "python")]
 mod gather;
 
 #[cfg(feature = "python")]

@@ -14,6 +14,9 @@ pub(super) struct Torch {
     pub(super) to_py_object: Option<ToPyObject>,
     pub(super) describe: Option<Describe>,
     pub(super) has_storage: Py<PyAny>,
+    is_held: Py<PyAny>,
+    is_sole: Py<PyAny>,
+    untyped_storage: Py<PyAny>,
     pub(super) parameter: Py<PyAny>,
     pub(super) strided: Py<PyAny>,
     pub(super) tensor: Py<PyAny>,
@@ -38,6 +41,9 @@ impl Torch {
                 to_py_object,
                 describe,
                 has_storage: inside.getattr("has_storage")?.unbind(),
+                is_held: inside.getattr("is_held")?.unbind(),
+                is_sole: inside.getattr("is_sole")?.unbind(),
+                untyped_storage: torch.getattr("UntypedStorage")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
                 strided: torch.getattr("strided")?.unbind(),
                 tensor: torch.getattr("Tensor")?.unbind(),
@@ -47,12 +53,31 @@ impl Torch {
         })
     }
 
+    /// Whether anybody but this reference holds a storage, as far as torch knows.
+    pub(super) fn is_held(&self, owner: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let ours = owner.get_type().is(&self.untyped_storage);
+        let asked = || self.is_held.bind(owner.py()).call1((owner,))?.is_truthy();
+        Ok(ours && (refcount(owner) > 1 || asked()?))
+    }
+
+    /// Whether a storage is in memory that nobody but this reference can reach.
+    pub(super) fn is_sole(&self, owner: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let ours = owner.get_type().is(&self.untyped_storage);
+        let asked = || self.is_sole.bind(owner.py()).call1((owner,))?.is_truthy();
+        Ok(ours && refcount(owner) == 1 && asked()?)
+    }
+
     pub(super) fn dtype(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Dtype> {
         match self.dtypes.iter().find(|(object, _)| dtype.is(object)) {
             Some((_, known)) => Ok(*known),
             None => Err(Error::UnknownDtype { name: dtype.to_string() }.into()),
         }
     }
+}
+
+fn refcount(object: &Bound<'_, PyAny>) -> isize {
+    // SAFETY: an object that is held, by a thread that has the interpreter.
+    unsafe { ffi::Py_REFCNT(object.as_ptr()) }
 }
 
 /// Whether tensors can be lent to this torch, by the exchange API of DLPack 1.

@@ -128,6 +128,20 @@ def holders(storage: torch.UntypedStorage) -> int:
     return count
 
 
+def is_held(storage: torch.UntypedStorage) -> bool:
+    """Tell whether anybody but this object holds a storage."""
+    return holders(storage) > 1
+
+
+def is_sole(storage: torch.UntypedStorage) -> bool:
+    """Tell whether nobody but this object can reach the bytes of a storage.
+
+    Only of what torch's allocator has made, and numpy has not seen, is that known: it can be
+    resized. What is pinned a device may read, and torch keeps it for its next user.
+    """
+    return holders(storage) == 1 and storage.resizable() and not storage.is_pinned()
+
+
 @named
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
     """Make a typed storage as torch does for itself: without a warning of deprecation."""

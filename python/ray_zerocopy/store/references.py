@@ -7,6 +7,7 @@ model ◀─ join ── skeleton + tensors ◀── open ─── block ◀�
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -69,11 +70,10 @@ def put(obj: object) -> ray.ObjectRef:
 def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
     """Store what `make(*args, **kwargs)` gives, as `put` would, without holding it twice.
 
-    `make` is a loader, as `AutoModel.from_pretrained`, or a function that calls some. Parameters
-    and buffers that it sets on modules go to shared memory as it sets them, and results of casts
-    and merges of weights before; the pages are given back behind the writer of the block. Threads
-    that the loader starts are followed; modules that other threads make meanwhile are left alone,
-    and so are tensors that lie in files' mappings: the block is read from the files.
+    `make` is a loader, as `AutoModel.from_pretrained`, or a function that calls some. Whatever
+    tensors and arrays it gives are freed as they are written to the block, large tensors by the
+    page. Results of casts and merges of weights go to shared memory from the start, also those of
+    threads that the loader starts. Tensors that lie in files' mappings are read from the files.
 
     What the loader keeps of its model, in a cache or a global, stays whole, and keeps its memory.
     If `make` raises, nothing is left. Linux only.
@@ -106,6 +106,8 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     ref, start, memory = placed
     if arena is not None:
         shared.obj = None
+        if shared.block.is_held():  # by cycles, perhaps
+            gc.collect()
     warn_if_on_disk(start, shared.nbytes, kind)
     shared.block.write(start, memory, arena)
     metrics.record("rzc_published_bytes", shared.nbytes)
