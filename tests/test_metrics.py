@@ -1,4 +1,4 @@
-"""What happens is counted, by name and way, and reaches Ray's Prometheus endpoint."""
+"""What happens is counted, by name and kind of pages, and reaches Ray's Prometheus endpoint."""
 
 import json
 import re
@@ -125,4 +125,4 @@ def test_what_is_recorded_reaches_the_nodes_endpoint(cluster):
             {line.split("{")[0] for line in shown.splitlines()}
         )
         time.sleep(1)
-    assert 'way="private"' in shown
+    assert 'held="private"' in shown

@@ -29,15 +29,15 @@ _METRICS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str, tuple[s
     "rzc_loads": (
         "counter",
         "Objects loaded, by name and by how their pages are held",
-        ("name", "way"),
+        ("name", "held"),
     ),
-    "rzc_load_seconds": ("histogram", "Seconds that a load took", ("name", "way")),
-    "rzc_mapped_bytes": ("counter", "Bytes of blocks mapped by loads", ("way",)),
+    "rzc_load_seconds": ("histogram", "Seconds that a load took", ("name", "held")),
+    "rzc_mapped_bytes": ("counter", "Bytes of blocks mapped by loads", ("held",)),
     "rzc_fallbacks": ("counter", "Loads and puts that took a slower way, by reason", ("reason",)),
     "rzc_automatic": (
         "counter",
         "Objects that `enable` met with 100 KiB of tensors or more, by what became of them",
-        ("way",),
+        ("stored",),
     ),
     "rzc_versions": ("gauge", "Versions of published models, by name and state", ("name", "state")),
     "rzc_followers": ("gauge", "Processes that follow a published model", ("name",)),
@@ -76,12 +76,12 @@ def record(metric: str, value: float = 1.0, *tags: str) -> None:
 
 def loaded(block: _core.Block, isolation: str, seconds: float) -> None:
     """Record a load of a block that was wanted with this isolation."""
-    name, way = LOADING.get(), block.held
-    record("rzc_loads", 1, name, way)
-    record("rzc_load_seconds", seconds, name, way)
-    record("rzc_mapped_bytes", memoryview(block).nbytes, way)
-    if block.fallback and way != isolation:
-        record("rzc_fallbacks", 1, f"pages {way}")
+    name, held = LOADING.get(), block.held
+    record("rzc_loads", 1, name, held)
+    record("rzc_load_seconds", seconds, name, held)
+    record("rzc_mapped_bytes", memoryview(block).nbytes, held)
+    if block.fallback and held != isolation:
+        record("rzc_fallbacks", 1, f"pages {held}")
 
 
 def _flush_later() -> None:

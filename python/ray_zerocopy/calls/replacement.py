@@ -67,9 +67,9 @@ class _Replacer:
                 self.copies.setdefault(id(node), remade)  # one in a cycle has been made by now
             else:
                 self.copies[id(node)] = new = _shallow(node)
-                for place, key, part in _parts(node):
+                for set_part, key, part in _parts(node):
                     if id(part) in self.leading:
-                        place(new, key, self.copy(part))
+                        set_part(new, key, self.copy(part))
         return self.copies[id(node)]
 
 
@@ -140,8 +140,8 @@ def _shallow(node: Any) -> Any:
         new = object.__new__(type(node))
     except TypeError:  # a class with a layout of its own
         return copy.copy(node)
-    for place, name, part in _attributes(node):
-        place(new, name, part)
+    for set_part, name, part in _attributes(node):
+        set_part(new, name, part)
     return new
 
 

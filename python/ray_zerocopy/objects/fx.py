@@ -25,7 +25,7 @@ _TRACED = (inside.FakeTensor, torch.SymBool, torch.SymFloat, torch.SymInt)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Node:
     """Where in its graph a node is that another one takes."""
 
     index: int
@@ -35,9 +35,9 @@ class _Place:
 
 
 @named
-def graph_index(index: int) -> _Place:
-    """Unpickle the place of a node."""
-    return _Place(index)
+def graph_index(index: int) -> _Node:
+    """Unpickle which node of its graph another one takes."""
+    return _Node(index)
 
 
 def module_reducer(kind: Any) -> Callable[[Any], Any] | None:
@@ -68,11 +68,11 @@ def restore_graph_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
 
 def reduce_graph(whole: fx.Graph) -> Any:
     """Reduce a graph to its nodes; those that a node takes come before it."""
-    places = {node: _Place(index) for index, node in enumerate(whole.nodes)}
+    indices = {node: _Node(index) for index, node in enumerate(whole.nodes)}
     nodes = [
         (node.op, node.target, args, kwargs, node.name, node.type)
         for node in whole.nodes
-        for args, kwargs in [map_arg((node.args, node.kwargs), places.__getitem__)]
+        for args, kwargs in [map_arg((node.args, node.kwargs), indices.__getitem__)]
     ]
     metadata = [
         {key: value for key, value in node.meta.items() if not _is_traced(value)}
@@ -99,7 +99,7 @@ def graph(tracer: Any, codegen: Any, nodes: list[tuple[Any, ...]]) -> fx.Graph:
 
 
 def _at(part: Any, made: list[fx.Node]) -> Any:
-    return made[part.index] if isinstance(part, _Place) else part
+    return made[part.index] if isinstance(part, _Node) else part
 
 
 @named

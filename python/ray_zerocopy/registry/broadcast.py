@@ -21,7 +21,7 @@ from ray_zerocopy.errors import LostVersionError
 from ray_zerocopy.registry.publication import find
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
 
-# A transfer that takes this many times as long as the median so far gives up its place, not itself.
+# A transfer that takes this many times as long as the median so far no longer counts, and goes on.
 _SLOW = 3.0
 _PATIENCE_S = 2.0
 _LOCATED_S = 60.0
@@ -100,7 +100,7 @@ class _Waves:
 
     def send(self, waiting: deque[str]) -> None:
         while waiting or self._running:
-            while waiting and self._places() < self._holders:
+            while waiting and self._in_time() < self._holders:
                 self._start(waiting.popleft())
             done, _ = ray.wait(list(self._running), timeout=_PATIENCE_S / 4)
             for answer in done:
@@ -120,7 +120,7 @@ class _Waves:
         answer = _fetch.options(scheduling_strategy=strategy).remote([self._ref], self._timeout)
         self._running[answer] = node, time.monotonic()
 
-    def _places(self) -> int:
+    def _in_time(self) -> int:
         """Count the transfers that are not slow: a dying node does not hold the others up."""
         took = [seconds for seconds in self._seconds.values() if seconds]
         patience_s = max(_PATIENCE_S, _SLOW * statistics.median(took)) if took else self._timeout
