@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +420,28 @@ def test_putting_and_loading_again_and_again_takes_nothing(cluster):
     assert grown[0] < 8
     assert grown[1] < 50
     assert grown[2] <= 1
+
+
+def test_garbage_is_collected_in_a_loop_that_loads(ref):
+    """cpython #98801, pytorch #95462: cycles that were alive during a load go later, by themselves.
+
+    A load moves them to the oldest generation, and Python's own counts start anew.
+    """
+
+    class Garbage:
+        def __init__(self):
+            self.itself, self.parts = self, [[] for _ in range(500)]
+
+    alive, most = weakref.WeakSet(), 0
+    gc.collect()
+    for _ in range(1000):
+        new = Garbage()
+        alive.add(new)
+        ray.get(ref)
+        kept = new  # the one of the last round goes
+        most = max(most, len(alive))
+    assert kept in alive
+    assert most < 500
 
 
 def test_views_of_what_was_dropped_keep_its_memory(cluster):
