@@ -97,12 +97,8 @@ def opened(request, tmp_path_factory):
     return path, load
 
 
-@pytest.mark.parametrize("how", ["auto", "direct", "buffered"])
 @pytest.mark.parametrize("state", ["warm", "cold"])
-def test_a_file_is_read_to_the_bit_and_not_through_its_mapping(
-    store, opened, state, how, monkeypatch
-):
-    monkeypatch.setenv("RAY_ZEROCOPY_READ", how)
+def test_a_file_is_read_to_the_bit_and_not_through_its_mapping(store, opened, state):
     path, load = opened
     tensors = load(path)
     if state == "cold":
@@ -173,10 +169,8 @@ def test_who_may_not_open_it_again_has_it_from_memory():
     fresh.run(without_capabilities, unprivileged=True)
 
 
-@pytest.mark.parametrize("how", ["direct", "buffered"])
-def test_a_file_that_shrank_is_an_error_and_leaves_nothing(store, tmp_path, how, monkeypatch):
+def test_a_file_that_shrank_is_an_error_and_leaves_nothing(store, tmp_path):
     """Not SIGBUS, as to read it by its mapping would be."""
-    monkeypatch.setenv("RAY_ZEROCOPY_READ", how)
     path = tmp_path / "weights"
     save_safetensors(path)
     tensors = load_file(path)

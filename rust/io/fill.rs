@@ -14,7 +14,7 @@ use std::thread;
 use crate::error::{Error, Result};
 use crate::format::checksum::{CHUNK, Chunks};
 use crate::format::layout::Span;
-use crate::io::file::Bounce;
+use crate::io::bounce::Bounce;
 use crate::io::part::Part;
 use crate::io::source::Source;
 use crate::memory::target::Target;
@@ -180,7 +180,7 @@ mod tests {
 
     use super::*;
     use crate::format::checksum;
-    use crate::io::file::{How, Reader};
+    use crate::io::file::Reader;
     use crate::io::source::trace;
     use crate::memory::region::Region;
 
@@ -208,7 +208,7 @@ mod tests {
 
             let path = std::env::temp_dir().join(format!("rzc-pieces-{}", std::process::id()));
             fs::write(&path, &block).unwrap();
-            let reader = Reader::new(File::open(&path).unwrap(), &path, How::Auto).unwrap();
+            let reader = Reader::new(File::open(&path).unwrap(), &path).unwrap();
             let reader = Arc::new(reader);
             fs::remove_file(&path).unwrap();
             let mut cuts: Vec<_> = cuts.iter().map(|cut| cut.index(end)).chain([0, end]).collect();
@@ -237,7 +237,7 @@ mod tests {
         let bytes: Vec<_> = (0..20 << 20).map(|i: usize| (i % 251) as u8).collect();
         fs::write(&path, &bytes).unwrap();
         let file = File::open(&path).unwrap();
-        let reader = Arc::new(Reader::new(file, &path, How::Auto).unwrap());
+        let reader = Arc::new(Reader::new(file, &path).unwrap());
         let from_file = |offset, nbytes| Source::File { reader: reader.clone(), offset, nbytes };
         let memory = vec![99; 5000];
         let sources = vec![
@@ -291,7 +291,7 @@ mod tests {
             }
             let mut target = vec![7; expected.len()];
             // SAFETY: all of it lives and is only read.
-            unsafe { fill(trace(pieces.into_iter(), How::Auto), &[], &mut target, None) }.unwrap();
+            unsafe { fill(trace(pieces.into_iter()), &[], &mut target, None) }.unwrap();
             prop_assert!(target == expected);
         }
     }

@@ -6,7 +6,8 @@
 #[allow(unsafe_code)] // instructions of the processor
 pub mod stream;
 
-#[allow(unsafe_code)] // asks the kernel
+pub mod bounce;
+
 pub mod file;
 
 #[allow(unsafe_code)] // reads the model's storages by address

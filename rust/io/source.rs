@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::io::file::{How, Reader};
+use crate::io::file::Reader;
 use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::memory::sole::Sole;
@@ -124,10 +124,10 @@ impl Source {
 /// What lies in a mapping of a file is read from the file, unless this process has written it: pages
 /// of a private mapping that were written are memory. So is what lies in a file that has no disk, or
 /// cannot be opened again. What adjoins both in its file and where it goes is one source.
-pub fn trace(pieces: impl Iterator<Item = (u64, Region)>, how: How) -> Vec<(u64, Source)> {
+pub fn trace(pieces: impl Iterator<Item = (u64, Region)>) -> Vec<(u64, Source)> {
     let mut pieces: Vec<_> = pieces.collect();
     pieces.sort_unstable_by_key(|(_, region)| region.address);
-    let mut tracer = Tracer::new(how);
+    let mut tracer = Tracer::new();
     for (offset, region) in pieces {
         tracer.trace(offset, region.address..region.address + region.nbytes);
     }
@@ -149,18 +149,16 @@ struct Tracer {
     /// By name and inode, as one file may be mapped in parts; `None` for what is to be memory.
     readers: HashMap<(PathBuf, u64), Option<Arc<Reader>>>,
     page_table: PageTable,
-    how: How,
     found: Vec<(u64, Source)>,
 }
 
 impl Tracer {
-    fn new(how: How) -> Tracer {
+    fn new() -> Tracer {
         Tracer {
             mappings: Mappings::open().ok(),
             mapping: None,
             readers: HashMap::new(),
             page_table: PageTable::open(),
-            how,
             found: Vec::new(),
         }
     }
@@ -216,7 +214,7 @@ impl Tracer {
 
     fn reader(&mut self, mapping: &Mapping) -> Option<Arc<Reader>> {
         let file = (mapping.backing.name.clone(), mapping.backing.inode);
-        let open = || Reader::of(mapping, self.how).map(Arc::new);
+        let open = || Reader::of(mapping).map(Arc::new);
         self.readers.entry(file).or_insert_with(open).clone()
     }
 }
@@ -271,7 +269,7 @@ mod tests {
         fs::remove_file(&path).unwrap();
         let pieces =
             [(64, part(&map, 0..64)), (128, part(&map, 64..640)), (0, part(&map, 700..764))];
-        let sources = trace(pieces.into_iter(), How::Auto);
+        let sources = trace(pieces.into_iter());
         assert_eq!(kinds(&sources), [(0, "file", 64), (64, "file", 640)]);
     }
 
@@ -282,7 +280,7 @@ mod tests {
         let map = map(&path);
         fs::remove_file(&path).unwrap();
         let pieces = [(0, part(&own, 0..NBYTES)), (NBYTES as u64, part(&map, 0..100))];
-        let sources = trace(pieces.into_iter(), How::Auto);
+        let sources = trace(pieces.into_iter());
         assert_eq!(kinds(&sources), [(0, "memory", NBYTES), (NBYTES as u64, "memory", 100)]);
     }
 }

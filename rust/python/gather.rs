@@ -14,7 +14,6 @@ use crate::error::Error;
 use crate::format::layout::{Layout, used};
 use crate::format::table::{Table, fingerprint};
 use crate::io::block;
-use crate::io::file::How;
 use crate::io::fill;
 use crate::io::source::{self, Source};
 use crate::memory::region::Region;
@@ -170,7 +169,7 @@ impl Gather {
                 None => others.push((span.offset, storage)),
             }
         }
-        sources.extend(source::trace(others.into_iter(), How::from_env()));
+        sources.extend(source::trace(others.into_iter()));
         sources
     }
 }

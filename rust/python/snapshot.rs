@@ -13,7 +13,7 @@ use crate::format::header::{check_spans, checksums, start_nbytes, verify};
 use crate::format::snapshot::Header;
 use crate::format::table::{Table, fingerprint};
 use crate::io::block::read;
-use crate::io::file::{How, Reader};
+use crate::io::file::Reader;
 use crate::memory::region::Region;
 use crate::python::block;
 use crate::python::buffer;
@@ -115,7 +115,7 @@ impl Snapshot {
     ) -> PyResult<()> {
         // SAFETY: the caller's file object, which is held, has it open.
         let file = unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?;
-        let reader = Reader::new(file.into(), &path, How::from_env())?;
+        let reader = Reader::new(file.into(), &path)?;
         let target = buffer::room_at(anchor, room, self.nbytes())?;
         let fingerprint = self.fingerprint(py);
         // SAFETY: the room can be written and is held; nobody else knows of it yet.
