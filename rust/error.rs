@@ -143,9 +143,6 @@ pub enum Error {
         /// What is damaged.
         what: &'static str,
     },
-    /// A block of before there were checksums.
-    #[error("a block of version 1 has no checksums: put what it holds again")]
-    NoChecksums,
     /// Bytes that are no snapshot of ours.
     #[error("not a snapshot of ray-zerocopy: it starts with {found:02x?}")]
     NotASnapshot {

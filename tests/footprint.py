@@ -28,6 +28,17 @@ def small_pages():
         assert ctypes.CDLL(None).prctl(thp_disable, 0, 0, 0, 0) == 0
 
 
+def inode_beneath(address: int) -> int | None:
+    """The inode of the file that is mapped at an address; None for other memory."""
+    with Path("/proc/self/maps").open() as lines:
+        for line in lines:
+            addresses, _, _, _, inode, *_ = line.split()
+            start, end = (int(number, 16) for number in addresses.split("-"))
+            if start <= address < end:
+                return int(inode) or None
+    return None
+
+
 def unique_set_size() -> int:
     """The memory that would be free if this process ended.
 

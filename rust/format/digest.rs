@@ -672,7 +672,7 @@ mod tests {
         \x94K\x03\x8c\x01d\x94h\x08u.";
 
     fn digest_of(pickle: &[u8]) -> Result<u128> {
-        let table = Table { version: 2, nbytes: 64, spans: vec![], views: vec![] };
+        let table = Table { nbytes: 64, spans: vec![], views: vec![] };
         digest(pickle, &table, &[], &[], &|archive| archive.to_vec())
     }
 

@@ -19,14 +19,11 @@ use crate::format::view::{Dims, Flags, View};
 
 const MAGIC: &[u8; 4] = b"RZCT";
 
-/// The version that is written. The block of a table of version 1 has no checksums.
 const VERSION: u16 = 2;
 
 /// Spans in a block and views over them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// Version of the format.
-    pub version: u16,
     /// Bytes in the block.
     pub nbytes: u64,
     /// Where each storage lies.
@@ -38,8 +35,7 @@ pub struct Table {
 impl Table {
     /// The table of a layout and the views over its spans.
     pub fn new(layout: &Layout, views: Vec<View>) -> Result<Table> {
-        let table =
-            Table { version: VERSION, nbytes: layout.nbytes, spans: layout.spans.clone(), views };
+        let table = Table { nbytes: layout.nbytes, spans: layout.spans.clone(), views };
         table.validate()?;
         Ok(table)
     }
@@ -50,7 +46,7 @@ impl Table {
         let capacity = 24 + 16 * (self.spans.len() + self.views.len() + dimensions);
         let mut bytes = Vec::with_capacity(capacity);
         bytes.extend(MAGIC);
-        bytes.extend(self.version.to_le_bytes());
+        bytes.extend(VERSION.to_le_bytes());
         bytes.extend([0; 2]);
         bytes.extend(self.nbytes.to_le_bytes());
         bytes.extend((self.spans.len() as u32).to_le_bytes());
@@ -84,7 +80,7 @@ impl Table {
             let (found, supported) = (version.into(), VERSION.into());
             return Err(Error::Version { what: "the offset table", found, supported });
         }
-        if version == 0 || reader.u16()? != 0 {
+        if version < VERSION || reader.u16()? != 0 {
             return Err(Error::Corrupt { what: "the offset table" });
         }
         let nbytes = reader.u64()?;
@@ -97,14 +93,9 @@ impl Table {
             let (needed, available) = (reader.position as u64, bytes.len() as u64);
             return Err(Error::TableLength { needed, available });
         }
-        let table = Table { version, nbytes, spans, views };
+        let table = Table { nbytes, spans, views };
         table.validate()?;
         Ok(table)
-    }
-
-    /// Whether the checksum of each span follows the block's header.
-    pub fn has_checksums(&self) -> bool {
-        self.version > 1
     }
 
     /// The tensors over a span, as a reader of an error would look for them.
@@ -120,8 +111,7 @@ impl Table {
     }
 
     fn validate(&self) -> Result<()> {
-        let checksums = if self.has_checksums() { self.spans.len() as u64 } else { 0 };
-        let header = HEADER_NBYTES + CHECKSUM_NBYTES * checksums;
+        let header = HEADER_NBYTES + CHECKSUM_NBYTES * self.spans.len() as u64;
         if header > self.nbytes {
             return Err(Error::BlockLength { expected: header, found: self.nbytes });
         }
@@ -146,16 +136,7 @@ impl Table {
 
 /// Ties a block to its table: the XXH3 of the table's bytes, which stands in the block's header.
 pub fn fingerprint(table: &[u8]) -> u64 {
-    if table.starts_with(b"RZCT\x01\0") { fingerprint_v1(table) } else { xxh3(table) }
-}
-
-/// What stood there in version 1: FNV-1a over words of 8 bytes.
-fn fingerprint_v1(table: &[u8]) -> u64 {
-    table.chunks(8).fold(0xcbf2_9ce4_8422_2325, |hash: u64, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        (hash ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3).rotate_left(29)
-    })
+    xxh3(table)
 }
 
 /// Takes numbers off the front of a slice, never past its end.
@@ -259,18 +240,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decode_is_the_inverse_of_encode(mut table in tables(), version in 1..=VERSION) {
-            table.version = version;
+        fn decode_is_the_inverse_of_encode(table in tables()) {
             prop_assert_eq!(Table::decode(&table.encode()), Ok(table));
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Table::decode(&bytes);
-            for version in 1..=VERSION as u8 {
-                let head = [b"RZCT".as_slice(), &[version, 0, 0, 0]].concat();
-                let _ = Table::decode(&[head, bytes.clone()].concat());
-            }
+            let _ = Table::decode(&[b"RZCT\x02\0\0\0".as_slice(), &bytes].concat());
         }
 
         #[test]
@@ -314,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_huge_announced_count_reserves_nothing() {
-        let mut bytes = b"RZCT\x01\0\0\0".to_vec();
+        let mut bytes = b"RZCT\x02\0\0\0".to_vec();
         bytes.extend([0xff; 16]);
         let (needed, available) = (24 + 32 * u64::from(u32::MAX), 24);
         assert_eq!(Table::decode(&bytes), Err(Error::TableLength { needed, available }));

@@ -27,17 +27,6 @@ impl Arena {
         let full = || PyMemoryError::new_err(format!("an arena has no {nbytes} addresses left"));
         lot.map(Lot).ok_or_else(full)
     }
-
-    /// Whether an address lies in a lot.
-    fn __contains__(&self, address: usize) -> bool {
-        self.0.lot_at(address).is_some()
-    }
-
-    /// Bytes of the pages that it has.
-    #[getter]
-    fn nbytes(&self) -> u64 {
-        self.0.nbytes()
-    }
 }
 
 /// A part of an arena: a writable buffer. Its pages are free again when nobody holds it.

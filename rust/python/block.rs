@@ -169,15 +169,12 @@ impl Block {
         views(py, &self.table)
     }
 
-    /// The checksum of each span, as it was written; None in a block of version 1.
+    /// The checksum of each span, as it was written.
     #[getter]
-    fn checksums(&self) -> PyResult<Option<Vec<u64>>> {
-        if !self.table.has_checksums() {
-            return Ok(None);
-        }
+    fn checksums(&self) -> PyResult<Vec<u64>> {
         // SAFETY: the pages live; whoever writes into them is to be found out.
         let block = unsafe { self.pages.region().bytes() };
-        Ok(Some(header::checksums(&self.table, self.fingerprint, block)?))
+        Ok(header::checksums(&self.table, self.fingerprint, block)?)
     }
 
     /// Raises `BlockError` where a byte of a span is not as it was written.

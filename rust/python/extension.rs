@@ -2,7 +2,6 @@
 
 use pyo3::prelude::*;
 
-use crate::format::dtype::Dtype;
 use crate::format::layout::HEADER_NBYTES;
 use crate::format::snapshot::SNAPSHOT_HEADER_NBYTES;
 use crate::format::view::Flags;
@@ -14,12 +13,6 @@ use crate::python::module;
 use crate::python::snapshot;
 use crate::python::sources;
 use crate::python::torch;
-
-/// The names of the dtypes that can be laid out.
-#[pyfunction]
-fn dtypes() -> Vec<&'static str> {
-    Dtype::ALL.iter().map(|dtype| dtype.name()).collect()
-}
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -38,11 +31,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
     m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;
     m.add_function(wrap_pyfunction!(block::source_of, m)?)?;
-    m.add_function(wrap_pyfunction!(module::differing, m)?)?;
     m.add_function(wrap_pyfunction!(module::initialized_module, m)?)?;
     m.add_function(wrap_pyfunction!(module::module_state, m)?)?;
     m.add_function(wrap_pyfunction!(module::restore_module, m)?)?;
-    m.add_function(wrap_pyfunction!(dtypes, m)?)?;
     m.add("HEADER_NBYTES", HEADER_NBYTES)?;
     m.add("SNAPSHOT_HEADER_NBYTES", SNAPSHOT_HEADER_NBYTES)?;
     m.add("REQUIRES_GRAD", Flags::REQUIRES_GRAD.0)?;

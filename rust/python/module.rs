@@ -186,8 +186,7 @@ impl ModuleReducer {
 ///
 /// None where `state` does not start with all of these, in their order, as it does in any module
 /// whose `__init__` has run.
-#[pyfunction]
-pub(super) fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDict>>> {
+fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDict>>> {
     let defaults = Defaults::get(state.py())?;
     let differing = PyDict::new(state.py());
     let mut attributes = state.iter();

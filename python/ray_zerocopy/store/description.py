@@ -36,8 +36,8 @@ class Info:
     packed into `bytes`, as skorch does with its weights."""
     spans: list[tuple[int, int]]
     """Offset and bytes of each storage in the block."""
-    checksums: list[int] | None
-    """The XXH3 of each as it was written; None in blocks that an older version has put."""
+    checksums: list[int]
+    """The XXH3 of each as it was written."""
     tensors: list[TensorInfo]
     """The views over them."""
     where: str
