@@ -5,6 +5,7 @@ isolations, does not depend on the source: a few stand for all.
 """
 
 import contextlib
+import copy
 import gc
 import io
 import itertools
@@ -422,3 +423,38 @@ UNUSUAL = {
 def test_the_unusual_is_refused_by_name(kind, cluster):
     with pytest.raises(rzc.RayZeroCopyError, match=r"\['weight'\]"):
         rzc.put({"fine": torch.randn(2), "weight": UNUSUAL[kind]()})
+
+
+def calibrated(model, x):
+    """The output of the first forward, and what it made of all buffers."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [model(x), *model.state_dict().values()]
+
+
+def quantisation_aware():
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).train()
+    net.qconfig = get_default_qat_qconfig("fbgemm")
+    return prepare_qat(net), torch.randn(2, 3, 16, 16)
+
+
+def observer():
+    from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
+    return PerChannelMinMaxObserver(ch_axis=0), torch.arange(32.0).reshape(8, 4)
+
+
+@pytest.mark.parametrize("make", [quantisation_aware, observer])
+def test_a_module_that_resizes_its_buffers_does_as_its_source(make, cluster):
+    """pytorch#170298: torch resizes no storage over memory that it has not allocated."""
+    model, x = make()
+    ref = rzc.put(model)
+    expected = calibrated(copy.deepcopy(model), x)
+    assert_exact(model, ray.get(ref))  # not of those below: who asks for numpy's view ends resizing
+    loads = [rzc.get(ref, isolation=isolation) for isolation in ("private", "shared", "copy")]
+    for loaded in (ray.get(rzc.put(loads[0])), *loads):
+        for one, other in zip(calibrated(loaded, x), expected, strict=True):
+            assert torch.equal(one, other)

@@ -28,6 +28,7 @@ HOMES = {
     "initialized_module": "_core",
     "restore_module": "_core",
     "restore_by_setstate": "objects.modules",
+    "restore_resizing": "objects.modules",
     "restore_pretrained": "objects.modules",
     "new_parametrized": "objects.modules",
     "restore_parametrized": "objects.modules",

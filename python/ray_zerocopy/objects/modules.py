@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copyreg
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,8 @@ def reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
     restore = restore_module
     if kind.__setstate__ is not torch.nn.Module.__setstate__ or _has_properties(kind):
         restore = restore_by_setstate
+    if _resizes_buffers(kind):
+        restore = restore_resizing
     if transformers_inside.is_pretrained(kind):
         restore = restore_pretrained
     return _core.ModuleReducer(kind, _new_object, restore).reduce
@@ -56,6 +60,17 @@ def _has_properties(kind: type) -> bool:
     )
 
 
+@functools.cache
+def _resizes_buffers(kind: type) -> bool:
+    """Whether a method of the class calls `resize_`, as observers and fake quantisers do."""
+    return any(
+        "resize_" in method.__code__.co_names
+        for base in kind.__mro__
+        for method in vars(base).values()
+        if isinstance(method, types.FunctionType)
+    )
+
+
 def _refuses_to_pickle(kind: type) -> bool:
     """Whether `parametrize` made this class: it has a `__getstate__` that only raises."""
     getstate = kind.__dict__.get("__getstate__")
@@ -66,6 +81,20 @@ def _refuses_to_pickle(kind: type) -> bool:
 def restore_by_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
     module.__setstate__(_core.module_state(differing))
+
+
+@named
+def restore_resizing(module: torch.nn.Module, differing: dict[str, Any]) -> None:
+    """Restore a module that resizes its buffers: they come with storages that torch can resize.
+
+    torch resizes no storage over memory that it has not allocated (pytorch#170298). Buffers that
+    share their storage stay over the block.
+    """
+    restore_by_setstate(module, differing)
+    with torch.no_grad():
+        for buffer in inside.buffers_of(module).values():
+            if buffer is not None and not inside.shares_storage(buffer):
+                buffer.set_(buffer.clone())
 
 
 @named

@@ -122,6 +122,11 @@ def methods_of(module: Any) -> list[Any]:
     return [module._get_method(name) for name in module._method_names()]
 
 
+def shares_storage(tensor: torch.Tensor) -> bool:
+    """Whether other tensors lie over the storage of this one."""
+    return not has_storage(tensor) or holders(tensor.untyped_storage()) > 2
+
+
 def holders(storage: torch.UntypedStorage) -> int:
     """Count who holds a storage, this reference to it included (seen on torch 2.15)."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
