@@ -25,7 +25,7 @@ from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load_version
 from ray_zerocopy.rewrite import is_extracted, replace_tensors_direct
 from ray_zerocopy.store.envelope import Shared
-from ray_zerocopy.store.ray_inside import INLINE_NBYTES
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES, free_resources
 from ray_zerocopy.store.references import put
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,7 @@ class CallModel(Leaf):
         options = {"num_cpus": 1, **self._options}
         needs = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus")}
         needs |= options.get("resources") or {}
-        free, context = ray.available_resources(), ray.get_runtime_context()
-        if context.should_capture_child_tasks_in_placement_group:  # as in a trial of Tune
-            group = f"_group_{context.get_placement_group_id()}"
-            free = {name.removesuffix(group): n for name, n in free.items() if name.endswith(group)}
+        free = free_resources()
         found = [(name, need or 0, free.get(name, 0)) for name, need in needs.items()]
         return [(name, need, has) for name, need, has in found if has < need]
 

@@ -192,6 +192,15 @@ def is_client() -> bool:
     return bool(ray.util.client.ray.is_connected())
 
 
+def free_resources() -> dict[str, float]:
+    """Give what a task from here may take: of its placement group where it has one, as in Tune."""
+    free, context = ray.available_resources(), ray.get_runtime_context()
+    if not context.should_capture_child_tasks_in_placement_group:
+        return dict(free)
+    group = f"_group_{context.get_placement_group_id()}"
+    return {name.removesuffix(group): n for name, n in free.items() if name.endswith(group)}
+
+
 def is_store(file: str) -> bool:
     """Whether a file is the store, not one in which Ray keeps what had no room there."""
     return os.path.dirname(file) == _store_directory(_socket())
