@@ -122,19 +122,23 @@ class Interrupts:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, AlarmError])
-@pytest.mark.parametrize("way", ["put", "build"])
+@pytest.mark.parametrize("way", ["put", "build", "enable"])
 def test_an_interrupted_put_raises_what_interrupts_it(ref, model, raised, way):
     """ray #3797, #3209: Ctrl-C and alarms reach the caller as themselves; then all goes on."""
 
     def interrupt(*_):
         raise raised("by a signal")
 
-    made = {"weights": torch.zeros(1000), "part": Interrupts()}
+    made = {"part": Interrupts(), "weights": torch.zeros(100_000)}
+    ways = {"put": rzc.put, "build": lambda made: rzc.build(lambda: made), "enable": ray.put}
     before = signal.signal(signal.SIGUSR1, interrupt)
+    if way == "enable":
+        rzc.enable()
     try:
         with pytest.raises(raised, match="by a signal"):
-            rzc.put(made) if way == "put" else rzc.build(lambda: made)
+            ways[way](made)
     finally:
+        rzc.disable()
         signal.signal(signal.SIGUSR1, before)
     assert gc.isenabled()
     assert_exact(model, ray.get(ref))

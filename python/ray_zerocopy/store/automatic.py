@@ -80,6 +80,8 @@ class _Serializer:
         try:
             pickled = _pickled(_Watcher, value, protocol, buffers, self._only)
         except Exception as error:  # it holds tensors, or does not pickle as Ray would have it
+            if not isinstance(error, _HoldsTensors) and _pickles(value, protocol):
+                raise  # what was raised is none of its own: by a signal, say
             buffers.clear()
             pickled = self._as_block(value, protocol, buffers, error)
         for buffer in buffers:
@@ -125,6 +127,15 @@ def _pickled(
     file = io.BytesIO()
     pickler(file, protocol, buffers.append, *how).dump(value)
     return file.getvalue()
+
+
+def _pickles(value: Any, protocol: int | None) -> bool:
+    """Whether Ray pickles a value."""
+    try:
+        _pickled(cloudpickle.CloudPickler, value, protocol, [])
+    except Exception:
+        return False
+    return True
 
 
 class _Item:
