@@ -59,6 +59,14 @@ def test_a_model_goes_from_make_to_retired(run, name):
     assert name not in rzc.published()
 
 
+def test_a_snapshot_is_looked_at_without_a_cluster(tmp_path):
+    rzc.save(torch.ones(2000), tmp_path / "model.rzc")
+    words = ["--address", "127.0.0.1:1", "inspect", str(tmp_path / "model.rzc"), "--verify"]
+    done = CliRunner().invoke(cli.main, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    assert "verified: every byte" in done.stdout
+
+
 def test_a_version_is_promoted_back(run, name):
     first = rzc.publish(name, torch.zeros(2000))
     rzc.publish(name, torch.ones(2000))

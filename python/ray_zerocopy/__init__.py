@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         retire,
         versions,
     )
+    from ray_zerocopy.store.opening import open as open  # noqa: A004 - the package's name for it
     from ray_zerocopy.wrappers import JITModelWrapper, ModelWrapper
 
 __all__ = [
@@ -120,6 +121,7 @@ _FACES = {
     "Version": "registry.catalog",
     "prefetch": "registry.broadcast",
     "Live": "registry.follower",
+    "open": "store.opening",  # not in `__all__`: a star import is to leave the builtin alone
     "follow": "registry.follower",
     **dict.fromkeys(
         ("load", "promote", "publish", "published", "retire", "versions"), "registry.publication"

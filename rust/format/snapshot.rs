@@ -21,6 +21,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::format::checksum::xxh3;
+use crate::format::table::Table;
 
 const MAGIC: &[u8; 4] = b"RZCS";
 const VERSION: u16 = 1;
@@ -110,6 +111,37 @@ impl Header {
             start = range.end;
         }
         Ok(ranges)
+    }
+}
+
+/// All that precedes the block, as it was written.
+#[derive(Debug)]
+pub struct Head {
+    /// Where the skeleton lies in it ...
+    pub skeleton: Range<usize>,
+    /// ... the table ...
+    pub table: Range<usize>,
+    /// ... and the list of buffers.
+    pub buffers: Range<usize>,
+    /// The table.
+    pub decoded: Table,
+    /// Where the block starts.
+    pub offset: u64,
+}
+
+impl Head {
+    /// Reads all that precedes the block of a snapshot that is `nbytes` long.
+    pub fn decode(head: &[u8], nbytes: u64) -> Result<Head> {
+        let header = Header::decode(head)?;
+        let [skeleton, table, buffers] = header.parts(head)?;
+        let decoded = Table::decode(&head[table.clone()])?;
+        let offset = header.block_offset()?;
+        let expected = offset.checked_add(decoded.nbytes);
+        let expected = expected.ok_or(Error::Overflow { what: "the snapshot" })?;
+        if expected != nbytes {
+            return Err(Error::SnapshotLength { expected, found: nbytes });
+        }
+        Ok(Head { skeleton, table, buffers, decoded, offset })
     }
 }
 

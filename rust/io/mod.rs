@@ -20,3 +20,5 @@ pub mod fill;
 
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod block;
+
+pub mod snapshot;

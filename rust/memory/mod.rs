@@ -22,3 +22,5 @@ pub mod store;
 
 #[allow(unsafe_code)] // reads what it has mapped
 pub mod pages;
+
+pub mod lease;

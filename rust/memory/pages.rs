@@ -10,6 +10,7 @@
 //! process on the node. The same file mapped privately reads the same physical pages, and copies
 //! the one page that is written.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -37,10 +38,8 @@ pub enum Pages {
     Private {
         /// The mapping, which its thread has, too.
         map: Arc<Map>,
-        /// What was mapped again ...
-        beneath: Region,
-        /// ... and where it comes from.
-        backing: Backing,
+        /// What of the store was mapped again, and where it comes from; `None` for a file of the user's.
+        beneath: Option<(Region, Backing)>,
     },
     /// Memory of this process alone.
     Copied(MmapMut),
@@ -64,7 +63,15 @@ impl Pages {
         let (file, backing) = store::open(beneath)?;
         let map = Map::private(&file, backing.offset, beneath.nbytes);
         let map = map.map_err(|error| Error::refused(backing.name.display(), &error))?;
-        Ok(Pages::Private { map: Arc::new(map), beneath, backing })
+        Ok(Pages::Private { map: Arc::new(map), beneath: Some((beneath, backing)) })
+    }
+
+    /// Maps part of a file privately. What others write into it is seen here, unless it is leased.
+    pub fn of_file(file: &File, offset: u64, nbytes: usize) -> Result<Pages> {
+        let map = Map::private(file, offset, nbytes);
+        let map =
+            map.map_err(|error| Error::refused(format!("{nbytes} bytes of a file"), &error))?;
+        Ok(Pages::Private { map: Arc::new(map), beneath: None })
     }
 
     /// How many of the bytes lie in huge pages; `None` where that is not known.
@@ -97,7 +104,9 @@ impl Pages {
             Pages::Copied(_) => None,
             // SAFETY: the caller's promise.
             Pages::Shared(_) => PageTable::open().lacks(last).then(|| unsafe { self.prefault() }),
-            Pages::Private { map, beneath, backing } => {
+            // SAFETY: the caller's promise; only the store makes huge pages.
+            Pages::Private { beneath: None, .. } => Some(unsafe { self.prefault() }),
+            Pages::Private { map, beneath: Some((beneath, backing)) } => {
                 let (map, beneath, backing) = (Arc::clone(map), *beneath, backing.clone());
                 Some(Prefault::start(move |stop| {
                     let huge = map.is_huge() == Some(true);

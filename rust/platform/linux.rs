@@ -12,7 +12,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::str;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
+use std::thread;
 
 use memmap2::{Advice, MmapMut};
 
@@ -421,6 +422,45 @@ impl Map {
     pub fn addresses(&self) -> Range<usize> {
         self.addresses.clone()
     }
+
+    /// Puts memory of this process in place of the file, with the same bytes at the same addresses. It takes
+    /// 1.4 times as long as to fill as much fresh memory.
+    ///
+    /// To copy each page on write is not enough: who truncates a file takes such copies out of all mappings,
+    /// too. A few pages at a time, for a write of another thread between their copy and its move is lost.
+    pub fn own(&self) -> io::Result<()> {
+        let (rights, nowhere) = (libc::PROT_READ | libc::PROT_WRITE, ptr::null_mut());
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let nbytes = self.pages.len();
+        // SAFETY: new memory, at an address of the kernel's choice.
+        let own = unsafe { libc::mmap(nowhere, nbytes, rights, flags, -1, 0) };
+        if own == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let own = own.addr()..own.addr() + nbytes;
+        for (from, to) in self.pages.clone().step_by(AROUND).zip(own.clone().step_by(AROUND)) {
+            let nbytes = AROUND.min(own.end - to);
+            let _ = fill_to_write(to..to + nbytes); // else it faults as it is written
+            // SAFETY: mapped to be read, and to be written; two mappings.
+            unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, nbytes) };
+            let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let (to, from) = (to as *mut c_void, from as *mut c_void);
+            // SAFETY: our own pages, over our own pages, which have the same bytes.
+            if unsafe { libc::mremap(to, nbytes, nbytes, how, from) } == libc::MAP_FAILED {
+                let error = io::Error::last_os_error();
+                unmap(to.addr()..own.end);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has whoever reads or writes the bytes end by a SIGSEGV, as nobody knows what they are.
+    pub fn forbid(&self) {
+        let start = self.pages.start as *mut c_void;
+        // SAFETY: pages of our own.
+        unsafe { libc::mprotect(start, self.pages.len(), libc::PROT_NONE) };
+    }
 }
 
 impl Drop for Map {
@@ -616,6 +656,81 @@ pub fn reopen_direct(file: &File) -> Option<File> {
 pub fn evict(file: &File) {
     // SAFETY: advice.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+// ---- Leases: who opens a leased file to write it, or truncates it, waits until the lease is released, for
+// `/proc/sys/fs/lease-break-time` at most (fcntl(2))
+
+const F_SETOWN_EX: libc::c_int = 15; // `libc` does not know it for all
+const F_OWNER_TID: libc::c_int = 0;
+
+/// The kernel's `struct f_owner_ex`.
+#[repr(C)]
+struct Owner {
+    kind: libc::c_int,
+    id: libc::pid_t,
+}
+
+/// Starts the thread that hears of broken leases, and calls `serve` for each, or for several at once.
+///
+/// It has all signals wait. SIGIO comes to it alone, and no handler of the process is called.
+pub fn watch(serve: fn()) -> io::Result<i32> {
+    let (tell, told) = mpsc::channel();
+    let watch = move || {
+        let mut signals = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: room for a set.
+        unsafe { libc::sigfillset(signals.as_mut_ptr()) };
+        // SAFETY: a set; the mask of this thread alone.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, signals.as_ptr(), ptr::null_mut()) };
+        // SAFETY: as before.
+        unsafe { libc::sigemptyset(signals.as_mut_ptr()) };
+        // SAFETY: as before.
+        unsafe { libc::sigaddset(signals.as_mut_ptr(), libc::SIGIO) };
+        // SAFETY: only reads a number.
+        let _ = tell.send(unsafe { libc::gettid() });
+        loop {
+            // SAFETY: a set; nobody wants to know more.
+            if unsafe { libc::sigwaitinfo(signals.as_ptr(), ptr::null_mut()) } == libc::SIGIO {
+                serve();
+            }
+        }
+    };
+    thread::Builder::new().name("rzc.lease".into()).spawn(watch)?;
+    told.recv().map_err(io::Error::other)
+}
+
+/// Takes a lease on a file that was opened to be read; the thread hears when it is broken.
+///
+/// Refused where the file belongs to another user (unless CAP_LEASE), is open to be written, or its file
+/// system has no leases.
+pub fn lease(file: &File, thread: i32) -> io::Result<()> {
+    tell(file, thread)?; // before there is anything to be told, which would end the process
+    // SAFETY: an open file.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) })
+}
+
+/// Has another thread hear of it.
+pub fn tell(file: &File, thread: i32) -> io::Result<()> {
+    let owner = Owner { kind: F_OWNER_TID, id: thread };
+    // SAFETY: an open file, and a structure of the kernel's.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), F_SETOWN_EX, &raw const owner) })
+}
+
+/// Whether a lease is held, and nobody waits for its release.
+pub fn is_leased(file: &File) -> bool {
+    // SAFETY: an open file.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) == libc::F_RDLCK }
+}
+
+/// Releases a lease; an error where the kernel has done so before, who waits no longer.
+pub fn release(file: &File) -> io::Result<()> {
+    // SAFETY: an open file.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) })
+}
+
+/// Opens an open file once more, to be read: leases are on what was opened, which a fork shares.
+pub fn reopen(file: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -139,6 +139,14 @@ impl Map {
         let start = self.0.as_ptr().addr();
         start..start + self.0.len()
     }
+
+    /// Refused.
+    pub fn own(&self) -> io::Result<()> {
+        Err(unsupported("only Linux maps memory in place of a file"))
+    }
+
+    /// Nothing.
+    pub fn forbid(&self) {}
 }
 
 /// Refused.
@@ -191,6 +199,36 @@ pub fn reopen_direct(_: &File) -> Option<File> {
 /// Nothing.
 #[cfg(test)]
 pub fn evict(_: &File) {}
+
+/// Refused.
+pub fn watch(_: fn()) -> io::Result<i32> {
+    Err(unsupported("only Linux leases files"))
+}
+
+/// Refused.
+pub fn lease(_: &File, _: i32) -> io::Result<()> {
+    Err(unsupported("only Linux leases files"))
+}
+
+/// Refused.
+pub fn tell(_: &File, _: i32) -> io::Result<()> {
+    Err(unsupported("only Linux leases files"))
+}
+
+/// It is not.
+pub fn is_leased(_: &File) -> bool {
+    false
+}
+
+/// There is none.
+pub fn release(_: &File) -> io::Result<()> {
+    Err(unsupported("only Linux leases files"))
+}
+
+/// Refused.
+pub fn reopen(_: &File) -> io::Result<File> {
+    Err(unsupported("only Linux leases files"))
+}
 
 fn unsupported(reason: &str) -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, reason)

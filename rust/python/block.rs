@@ -1,6 +1,7 @@
 //! A block where it is read.
 
 use std::ffi::{OsString, c_int, c_void};
+use std::io;
 use std::sync::OnceLock;
 
 use pyo3::buffer::PyUntypedBuffer;
@@ -15,6 +16,7 @@ use crate::format::table::{Table, fingerprint};
 use crate::format::view::{Flags, View};
 use crate::io::block;
 use crate::memory::huge;
+use crate::memory::lease::Lease;
 use crate::memory::pages::{Pages, Prefault};
 use crate::memory::region::Region;
 use crate::memory::store;
@@ -33,6 +35,7 @@ pub(super) struct Block {
     // dropped in this order: what reads the pages, the pages, what lies beneath them
     prefault: OnceLock<Option<Prefault>>,
     pages: Pages,
+    _lease: Option<Lease>,
     _buffers: Vec<PyUntypedBuffer>,
     table: Table,
     fingerprint: u64,
@@ -123,12 +126,13 @@ impl Block {
                 return Err(PyValueError::new_err(message));
             }
         };
-        if let Pages::Private { backing: found, .. } = &pages {
+        if let Pages::Private { beneath: Some((_, found)), .. } = &pages {
             source = Some(found.clone());
         }
         let block = Block {
             prefault: OnceLock::new(),
             pages,
+            _lease: None,
             _buffers: buffers,
             table,
             fingerprint,
@@ -236,6 +240,36 @@ impl Block {
         let region = slf.get().pages.region();
         // SAFETY: the interpreter's view; the block, which holds the pages, is its object.
         unsafe { buffer::fill(slf.into_any(), region, false, view, flags) }
+    }
+}
+
+impl Block {
+    /// A block over pages of a file.
+    pub(super) fn over(
+        pages: Pages,
+        lease: Option<io::Result<Lease>>,
+        table: Table,
+        encoded: &[u8],
+    ) -> Block {
+        let (lease, refused) = match lease {
+            Some(Ok(lease)) => (Some(lease), None),
+            Some(Err(error)) => (None, Some(error)),
+            None => (None, None),
+        };
+        Block {
+            prefault: OnceLock::new(),
+            pages,
+            _lease: lease,
+            _buffers: Vec::new(),
+            fingerprint: fingerprint(encoded),
+            table,
+            source: None,
+            fallback: refused.map(|error| match error.kind() {
+                io::ErrorKind::PermissionDenied => "the file belongs to another user".to_owned(),
+                io::ErrorKind::WouldBlock => "the file is open for writing".to_owned(),
+                _ => format!("the system leases no such file ({error})"),
+            }),
+        }
     }
 }
 

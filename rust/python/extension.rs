@@ -24,6 +24,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<block::Block>()?;
     m.add_class::<module::ModuleReducer>()?;
     m.add_class::<snapshot::Snapshot>()?;
+    m.add_function(wrap_pyfunction!(snapshot::open_snapshot, m)?)?;
+    m.add_function(wrap_pyfunction!(snapshot::before_fork, m)?)?;
+    m.add_function(wrap_pyfunction!(snapshot::after_fork_in_parent, m)?)?;
+    m.add_function(wrap_pyfunction!(snapshot::after_fork_in_child, m)?)?;
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head, m)?)?;
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head_nbytes, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;

@@ -1,5 +1,6 @@
 //! Snapshots: what precedes the block in the file, and the block on its way in.
 
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,15 +8,16 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-use crate::error::Error;
 use crate::format::checksum::{Chunks, xxh3};
 use crate::format::header::{check_spans, checksums, start_nbytes, verify};
-use crate::format::snapshot::Header;
+use crate::format::snapshot::{Head, Header};
 use crate::format::table::{Table, fingerprint};
 use crate::io::block::read;
 use crate::io::file::Reader;
+use crate::io::snapshot::{self, Opened};
+use crate::memory::lease;
 use crate::memory::region::Region;
-use crate::python::block;
+use crate::python::block::{self, Block};
 use crate::python::buffer;
 
 /// What precedes a block in a snapshot: read, and as it was written.
@@ -41,23 +43,8 @@ impl Snapshot {
     /// Reads all that precedes the block of a snapshot that is `nbytes` long.
     #[new]
     fn new(py: Python<'_>, head: &[u8], nbytes: u64) -> PyResult<Snapshot> {
-        let header = Header::decode(head)?;
-        let [skeleton, table, buffers] = header.parts(head)?;
-        let decoded = Table::decode(&head[table.clone()])?;
-        let offset = header.block_offset()?;
-        let expected = offset.checked_add(decoded.nbytes);
-        let expected = expected.ok_or(Error::Overflow { what: "the snapshot" })?;
-        if expected != nbytes {
-            return Err(Error::SnapshotLength { expected, found: nbytes }.into());
-        }
-        let (buffers, _) = head[buffers].as_chunks();
-        Ok(Snapshot {
-            skeleton: PyBytes::new(py, &head[skeleton]).unbind(),
-            table: PyBytes::new(py, &head[table]).unbind(),
-            buffers: buffers.iter().map(|&view| u32::from_le_bytes(view)).collect(),
-            offset,
-            decoded,
-        })
+        let decoded = Head::decode(head, nbytes)?;
+        Ok(Snapshot::of(py, head, decoded))
     }
 
     /// Bytes in the block.
@@ -140,9 +127,57 @@ impl Snapshot {
 }
 
 impl Snapshot {
+    fn of(py: Python<'_>, bytes: &[u8], head: Head) -> Snapshot {
+        let (buffers, _) = bytes[head.buffers].as_chunks();
+        Snapshot {
+            skeleton: PyBytes::new(py, &bytes[head.skeleton]).unbind(),
+            table: PyBytes::new(py, &bytes[head.table]).unbind(),
+            buffers: buffers.iter().map(|&view| u32::from_le_bytes(view)).collect(),
+            offset: head.offset,
+            decoded: head.decoded,
+        }
+    }
+
     fn fingerprint(&self, py: Python<'_>) -> u64 {
         fingerprint(self.table.as_bytes(py))
     }
+}
+
+/// What precedes the block of a snapshot, and the block: mapped privately, or with "copy" read into memory of
+/// this process. Both come from the file of the descriptor, which stays the caller's; `path` is what errors
+/// call it.
+#[pyfunction]
+pub(super) fn open_snapshot(
+    py: Python<'_>,
+    descriptor: i32,
+    path: PathBuf,
+    copied: bool,
+) -> PyResult<(Snapshot, Block)> {
+    // SAFETY: the caller's file object, which is held, has it open.
+    let file = File::from(unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?);
+    let opened = py
+        .detach(|| if copied { snapshot::copy(file, &path) } else { snapshot::open(file, &path) });
+    let Opened { bytes, head, pages, lease } = opened?;
+    let block = Block::over(pages, lease, head.decoded.clone(), &bytes[head.table.clone()]);
+    Ok((Snapshot::of(py, &bytes, head), block))
+}
+
+/// To be called before a fork: the child is to have leases of its own on the snapshots that are open here.
+#[pyfunction]
+pub(super) fn before_fork(py: Python<'_>) {
+    py.detach(lease::before_fork);
+}
+
+/// To be called after a fork, in the parent.
+#[pyfunction]
+pub(super) fn after_fork_in_parent() {
+    lease::after_fork_in_parent();
+}
+
+/// To be called after a fork, in the child.
+#[pyfunction]
+pub(super) fn after_fork_in_child() {
+    lease::after_fork_in_child();
 }
 
 /// All that precedes the block of a snapshot.

@@ -166,7 +166,7 @@ def list_() -> Shown:
     return rows, _told(_table(columns, map(cells, rows), right={3, 4, 5}), "* is current")
 
 
-@_command(slow=True)
+@_command(connects=False, slow=True)
 @click.argument("target", metavar="NAME|PATH")
 @click.option("--version", "number", type=int, help="Another version than the current one.")
 @click.option("--verify", is_flag=True, help="Check every span against its checksum.")
@@ -176,6 +176,7 @@ def inspect(target: str, number: int | None, verify: bool, tensors: bool) -> Sho
     source: Any = Path(target)
     heading = None
     if not source.is_file():
+        _connect(click.get_current_context())
         version = _version(target, number)
         source, current = version.ref, "current" if version.current else version.state
         healing = f"published by {version.source}, {'heals' if version.heals else 'does not heal'}"

@@ -160,15 +160,19 @@ class Loading:
     device: torch.device | str | None = None
 
     def __call__(self, parts: Parts) -> Any:
-        """Join the object over its block."""
+        """Map the block, and join the object over it."""
         start = time.perf_counter()
         block = open_block(parts, self.isolation)
+        return self.join(block, parts.skeleton, parts.buffers, start)
+
+    def join(self, block: _core.Block, skeleton: bytes, views: list[int], start: float) -> Any:
+        """Join an object over its block; `views` are its buffers, its load began at `start`."""
         if self.device is not None:  # the copy is to find the pages filled in
             _fill_in(block, self.prefault)
         with quiet_collector():
             over = tensors.over(block, self.device)
-            buffers = tensors.buffers_over(block, parts.buffers)
-            loaded = join(parts.skeleton, over, buffers, self.device)
+            buffers = tensors.buffers_over(block, views)
+            loaded = join(skeleton, over, buffers, self.device)
         _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
         metrics.loaded(block, self.isolation, time.perf_counter() - start)
         return loaded

@@ -79,7 +79,7 @@ def restore(path: Path) -> ray.ObjectRef:
     """
     references.refuse_client()
     path = os.fspath(path)
-    with _reading(path) as file:
+    with opened(path) as file:
         snapshot = _head(file)
         skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
         with references.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
@@ -99,7 +99,7 @@ def restore(path: Path) -> ray.ObjectRef:
 
 def describe(path: Path, *, verify: bool = False) -> Info:
     """Tell what a snapshot holds; `verify` reads all of it. Nothing is unpickled."""
-    with _reading(os.fspath(path)) as file:
+    with opened(os.fspath(path)) as file:
         snapshot = _head(file)
 
         def read(offset: int, nbytes: int) -> bytes:
@@ -168,7 +168,7 @@ def _is_url(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[BinaryIO]:
     """Open a snapshot; what is wrong with it is told with its path."""
     try:
         with _open(path) as file:
