@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -458,3 +459,14 @@ def test_a_module_that_resizes_its_buffers_does_as_its_source(make, cluster):
     for loaded in (ray.get(rzc.put(loads[0])), *loads):
         for one, other in zip(calibrated(loaded, x), expected, strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_model_half_on_the_meta_device_is_told_by_its_parameters(cluster):
+    """accelerate and transformers leave parameters there that a checkpoint lacks."""
+    half = {"model": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))}
+    with pytest.warns(rzc.NoValuesWarning, match=r"dict\['model'\]\.1\.weight, .*\.1\.bias lie on"):
+        ref = rzc.put(half)
+    assert ray.get(ref)["model"][1].weight.is_meta
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rzc.put(nn.Linear(3, 3, device="meta"))  # nothing is missing of what has no values at all

@@ -69,6 +69,10 @@ class IsolationWarning(UserWarning):
     """Weights are not isolated as asked: a write in one process would be seen by others."""
 
 
+class NoValuesWarning(UserWarning):
+    """Some tensors of an object lie on the meta device: they are stored without values."""
+
+
 class OnDiskWarning(UserWarning):
     """The object store has no room for a block, which lies on disk: loads read it from there."""
 

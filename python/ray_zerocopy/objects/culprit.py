@@ -26,6 +26,19 @@ def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
     return f"{path} ({type(obj).__name__})"
 
 
+def paths_to(obj: object, wanted: Callable[[object], bool]) -> Iterator[str]:
+    """Give the paths to all parts of an object graph that are wanted."""
+    waiting, seen = [(type(obj).__name__, obj)], set()
+    while waiting:
+        path, obj = waiting.pop()
+        if id(obj) in seen:
+            continue
+        seen.add(id(obj))
+        if wanted(obj):
+            yield path
+        waiting += reversed([(path + step, part) for step, part in _parts_of(obj)])
+
+
 def can_be_published(obj: object, accepts: Callable[[bytes], bool] = bool) -> bool:
     """Whether an object can be split, and `accepts` its skeleton."""
     try:

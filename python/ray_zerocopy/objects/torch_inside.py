@@ -89,6 +89,11 @@ def renew_flat_weights(module: torch.nn.RNNBase) -> None:
     module._init_flat_weights()
 
 
+def holds_meta(skeleton: bytes) -> bool:
+    """Whether a pickle holds tensors on the meta device, which have no bytes."""
+    return b"_rebuild_meta_tensor" in skeleton
+
+
 def graph_makers(graph: torch.fx.Graph) -> tuple[Any, Any]:
     """Give the class that traced a graph, or None, and what makes its code."""
     return graph._tracer_cls, graph._codegen

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 
 from ray_zerocopy import _core, metrics
-from ray_zerocopy.errors import IsolationWarning, PublishError, VersionError
-from ray_zerocopy.objects import programs, tensors
-from ray_zerocopy.objects.culprit import can_be_published, culprit
+from ray_zerocopy.errors import IsolationWarning, NoValuesWarning, PublishError, VersionError
+from ray_zerocopy.objects import programs, tensors, torch_inside
+from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
 from ray_zerocopy.store.collector import quiet_collector
@@ -49,6 +49,8 @@ class Shared:
             if can_be_published(self.obj):  # what was raised is none of its own: by a signal, say
                 raise
             raise PublishError(f"{culprit(self.obj)} cannot be published: {error}") from error
+        if torch_inside.holds_meta(parts.skeleton) and parts.sources.tensors:
+            _warn_of_meta(self.obj)
         self.nbytes = len(parts.skeleton) + block.nbytes
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
         head = Parts(parts.skeleton, parts.buffers, block.table, [], anchored)
@@ -56,6 +58,17 @@ class Shared:
 
     def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
         return False, [pickle.PickleBuffer(segment) for segment in block.segments()]
+
+
+def _warn_of_meta(obj: object) -> None:
+    paths = list(paths_to(obj, lambda part: isinstance(part, torch.Tensor) and part.is_meta))
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    warnings.warn(
+        f"{', '.join(paths[:5])}{more} lie on the meta device and have no values: a loader may "
+        f"have failed; load them before put",
+        NoValuesWarning,
+        stacklevel=2,
+    )
 
 
 class Anchored(Shared):
