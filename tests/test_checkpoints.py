@@ -1,13 +1,16 @@
 """A checkpoint that was loaded and put is, in a worker, what its loader gives."""
 
+import json
+
 import pytest
 import ray
 import ray_zerocopy as rzc
+import torch
 from checkpoints import CHECKPOINTS
 from exact import assert_same_description, describe
 from footprint import with_peak
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 
 class Reader:
@@ -65,3 +68,60 @@ def test_a_loaded_model_is_saved_as_its_source_is_and_not_copied(cluster, tmp_pa
     distinct = {tensor.data_ptr(): (name, tensor) for name, tensor in loaded.state_dict().items()}
     _, peak = with_peak(lambda: save_file(dict(distinct.values()), tmp_path / "file"))
     assert peak < 0.05 * nbytes
+
+
+CONFIG = """
+from transformers import PretrainedConfig
+
+class RemoteConfig(PretrainedConfig):
+    model_type = "remote"
+
+    def __init__(self, width=8, **others):
+        super().__init__(**others)
+        self.width = width
+"""
+MODEL = """
+import torch
+from transformers import PreTrainedModel
+from .configuration_remote import RemoteConfig
+
+def doubled(x):
+    return 2 * x
+
+class RemoteModel(PreTrainedModel):
+    config_class = RemoteConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(config.width, config.width)
+        self.post_init()
+
+    def forward(self, x):
+        return doubled(self.linear(x))
+"""
+
+
+def test_a_class_that_came_with_a_checkpoint_loads_where_nobody_has_it(cluster, tmp_path):
+    """`trust_remote_code=True`: plain Ray fails with No module named 'transformers_modules'."""
+    (tmp_path / "configuration_remote.py").write_text(CONFIG)
+    (tmp_path / "modeling_remote.py").write_text(MODEL)
+    auto = {
+        "AutoConfig": "configuration_remote.RemoteConfig",
+        "AutoModel": "modeling_remote.RemoteModel",
+    }
+    config = {"model_type": "remote", "width": 8, "auto_map": auto}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = AutoModel.from_config(
+        AutoConfig.from_pretrained(tmp_path, trust_remote_code=True), trust_remote_code=True
+    )
+    assert type(model).__module__.startswith("transformers_modules.")
+
+    @ray.remote(num_cpus=0)
+    def run(model, x):
+        return type(model).__name__, model.config.width, model(x)
+
+    x = torch.ones(2, 8)
+    name, width, output = ray.get(run.remote(rzc.put(model), x))
+    assert (name, width) == ("RemoteModel", 8)
+    assert torch.equal(output, model(x))

@@ -11,6 +11,7 @@ import functools
 import io
 import pickle
 import pickletools
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -112,6 +113,8 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        if issubclass(kind, type) or kind is types.FunctionType:
+            transformers_inside.send_by_value(obj)
         if kind not in self._reducers:
             self._reducers[kind] = _reducer(obj)
         reduce = self._reducers[kind] or super().reducer_override

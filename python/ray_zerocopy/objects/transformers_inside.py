@@ -11,11 +11,23 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from ray import cloudpickle
 
 
 def is_pretrained(kind: type) -> bool:
     """Whether a class is one of transformers' models."""
     return any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__)
+
+
+def send_by_value(obj: Any) -> None:
+    """Have cloudpickle send a class or function by value that came with a checkpoint.
+
+    `trust_remote_code=True` imports it from a folder that is on no other process's path.
+    """
+    if (obj.__module__ or "").startswith("transformers_modules."):
+        module = sys.modules.get(obj.__module__)
+        if module is not None and obj.__module__ not in cloudpickle.list_registry_pickle_by_value():
+            cloudpickle.register_pickle_by_value(module)
 
 
 def enter_class(module: torch.nn.Module) -> None:
