@@ -148,7 +148,6 @@ class Image:
         ["a", "list"],
         None,
     ],
-    ids=repr,
 )
 def test_text_and_objects_stay_what_they_are(column):
     assert argument("x", column, torch.float32, None) is column
@@ -169,7 +168,6 @@ def test_text_and_objects_stay_what_they_are(column):
         (objects([1, None], [2, 3]), r"'x' \(object\) holds None beside numbers"),
         (objects(2**70, 1), "integers beyond 64 bits"),
     ],
-    ids=repr,
 )
 def test_what_no_tensor_holds_is_refused_by_name_dtype_and_way_out(column, told):
     with pytest.raises(InputError, match=told) as caught:
@@ -202,7 +200,6 @@ def test_json_keeps_the_precision_of_a_float64_model():
         ({"x": {"y": [1]}}, "column 'x' is a dict, not a list of rows"),
         ({"x": [1], "y": [1, 2]}, "unequal numbers of rows: {'x': 1, 'y': 2}"),
     ],
-    ids=repr,
 )
 def test_a_body_that_is_no_columns_is_refused(body, told):
     with pytest.raises(InputError, match=told):

@@ -187,7 +187,6 @@ def of_frame(_):
             {"batch_format": "pandas"},
         ),
     ],
-    ids=str,
 )
 def test_columns_of_any_source_reach_the_model(dataset, model, dtype, options, cluster, tmp_path):
     source = IDS if isinstance(model, nn.Embedding) else FLOATS

@@ -213,7 +213,7 @@ class Add(nn.Module):
         ({"left": [[1.0, None]], "right": [1]}, "column 'left' (object) holds None beside numbers"),
         ({"left": [[1.0, 2.0]], "right": [[1.0]], "more": [1]}, "model refused 'left' "),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_clients_mistake_is_status_400_and_told(body, told, add):
     code, error = refusal(add[0], body)
