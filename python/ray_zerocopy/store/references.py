@@ -211,6 +211,8 @@ def warn_if_on_disk(start: Any, nbytes: int, what: str) -> None:
 
 def check_device(device: torch.device | str | None) -> None:
     """Raise `DeviceError` where this process cannot have tensors on a device."""
+    if device is None:
+        return
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
