@@ -7,6 +7,7 @@ use crate::format::snapshot::SNAPSHOT_HEADER_NBYTES;
 use crate::format::view::Flags;
 use crate::python::arena;
 use crate::python::block;
+use crate::python::collector;
 use crate::python::digest;
 use crate::python::gather;
 use crate::python::module;
@@ -35,6 +36,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
     m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;
     m.add_function(wrap_pyfunction!(block::source_of, m)?)?;
+    m.add_function(wrap_pyfunction!(collector::collect, m)?)?;
+    m.add_function(wrap_pyfunction!(collector::note_module, m)?)?;
+    m.add_function(wrap_pyfunction!(collector::noting_modules, m)?)?;
     m.add_function(wrap_pyfunction!(module::initialized_module, m)?)?;
     m.add_function(wrap_pyfunction!(module::module_state, m)?)?;
     m.add_function(wrap_pyfunction!(module::restore_module, m)?)?;

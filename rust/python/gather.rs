@@ -90,13 +90,6 @@ impl Gather {
         self.layout.nbytes
     }
 
-    /// Whether anybody else holds one of the storages.
-    fn is_held(&self, py: Python<'_>) -> PyResult<bool> {
-        let owners = lock(&self.owners);
-        let held = |owner: &Py<PyAny>| Torch::get(py)?.is_held(owner.bind(py));
-        owners.iter().try_fold(false, |any, owner| Ok(any || held(owner)?))
-    }
-
     /// Writes the whole block where `anchor` starts, and clears what is left of `room`.
     ///
     /// With an arena the storages are let go as they are written, once only: what nobody else holds is

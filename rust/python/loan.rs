@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 use std::{mem, ptr};
 
-use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::{ffi, intern};
 
 use crate::format::view::{Flags, View};
 use crate::python::dlpack;
@@ -54,6 +54,14 @@ struct Lender(Option<Py<PyAny>>);
 impl Drop for Lender {
     fn drop(&mut self) {
         let mut owner = mem::ManuallyDrop::new(self.0.take());
-        Python::try_attach(|_| drop(owner.take()));
+        Python::try_attach(|_| {
+            // Torch lets go of the interpreter while it frees, also inside of a call of ours, where PyO3
+            // takes it for attached: the interpreter itself knows.
+            // SAFETY: it is there, as PyO3 has found.
+            let state = unsafe { ffi::PyGILState_Ensure() };
+            drop(owner.take());
+            // SAFETY: of this thread's last call to ensure it.
+            unsafe { ffi::PyGILState_Release(state) };
+        });
     }
 }

@@ -33,6 +33,9 @@ mod loan;
 mod block;
 
 #[cfg(feature = "python")]
+mod collector;
+
+#[cfg(feature = "python")]
 mod module;
 
 #[cfg(feature = "python")]

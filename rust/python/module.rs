@@ -8,6 +8,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PySet, PyString, PyTuple, PyType};
 use pyo3::{IntoPyObjectExt, ffi, intern};
 
+use crate::python::collector::note_module;
+
 /// What `torch.nn.Module.__init__` gives every module, of which most stays as it was: of 17
 /// attributes a module of BERT has about 14.
 struct Defaults {
@@ -227,6 +229,7 @@ pub(super) fn initialized_module<'py>(kind: &Bound<'py, PyType>) -> PyResult<Bou
     let module = kind.call_method1(intern!(py, "__new__"), (kind,))?;
     let base = py.import("torch.nn")?.getattr("Module")?;
     base.call_method1(intern!(py, "__init__"), (&module,))?;
+    note_module(&module)?;
     Ok(module)
 }
 
@@ -239,6 +242,7 @@ pub(super) fn restore_module<'py>(
     module: &Bound<'py, PyAny>,
     differing: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
+    note_module(module)?;
     Defaults::get(module.py())?.set(differing, |name, value| {
         let (module, name, value) = (module.as_ptr(), name.as_ptr(), value.as_ptr());
         // SAFETY: three objects of this interpreter.

@@ -14,7 +14,6 @@ pub(super) struct Torch {
     pub(super) to_py_object: Option<ToPyObject>,
     pub(super) describe: Option<Describe>,
     pub(super) has_storage: Py<PyAny>,
-    is_held: Py<PyAny>,
     is_sole: Py<PyAny>,
     untyped_storage: Py<PyAny>,
     pub(super) parameter: Py<PyAny>,
@@ -41,7 +40,6 @@ impl Torch {
                 to_py_object,
                 describe,
                 has_storage: inside.getattr("has_storage")?.unbind(),
-                is_held: inside.getattr("is_held")?.unbind(),
                 is_sole: inside.getattr("is_sole")?.unbind(),
                 untyped_storage: torch.getattr("UntypedStorage")?.unbind(),
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
@@ -51,13 +49,6 @@ impl Torch {
                 dtypes: dtypes.collect(),
             })
         })
-    }
-
-    /// Whether anybody but this reference holds a storage, as far as torch knows.
-    pub(super) fn is_held(&self, owner: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let ours = owner.get_type().is(&self.untyped_storage);
-        let asked = || self.is_held.bind(owner.py()).call1((owner,))?.is_truthy();
-        Ok(ours && (refcount(owner) > 1 || asked()?))
     }
 
     /// Whether a storage is in memory that nobody but this reference can reach.

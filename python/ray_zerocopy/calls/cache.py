@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from ray_zerocopy.store.collector import collect, traces
+from ray_zerocopy.store.cycles import collect, traces
 
 _IDLE_S = 5.0
 _COUNT = 8

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
+from ray_zerocopy import _core
 from ray_zerocopy.objects import torch_inside as inside
 from ray_zerocopy.pickled import named
 
@@ -62,6 +63,7 @@ def graph_module(base: Any, name: str) -> fx.GraphModule:
 @named
 def restore_graph_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
     """Give a `GraphModule` its state, and make its code."""
+    _core.note_module(module)
     module.__setstate__(state)
     module.graph = inside.graph_in(state)  # makes the code
 

@@ -80,6 +80,7 @@ def _refuses_to_pickle(kind: type) -> bool:
 @named
 def restore_by_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
+    _core.note_module(module)
     module.__setstate__(_core.module_state(differing))
 
 

@@ -138,11 +138,6 @@ def holders(storage: torch.UntypedStorage) -> int:
     return count
 
 
-def is_held(storage: torch.UntypedStorage) -> bool:
-    """Tell whether anybody but this object holds a storage."""
-    return holders(storage) > 1
-
-
 def is_sole(storage: torch.UntypedStorage) -> bool:
     """Tell whether nobody but this object can reach the bytes of a storage.
 

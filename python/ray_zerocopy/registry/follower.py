@@ -25,7 +25,7 @@ from ray_zerocopy.calls.replacement import StandsForModel
 from ray_zerocopy.errors import RayZeroCopyError
 from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.publication import catalog, find, load_version
-from ray_zerocopy.store.collector import collect, traces
+from ray_zerocopy.store.cycles import collect, traces
 
 logger = logging.getLogger(__name__)
 

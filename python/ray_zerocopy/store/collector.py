@@ -1,16 +1,11 @@
-"""Python's cyclic collector: kept out of a walk over a model, and run where a model went."""
+"""Python's cyclic collector, kept out of a walk over a model."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-
-import torch
-
-_COLLECTING = threading.Lock()  # a collection that starts during another one does nothing
+from collections.abc import Iterator
 
 # Python 3.12 starts with 375 objects frozen, for nobody; who freezes does it to tens of thousands.
 _FROZEN_BY_PYTHON = 1000
@@ -91,21 +86,3 @@ class _Quiet:
 
 
 _QUIET = _Quiet()
-
-
-def collect(dropped: list[Callable[[], object]]) -> None:
-    """Run the cyclic collector if something dropped is still there, by its traces."""
-    if any(trace() is not None for trace in dropped):
-        with _COLLECTING:
-            gc.collect()
-
-
-def traces(loaded: object) -> list[Callable[[], object]]:
-    """Give what shows whether any of an object that was dropped is still there.
-
-    A collection takes 0.5 s where torch and transformers are imported, and stops all threads, so
-    it is for those who need it: models with cycles, and what cannot be told to have none.
-    """
-    if isinstance(loaded, torch.nn.Module):
-        return [weakref.ref(module) for module in loaded.modules()]
-    return [object]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from ray_zerocopy.objects import programs, tensors, torch_inside
 from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
+from ray_zerocopy.store import cycles
 from ray_zerocopy.store.collector import quiet_collector
 from ray_zerocopy.store.description import Info, describe
 
@@ -175,6 +177,7 @@ class Loading:
     def __call__(self, parts: Parts) -> Any:
         """Map the block, and join the object over it."""
         start = time.perf_counter()
+        cycles.look()
         block = open_block(parts, self.isolation)
         return self.join(block, parts.skeleton, parts.buffers, start)
 
@@ -185,9 +188,11 @@ class Loading:
         with quiet_collector():
             over = tensors.over(block, self.device)
             buffers = tensors.buffers_over(block, views)
-            loaded = join(skeleton, over, buffers, self.device)
+            made = partial(join, skeleton, over, buffers, self.device)
+            loaded, modules = _core.noting_modules(made)
         _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
         metrics.loaded(block, self.isolation, time.perf_counter() - start)
+        cycles.watch(loaded, modules)
         return loaded
 
 

@@ -7,7 +7,6 @@ model ◀─ join ── skeleton + tensors ◀── open ─── block ◀�
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from ray_zerocopy.errors import (
     RayZeroCopyError,
     StoreFullError,
 )
-from ray_zerocopy.store import ray_inside
+from ray_zerocopy.store import cycles, ray_inside
 from ray_zerocopy.store.description import Info
 from ray_zerocopy.store.envelope import (
     Anchored,
@@ -105,9 +104,8 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
             return ray.put(Shared(shared.obj))
     ref, start, memory = placed
     if arena is not None:
-        shared.obj = None
-        if shared.block.is_held():  # by cycles, perhaps
-            gc.collect()
+        dropped, shared.obj = cycles.traces(shared.obj), None
+        cycles.collect(dropped)
     warn_if_on_disk(start, shared.nbytes, kind)
     shared.block.write(start, memory, arena)
     metrics.record("rzc_published_bytes", shared.nbytes)
