@@ -26,7 +26,7 @@ COLORS = dict(
     )
 )
 COLORS |= {
-    "ray_zerocopy, prefault": "#ff9896",
+    "ray_zerocopy, prefault=False": "#ff9896",
     "a private copy": GREY,
     "a private copy, huge pages": "#c7c7c7",
     "a private copy, there before": GREY,

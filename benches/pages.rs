@@ -38,13 +38,14 @@ fn touch(pages: &Pages) {
 fn mapping(c: &mut Criterion) {
     let store = store();
     let region = Region { address: store.as_ptr() as usize, nbytes: store.len() };
-    let map = || Pages::private(region).unwrap();
+    // SAFETY: the store lives, and nobody writes.
+    let map = || unsafe { Pages::private(region) }.unwrap();
     c.bench_function("pages/map", |b| b.iter(map));
 
     let mut group = c.benchmark_group("pages/fill");
     group.sample_size(20).throughput(Throughput::Bytes(NBYTES as u64));
     // SAFETY: waited for, so done before the pages go.
-    let prefault = |pages: &mut Pages| unsafe { pages.prefault() }.wait();
+    let prefault = |pages: &mut Pages| unsafe { pages.prefault() }.unwrap().wait();
     group.bench_function("prefault", |b| {
         b.iter_batched_ref(map, prefault, BatchSize::PerIteration);
     });

@@ -40,7 +40,7 @@ from followers import message_nbytes, time_live, time_updates  # noqa: E402
 from newcomer import AtHome, time_firsts  # noqa: E402
 from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
 from prefetching import NBYTES, time_sending  # noqa: E402
-from rivals import CONTENDERS, Floor, Ours, PlainRay, PlainWay, Prefaulted, RayFlag  # noqa: E402
+from rivals import CONTENDERS, Floor, NotPrefaulted, Ours, PlainRay, PlainWay, RayFlag  # noqa: E402
 from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
 
 PAGE = ROOT / "BENCHMARKS.md"
@@ -468,7 +468,7 @@ def first_outputs(name):
     """{rival: First}."""
     model = subjects.build(name)
     entries, _ = enlist(CONTENDERS, model)
-    again = {OURS: Prefaulted(), PlainRay.name: AtHome()}
+    again = {OURS: NotPrefaulted(), PlainRay.name: AtHome()}
     entries += [(again[rival.name], handle) for rival, handle in entries if rival.name in again]
     try:
         return time_firsts(entries, type(model), subjects.sentence())

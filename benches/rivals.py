@@ -95,13 +95,13 @@ class Ours(Rival):
         return ray.get(handle)
 
 
-class Prefaulted(Ours):
-    name = "ray_zerocopy, prefault"
+class NotPrefaulted(Ours):
+    name = "ray_zerocopy, prefault=False"
 
     def load(self, handle):
         import ray_zerocopy as rzc
 
-        return rzc.get(handle, prefault=True)
+        return rzc.get(handle, prefault=False)
 
 
 class PlainWay(Ours):

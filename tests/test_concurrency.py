@@ -38,7 +38,7 @@ def test_threads_put_get_drop_and_follow_at_once(cluster):
             if len(shared) > 20:
                 del shared[0]
             how = {"isolation": numbers.choice(["private", "shared", "copy"])}
-            how["prefault"] = numbers.choice(["auto", True, False])
+            how["prefault"] = numbers.choice([True, False])
             assert bool((rzc.get(ref, **how) == value).all())
             other = rzc.get(numbers.choice(shared))
             assert other.min() == other.max()
@@ -151,7 +151,7 @@ def test_an_interpreter_ends_while_its_threads_are_at_work():
 
         ray.init("local", num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
         ref = ray.put(rzc.Shared(torch.zeros(2**24)))
-        kept = [rzc.get(ref, prefault=prefault) for prefault in ("auto", True)]
+        kept = [rzc.get(ref) for _ in range(2)]
         cache = Cache()
         with cache.use(ref) as used:
             kept.append(used)

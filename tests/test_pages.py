@@ -81,7 +81,7 @@ def test_a_write_into_huge_pages_stays_with_its_object(cluster):
 
 
 @pytest.mark.parametrize("put", [rzc.put, by_ray])
-@pytest.mark.parametrize("prefault", ["auto", True, False])
+@pytest.mark.parametrize("prefault", [True, False])
 @pytest.mark.parametrize("isolation", ["private", "shared", "copy"])
 def test_every_way_of_loading_gives_the_object(cluster, put, prefault, isolation):
     assert_exact(model(), rzc.get(put(model()), prefault=prefault, isolation=isolation))
@@ -141,7 +141,7 @@ def test_where_the_kernel_refuses_all_is_as_before():
         for ref in (rzc.put(source), ray.put(rzc.Shared(source))):
             info = rzc.inspect(ref)
             assert (info.huge_nbytes, info.held) == (0, "private")
-            for prefault in ("auto", True, False):
+            for prefault in (True, False):
                 one, other = (rzc.get(ref, prefault=prefault) for _ in range(2))
                 one[5] = 7
                 assert torch.equal(other, source)

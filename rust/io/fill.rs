@@ -125,7 +125,7 @@ pub unsafe fn fill(
         return done.map(|()| vec![]);
     }
     done?;
-    let _ = pages.settle(); // whoever waits for it waits for nothing that he needs
+    let _ = pages.make_huge_later(); // whoever waits for it waits for nothing that he needs
     sources.iter().try_for_each(|(_, source)| source.check_unchanged())?;
     Ok(chunks.combine(&sums))
 }

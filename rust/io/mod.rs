@@ -21,4 +21,5 @@ pub mod fill;
 #[allow(unsafe_code)] // reads the model's storages by address
 pub mod block;
 
+#[allow(unsafe_code)] // maps what it has leased
 pub mod snapshot;

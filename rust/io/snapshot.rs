@@ -35,7 +35,9 @@ pub fn open(file: File, path: &Path) -> Result<Opened> {
     let mut leases = Leases::get();
     let leased = leases.take(&file); // first: what is read is then of one moment
     let (bytes, head) = read_head(&file, path)?;
-    let pages = Pages::of_file(&file, head.offset, head.decoded.nbytes as usize)?;
+    let nbytes = head.decoded.nbytes as usize;
+    // SAFETY: the file is leased, or the caller is told why not.
+    let pages = unsafe { Pages::of_file(&file, head.offset, nbytes) }?;
     let mut start = vec![0; start_nbytes(&head.decoded)];
     read_at(&file, path, head.offset, &mut start)?;
     checksums(&head.decoded, fingerprint(&bytes[head.table.clone()]), &start)?;

@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::io::file::Reader;
-use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::memory::sole::Sole;
 use crate::platform::mapping::Mapping;
@@ -25,9 +24,7 @@ use crate::platform::{Mappings, PageTable};
 pub enum Source {
     /// Memory that somebody else keeps.
     Memory(Region),
-    /// Memory of an arena that nobody else holds any more: its pages are given back once written.
-    Lent(Arc<Lot>, Region),
-    /// Private memory of which that is true.
+    /// Memory that nobody else will read: its pages are given back once written.
     Sole(Sole),
     /// A part of a file.
     File {
@@ -50,7 +47,7 @@ impl Source {
     /// Length in bytes.
     pub fn nbytes(&self) -> usize {
         match self {
-            Source::Memory(region) | Source::Lent(_, region) => region.nbytes,
+            Source::Memory(region) => region.nbytes,
             Source::Sole(sole) => sole.region().nbytes,
             Source::File { nbytes, .. } => *nbytes,
         }
@@ -59,7 +56,7 @@ impl Source {
     /// Whether any part of it, of so many bytes each, starts on a disk.
     pub fn is_cold(&self, part: usize) -> bool {
         match self {
-            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => false,
+            Source::Memory(_) | Source::Sole(_) => false,
             Source::File { reader, offset, nbytes } => (0..*nbytes)
                 .step_by(part)
                 .any(|at| reader.is_cold(offset + at as u64, part.min(nbytes - at))),
@@ -73,11 +70,9 @@ impl Source {
     /// What is memory is readable, and nobody writes it as long as the slice lives.
     pub unsafe fn bytes<'a>(&self, part: Range<usize>, slot: &'a mut [u8]) -> Result<&'a [u8]> {
         match self {
-            Source::Memory(region) | Source::Lent(_, region) => {
-                // SAFETY: the caller's promise.
-                Ok(unsafe { &region.bytes()[part] })
-            }
-            // SAFETY: as above.
+            // SAFETY: the caller's promise.
+            Source::Memory(region) => Ok(unsafe { &region.bytes()[part] }),
+            // SAFETY: the caller's promise.
             Source::Sole(sole) => Ok(unsafe { &sole.region().bytes()[part] }),
             Source::File { reader, offset, .. } => {
                 reader.read(offset + part.start as u64, part.len(), slot)
@@ -87,19 +82,15 @@ impl Source {
 
     /// Gives back the pages of a part, where nobody else has them.
     pub fn give_back(&self, part: Range<usize>) {
-        match self {
-            Source::Lent(lot, region) => {
-                lot.give_back(region.address + part.start..region.address + part.end);
-            }
-            Source::Sole(sole) => sole.give_back(part),
-            Source::Memory(_) | Source::File { .. } => {}
+        if let Source::Sole(sole) = self {
+            sole.give_back(part);
         }
     }
 
     /// Refuses a file that was written to since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         match self {
-            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => Ok(()),
+            Source::Memory(_) | Source::Sole(_) => Ok(()),
             Source::File { reader, .. } => reader.check_unchanged(),
         }
     }
@@ -254,9 +245,7 @@ mod tests {
     /// What lies where, as (offset, "file" or "memory", bytes).
     fn kinds(sources: &[(u64, Source)]) -> Vec<(u64, &str, usize)> {
         let kind = |(offset, source): &(u64, Source)| match source {
-            Source::Memory(_) | Source::Lent(..) | Source::Sole(_) => {
-                (*offset, "memory", source.nbytes())
-            }
+            Source::Memory(_) | Source::Sole(_) => (*offset, "memory", source.nbytes()),
             Source::File { .. } => (*offset, "file", source.nbytes()),
         };
         sources.iter().map(kind).collect()

@@ -14,89 +14,26 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::memory::region::{Region, touch};
 use crate::platform::{self, HUGE, Map};
 
 /// What is collapsed before anyone is asked whether to go on. A call waits for all processors to
 /// empty their lists of pages: on an idle machine 400 MiB take 21 to 26 ms in one call or in fifty.
-pub const COLLAPSED_AT_ONCE: usize = 8 << 20;
+const COLLAPSED_AT_ONCE: usize = 8 << 20;
 
 /// How long small pages are left as they are, for the sake of a first output or of the next publish: to
 /// make 400 MiB huge takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
-pub const SETTLED_AFTER: Duration = Duration::from_secs(1);
+pub const LEAVE_SMALL_FOR: Duration = Duration::from_secs(1);
 
 /// A page that someone reads just now is not collapsed; a moment later it is. These are all that a
 /// block is waited for: who writes the next one there would be held up by more tries.
 const MOMENTS_MS: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-/// A fresh huge page that takes longer than this may be dearer than 512 small ones: then both are tried.
-///
-/// It takes 0.12 to 0.2 ms where the machine has had the memory before, and small ones 0.7 to 1.5 (400
-/// MiB in 130 to 300). On a guest that gives free memory back to its host, what is new to it takes 2 to
-/// 13 ms, one fault of the host for each 4 KiB. Small pages take as long, or 1.5 ms while they come
-/// from the crumbs of memory that was never given back.
-const DEAR: Duration = Duration::from_millis(1);
-
 /// How many pages of a block at most are asked, to speak for all of them.
 const ASKED: usize = 8;
-
-/// In place of nanoseconds: the kernel makes no huge pages here.
-const REFUSED: u64 = u64::MAX;
-
-/// What fresh memory costs: how long the last 2 MiB took, huge and small.
-#[derive(Debug, Default)]
-pub struct Prices {
-    /// In nanoseconds; 0 before the first.
-    huge: AtomicU64,
-    small: AtomicU64,
-}
-
-impl Prices {
-    /// Whether fresh memory is to be huge.
-    pub fn prefer_huge(&self) -> bool {
-        let huge = self.huge.load(Ordering::Relaxed);
-        huge <= DEAR.as_nanos() as u64 || huge <= self.small.load(Ordering::Relaxed)
-    }
-
-    /// Whether any huge page has been made.
-    pub fn know_huge(&self) -> bool {
-        self.huge.load(Ordering::Relaxed) > 0
-    }
-
-    /// Makes huge pages; false where the kernel refuses.
-    pub fn time_huge(&self, nbytes: usize, make: impl FnOnce() -> io::Result<()>) -> bool {
-        let started = Instant::now();
-        let took = match make() {
-            // a page that another thread is writing: the others are huge
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => REFUSED,
-            _ => per_huge_page(started.elapsed(), nbytes),
-        };
-        self.huge.store(took, Ordering::Relaxed);
-        took != REFUSED
-    }
-
-    /// Makes small pages.
-    pub fn time_small<T>(&self, nbytes: usize, make: impl FnOnce() -> T) -> T {
-        let started = Instant::now();
-        let made = make();
-        self.small.store(per_huge_page(started.elapsed(), nbytes), Ordering::Relaxed);
-        made
-    }
-
-    /// Whether small pages were made that can be huge.
-    pub fn left_some_small(&self) -> bool {
-        self.small.load(Ordering::Relaxed) > 0 && self.huge.load(Ordering::Relaxed) != REFUSED
-    }
-}
-
-/// How long each huge page took, had they been such.
-fn per_huge_page(took: Duration, nbytes: usize) -> u64 {
-    (took.as_nanos() as u64).saturating_mul(HUGE as u64) / nbytes as u64
-}
 
 impl Map {
     /// The bytes.

@@ -171,7 +171,8 @@ mod tests {
         let file = File::open(&path).unwrap();
         let mut leases = Leases::get();
         leases.take(&file).unwrap();
-        let pages = Pages::of_file(&file, 5000, 250_000).unwrap();
+        // SAFETY: leased below.
+        let pages = unsafe { Pages::of_file(&file, 5000, 250_000) }.unwrap();
         let Pages::Private { map, .. } = &pages else { panic!() };
         let lease = leases.cover(file, "a test".into(), map);
         drop(leases);

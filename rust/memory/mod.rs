@@ -6,14 +6,16 @@
 #[allow(unsafe_code)] // bytes by address
 pub mod region;
 
-#[allow(unsafe_code)] // has the kernel drop pages
-pub mod sole;
-
 #[allow(unsafe_code)] // reads what it has mapped
 pub mod huge;
 
+pub mod prices;
+
 #[allow(unsafe_code)] // gives pages back
 pub mod arena;
+
+#[allow(unsafe_code)] // gives pages back
+pub mod sole;
 
 #[allow(unsafe_code)] // writes by address
 pub mod target;

@@ -20,7 +20,7 @@ use std::{io::ErrorKind, mem, process};
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
-use crate::memory::huge::SETTLED_AFTER;
+use crate::memory::huge::LEAVE_SMALL_FOR;
 use crate::memory::region::{Region, touch};
 use crate::memory::store;
 use crate::platform::mapping::Backing;
@@ -57,17 +57,22 @@ impl Pages {
 
     /// Maps a region of the store again, privately.
     ///
-    /// The file is Ray's store. Ray neither writes nor reuses the bytes of an object while a reference
-    /// to its buffer lives, which whoever holds these pages keeps.
-    pub fn private(beneath: Region) -> Result<Pages> {
+    /// # Safety
+    /// Its bytes stay what they are while the pages live. Ray neither writes nor reuses those of an object
+    /// while a reference to its buffer lives: whoever holds the pages holds one.
+    pub unsafe fn private(beneath: Region) -> Result<Pages> {
         let (file, backing) = store::open(beneath)?;
         let map = Map::private(&file, backing.offset, beneath.nbytes);
         let map = map.map_err(|error| Error::refused(backing.name.display(), &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath: Some((beneath, backing)) })
     }
 
-    /// Maps part of a file privately. What others write into it is seen here, unless it is leased.
-    pub fn of_file(file: &File, offset: u64, nbytes: usize) -> Result<Pages> {
+    /// Maps part of a file privately.
+    ///
+    /// # Safety
+    /// Its bytes stay what they are while the pages live, as where the file is leased; or whoever reads them
+    /// bears that others write it, and the SIGBUS where they shorten it.
+    pub unsafe fn of_file(file: &File, offset: u64, nbytes: usize) -> Result<Pages> {
         let map = Map::private(file, offset, nbytes);
         let map =
             map.map_err(|error| Error::refused(format!("{nbytes} bytes of a file"), &error))?;
@@ -82,38 +87,29 @@ impl Pages {
         }
     }
 
-    /// Starts to fill the page table, so that the first reads do not fault.
+    /// Starts to fill in the page table, so that the first reads do not fault: one step for each huge page,
+    /// or for the small ones around each. Small pages of the store are made huge a second later, by one
+    /// process of the node. `None` where there is nothing to do, or so little that a thread costs more.
     ///
     /// # Safety
     /// The pages outlive what is returned.
-    pub unsafe fn prefault(&self) -> Prefault {
-        let region = self.region();
-        // SAFETY: whoever holds the prefault holds the pages, and it waits for this.
-        Prefault::start(move |stop| unsafe { fill(region, AROUND, stop) })
-    }
-
-    /// Starts to do what makes reads fast: nothing where pages are in the page table. Others are filled
-    /// in, and small ones a second later made huge, by one process of the node.
-    ///
-    /// # Safety
-    /// The pages outlive what is returned.
-    pub unsafe fn settle(&self) -> Option<Prefault> {
+    pub unsafe fn prefault(&self) -> Option<Prefault> {
         let region = self.region();
         let last = region.address + region.nbytes.checked_sub(HUGE)?;
         match self {
             Pages::Copied(_) => None,
-            // SAFETY: the caller's promise.
-            Pages::Shared(_) => PageTable::open().lacks(last).then(|| unsafe { self.prefault() }),
-            // SAFETY: the caller's promise; only the store makes huge pages.
-            Pages::Private { beneath: None, .. } => Some(unsafe { self.prefault() }),
-            Pages::Private { map, beneath: Some((beneath, backing)) } => {
-                let (map, beneath, backing) = (Arc::clone(map), *beneath, backing.clone());
+            Pages::Shared(_) => PageTable::open().lacks(last).then(|| {
+                // SAFETY: the caller's promise, and whoever drops the prefault waits for this.
+                Prefault::start(move |stop| unsafe { fill(region, AROUND, stop) })
+            }),
+            Pages::Private { map, beneath } => {
+                let (map, beneath) = (Arc::clone(map), beneath.clone());
                 Some(Prefault::start(move |stop| {
                     let huge = map.is_huge() == Some(true);
                     // SAFETY: mapped as long as this thread has it.
                     unsafe { fill(region, if huge { HUGE } else { AROUND }, stop) };
-                    if !huge {
-                        stop.wait(SETTLED_AFTER);
+                    if let Some((beneath, backing)) = beneath.filter(|_| !huge) {
+                        stop.wait(LEAVE_SMALL_FOR);
                         make_huge(beneath, &backing, stop);
                     }
                 }))
@@ -219,7 +215,7 @@ fn make_huge(beneath: Region, backing: &Backing, stop: &Stop) {
             }
             tries += 1;
         }
-        stop.wait(SETTLED_AFTER * (1 << tries));
+        stop.wait(LEAVE_SMALL_FOR * (1 << tries));
     }
 }
 
@@ -241,6 +237,11 @@ mod tests {
         (map, file)
     }
 
+    fn private(region: Region) -> Result<Pages> {
+        // SAFETY: the store is the test's own, which changes nothing while there are pages.
+        unsafe { Pages::private(region) }
+    }
+
     fn write(pages: &mut Pages, at: usize, byte: u8) {
         assert!(matches!(pages, Pages::Private { .. }));
         let Region { address, nbytes } = pages.region();
@@ -259,11 +260,8 @@ mod tests {
         let (mut store, _file) = store("rzc-pages", 64 << 10);
         store.iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8);
         let part = Region::of(&store[4160..40_000]);
-        let mut one = Pages::private(part).unwrap();
-        let other = Pages::private(part).unwrap();
+        let (mut one, other) = (private(part).unwrap(), private(part).unwrap());
         assert_eq!(read(&one), &store[4160..40_000]);
-        // SAFETY: done before the pages go.
-        unsafe { one.prefault() }.wait();
         write(&mut one, 7, 99);
         assert_eq!(read(&one)[7], 99);
         assert_eq!(read(&other)[7], 4167_usize as u8);
@@ -273,7 +271,7 @@ mod tests {
 
     #[test]
     fn small_pages_become_huge_by_one_process_and_threads_end_with_the_pages() {
-        let path = format!("/dev/shm/rzc-settle-{}", std::process::id());
+        let path = format!("/dev/shm/rzc-prefault-{}", std::process::id());
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(4 * HUGE as u64).unwrap();
         // SAFETY: the file is this test's own.
@@ -281,23 +279,23 @@ mod tests {
         fs::remove_file(&path).unwrap();
         store.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 251) as u8);
         let part = Region::of(&store[64..]);
-        let private = || Pages::private(part).unwrap();
+        let private = || private(part).unwrap();
         let (one, other) = (private(), private());
         assert_eq!(one.huge_nbytes(), Some(0));
         file.lock().unwrap(); // as another process would
         // SAFETY: dropped before the pages.
-        let settled = unsafe { one.settle() }.unwrap();
-        thread::sleep(2 * SETTLED_AFTER);
+        let prefault = unsafe { one.prefault() }.unwrap();
+        thread::sleep(2 * LEAVE_SMALL_FOR);
         assert_eq!(private().huge_nbytes(), Some(0));
-        drop(settled);
+        drop(prefault);
         // SAFETY: done before the pages go.
-        let mut settled = unsafe { other.settle() }.unwrap();
+        let mut prefault = unsafe { other.prefault() }.unwrap();
         file.unlock().unwrap();
-        settled.wait();
+        prefault.wait();
         assert_eq!(private().huge_nbytes(), Some(3 * HUGE));
         let huge = private();
         // SAFETY: done before the pages go.
-        unsafe { huge.settle() }.unwrap().wait();
+        unsafe { huge.prefault() }.unwrap().wait();
         assert!(!PageTable::open().lacks(huge.region().address + part.nbytes - 1));
         assert_eq!(read(&one), &store[64..]);
         assert_eq!(read(&private()), &store[64..]);
@@ -308,7 +306,7 @@ mod tests {
         for round in 0..20 {
             let (mut store, _file) = store(&format!("rzc-round-{round}"), 1 << 20);
             store.fill(round);
-            let pages = Pages::private(Region::of(&store)).unwrap();
+            let pages = private(Region::of(&store)).unwrap();
             assert!(read(&pages).iter().all(|&byte| byte == round));
         }
     }
@@ -316,7 +314,7 @@ mod tests {
     #[test]
     fn ordinary_memory_is_refused() {
         let bytes = vec![0; 1 << 16];
-        assert!(matches!(Pages::private(Region::of(&bytes)), Err(Error::Unsupported { .. })));
+        assert!(matches!(private(Region::of(&bytes)), Err(Error::Unsupported { .. })));
         assert_eq!(store::backing(Region::of(&bytes)), Ok(None));
     }
 }

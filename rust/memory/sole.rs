@@ -1,14 +1,20 @@
-//! Sole: private memory that nobody else will read any more.
+//! Sole: memory that nobody else will read any more.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::platform;
 
-/// A region of private memory of which only the holder still wants the bytes: its pages can go before
-/// the memory itself does.
-#[derive(Debug, Clone, Copy)]
-pub struct Sole(Region);
+/// A region of which only the holder still wants the bytes: its pages can go before the memory itself
+/// does.
+#[derive(Debug, Clone)]
+pub struct Sole {
+    region: Region,
+    /// What it is a part of, where it is of an arena; else it is private memory.
+    lot: Option<Arc<Lot>>,
+}
 
 impl Sole {
     /// Takes a region on.
@@ -16,20 +22,25 @@ impl Sole {
     /// # Safety
     /// It stays mapped, and after a [`give_back`](Sole::give_back) nobody reads what was there: neither
     /// this process nor a device that has its pages pinned.
-    pub unsafe fn new(region: Region) -> Sole {
-        Sole(region)
+    pub unsafe fn new(region: Region, lot: Option<Arc<Lot>>) -> Sole {
+        Sole { region, lot }
     }
 
     /// Its bytes, of which those that were given back are zeros.
-    pub fn region(self) -> Region {
-        self.0
+    pub fn region(&self) -> Region {
+        self.region
     }
 
-    /// Gives back the pages that lie wholly within a part of it.
-    pub fn give_back(self, part: Range<usize>) {
-        let address = self.0.address + part.start;
-        // SAFETY: the promise of `new`.
-        unsafe { platform::discard(address..address + part.len()) };
+    /// Gives back the pages that lie wholly within a part of it, each part once only.
+    pub fn give_back(&self, part: Range<usize>) {
+        let address = self.region.address + part.start;
+        let addresses = address..address + part.len();
+        match &self.lot {
+            // SAFETY: the promise of `new`.
+            Some(lot) => unsafe { lot.give_back(addresses) },
+            // SAFETY: the promise of `new`.
+            None => unsafe { platform::discard(addresses) },
+        }
     }
 }
 
@@ -45,7 +56,7 @@ mod tests {
         let mut memory = MmapMut::map_anon(5 * page).unwrap();
         memory.fill(7);
         // SAFETY: the test's own memory.
-        let sole = unsafe { Sole::new(Region::of(&memory[1..])) };
+        let sole = unsafe { Sole::new(Region::of(&memory[1..]), None) };
         sole.give_back(0..3 * page);
         let given = page..3 * page;
         assert!(memory[given.clone()].iter().all(|&byte| byte == 0));

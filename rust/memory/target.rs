@@ -1,24 +1,25 @@
 //! The target: memory that a block is written to, its pages made ready part by part.
 //!
 //! ```text
-//!  pages                            a part is written
+//!  pages of a part                  it is written
 //!  in the page table                where it is
 //!  in memory, huge                  through a second mapping, where address and offset agree
-//!  in memory, small                 where it is, the page table filled
-//!  not in memory                    through the second mapping, made huge where that is the cheaper way;
-//!                                   else where it is, filled with small pages
+//!  in memory, small                 where it is, the page table filled in
+//!  nowhere                          through the second mapping, made huge where that is the cheaper way;
+//!                                   else where it is, filled in with small ones
 //! ```
 //!
 //! What is small in the end is made huge behind the caller's back, for the sake of who reads it.
 
+use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::{io, slice};
 
 use crate::error::{Error, Result};
-use crate::memory::huge::{Prices, SETTLED_AFTER};
+use crate::memory::huge::LEAVE_SMALL_FOR;
+use crate::memory::prices::Prices;
 use crate::memory::region::Region;
 use crate::platform::{self, HUGE, Map, PageTable};
 
@@ -49,8 +50,8 @@ impl Target {
         }
     }
 
-    /// Makes the pages of a part ready, judging all by the middle one: those at the ends may be there
-    /// for a neighbour's sake. Gives the part where it is best written.
+    /// Makes the pages of a part of it ready, judging all by the middle one: those at the ends may be
+    /// there for a neighbour's sake. Gives the part where it is best written.
     ///
     /// 400 MiB that the machine has had are written in 43 ms through huge pages, in 270 through small
     /// ones. Of a file whose pages others have written, in 50 with the page table filled, by faults
@@ -58,59 +59,48 @@ impl Target {
     ///
     /// Refuses a part that there is no memory for: to write it would be a SIGBUS.
     pub fn ready<'a>(&'a self, part: &'a mut [u8]) -> Result<&'a mut [u8]> {
-        let whole = Region::of(part);
-        let middle = whole.address + whole.nbytes / 2;
+        let here = Region::of(part);
+        let middle = here.address + here.nbytes / 2;
         if !self.page_table.lacks(middle) {
             return Ok(part);
         }
         let fresh = !platform::is_in_memory(middle);
-        if let Some(Region { address, nbytes }) = self.huge(whole, fresh) {
+        let huge = match self.again(here) {
+            Some((map, there)) if fresh => self.make_huge(map, &there).then_some(there),
+            Some((map, there)) => is_huge(map, &there).then_some(there),
+            None => None,
+        };
+        if let Some(there) = huge {
             // SAFETY: the same bytes at their second address. Nobody else has the part, and while it
             // is borrowed nobody reads them at the first one.
-            return Ok(unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) });
+            return Ok(unsafe { Region::from(there).bytes_mut() });
         }
-        let fill = || platform::fill_to_write(whole.addresses());
-        let filled = if fresh { self.prices.time_small(whole.nbytes, fill) } else { fill() };
+        let filled = match fresh {
+            true => self.prices.make_small(here.addresses()),
+            false => platform::fill_to_write(here.addresses()),
+        };
         if filled { Ok(part) } else { Err(Error::NoRoom { nbytes: self.whole.nbytes as u64 }) }
     }
 
-    /// The part in the second mapping, if its pages are huge or are made so here.
-    fn huge(&self, part: Region, fresh: bool) -> Option<Region> {
-        let again = self.again.get_or_init(|| self.map_again()).as_ref()?;
-        let address = again.region().address + (part.address - self.whole.address);
-        let part = Region { address, ..part };
-        // those that start in it; the last may reach into the next part
-        let first = address.next_multiple_of(HUGE);
-        let end = (address + part.nbytes).next_multiple_of(HUGE).min(again.huge_range().end);
-        let chunks = first..end;
-        if chunks.is_empty() {
-            return None;
-        }
-        if !fresh {
-            let middle = first + chunks.len() / HUGE / 2 * HUGE;
-            return (again.huge_nbytes(middle..middle + HUGE)? > 0).then_some(part);
-        }
-        if !self.prices.prefer_huge() {
-            return None;
-        }
-        let make = |chunks: Range<usize>| {
-            chunks.is_empty() || self.prices.time_huge(chunks.len(), || again.make(chunks))
-        };
-        let made = if self.prices.know_huge() {
-            make(chunks)
-        } else {
-            // the first page of all tells what the others would cost
-            let second = first + HUGE;
-            make(first..second) && self.prices.prefer_huge() && make(second..chunks.end)
-        };
-        // the ends, and what was not collapsed
-        (made && platform::fill_to_write(part.addresses())).then_some(part)
+    /// The second mapping, and the addresses of a part in it; `None` where no page could be huge.
+    fn again(&self, part: Region) -> Option<(&Map, Range<usize>)> {
+        let before = part.address.checked_sub(self.whole.address);
+        let before = before.filter(|before| before + part.nbytes <= self.whole.nbytes);
+        let before = before.expect("a part of the target");
+        let map = self.again.get_or_init(|| self.map_again()).as_ref()?;
+        let start = map.addresses().start + before;
+        Some((map, start..start + part.nbytes))
     }
 
     fn map_again(&self) -> Option<Map> {
         // SAFETY: who has the target keeps it mapped, and writes at either address through it alone.
         let again = || unsafe { Map::again(self.whole.addresses()) };
         (self.whole.nbytes >= 2 * HUGE).then(|| again().ok())?
+    }
+
+    /// Makes fresh pages of a part huge; false where they are better small.
+    fn make_huge(&self, map: &Map, part: &Range<usize>) -> bool {
+        self.prices.make_huge(map, huge_pages(map, part)) && platform::fill_to_write(part.clone()) // the ends, and what was not collapsed
     }
 
     /// Gives back what was made ready: of memory that is short, others need some to go on.
@@ -123,29 +113,42 @@ impl Target {
     }
 
     /// Has what was written into small pages made huge, on a thread that ends with that.
-    pub fn settle(mut self) -> Option<JoinHandle<io::Result<()>>> {
-        let again = self.again.take().unwrap_or_else(|| self.map_again())?;
-        let left_by_others = !self.prices.left_some_small();
-        if left_by_others && again.is_huge() != Some(false) {
+    pub fn make_huge_later(mut self) -> Option<JoinHandle<io::Result<()>>> {
+        let map = self.again.take().unwrap_or_else(|| self.map_again())?;
+        let ours = self.prices.left_some_small();
+        if !ours && map.is_huge() != Some(false) {
             return None;
         }
-        // without a thread, or where the kernel refuses, they stay small
         let collapse = move || {
-            if !left_by_others {
-                return again.collapse_all(|| false);
+            if ours {
+                return map.collapse_all(|| false);
             }
-            // who publishes one after the other is not to be held up: 64 ms for 418 MiB, not 24
-            thread::sleep(SETTLED_AFTER);
-            again.collapse_all(|| TARGETS.load(Ordering::Relaxed) != self.number)
+            // others wrote here before. Who publishes one after the other is not to be held up: 64 ms for
+            // 418 MiB, not 24
+            thread::sleep(LEAVE_SMALL_FOR);
+            map.collapse_all(|| TARGETS.load(Ordering::Relaxed) != self.number)
         };
+        // without a thread, or where the kernel refuses, they stay small
         thread::Builder::new().name("rzc.huge".into()).spawn(collapse).ok()
     }
+}
+
+/// The huge pages that start in a part; the last may reach into the next part.
+fn huge_pages(map: &Map, part: &Range<usize>) -> Range<usize> {
+    let end = part.end.next_multiple_of(HUGE).min(map.huge_range().end);
+    part.start.next_multiple_of(HUGE)..end
+}
+
+/// Whether a part lies in huge pages, judging by the middle one.
+fn is_huge(map: &Map, part: &Range<usize>) -> bool {
+    let pages = huge_pages(map, part);
+    let middle = pages.start + pages.len() / HUGE / 2 * HUGE;
+    !pages.is_empty() && map.huge_nbytes(middle..middle + HUGE).is_some_and(|nbytes| nbytes > 0)
 }
 
 #[cfg(all(test, target_os = "linux", not(feature = "portable")))]
 mod tests {
     use std::fs::{self, File};
-    use std::time::Duration;
 
     use memmap2::{MmapMut, MmapOptions};
 
@@ -188,12 +191,9 @@ mod tests {
     #[test]
     fn fresh_pages_of_a_store_are_huge_and_written_again_as_they_are() {
         let mut store = store("/dev/shm");
-        let target = Target::of(&store);
-        target.prices.time_small(1, || thread::sleep(Duration::from_millis(2))); // huge are cheaper
-        let whole = Region::of(&store);
-        assert!(target.huge(Region { nbytes: 8 << 20, ..whole }, true).is_some());
+        let target = Target { prices: Prices::of(1, u64::MAX), ..Target::of(&store) };
+        assert!(write(&target, &mut store) > 0);
         assert!(huge_nbytes(&store) > 0);
-        write(&target, &mut store);
         write(&Target::of(&store), &mut store);
         store.fill(0); // now they are in the page table
         assert_eq!(write(&Target::of(&store), &mut store), 0);
@@ -202,22 +202,18 @@ mod tests {
     #[test]
     fn where_fresh_pages_are_dear_they_are_small_and_made_huge_afterwards() {
         let mut store = store("/dev/shm");
-        let target = Target::of(&store);
-        target.prices.time_huge(1, || {
-            thread::sleep(Duration::from_millis(2));
-            Ok(())
-        });
+        let target = Target { prices: Prices::of(u64::MAX - 1, 0), ..Target::of(&store) };
         assert_eq!(write(&target, &mut store), 0);
-        settle(target, &store);
+        make_huge_later(target, &store);
     }
 
     /// Has small pages made huge, the bytes that [`write`] wrote as they were.
-    fn settle(target: Target, store: &[u8]) {
+    fn make_huge_later(target: Target, store: &[u8]) {
         assert_eq!(huge_nbytes(store), 0);
-        target.settle().unwrap().join().unwrap().unwrap();
+        target.make_huge_later().unwrap().join().unwrap().unwrap();
         assert_eq!(huge_nbytes(store), NBYTES - HUGE);
         assert!(store.iter().enumerate().all(|(i, &byte)| byte == (i / 251) as u8));
-        assert!(Target::of(store).settle().is_none());
+        assert!(Target::of(store).make_huge_later().is_none());
     }
 
     #[test]
@@ -225,7 +221,8 @@ mod tests {
         let mut store = store("/dev/shm");
         store.fill(7);
         // the targets of tests beside this one go before it
-        let made = || Target::of(&store).settle().is_none_or(|thread| thread.join().is_err());
+        let made =
+            || Target::of(&store).make_huge_later().is_none_or(|thread| thread.join().is_err());
         assert!((0..20).any(|_| made()));
         assert_eq!(huge_nbytes(&store), NBYTES - HUGE);
         assert!(store.iter().all(|&byte| byte == 7));
@@ -237,6 +234,6 @@ mod tests {
         assert_eq!(write(&Target::of(&disk), &mut disk), 0);
         let mut own = MmapMut::map_anon(NBYTES).unwrap();
         assert_eq!(write(&Target::of(&own), &mut own), 0);
-        assert!(Target::of(&own).settle().is_none());
+        assert!(Target::of(&own).make_huge_later().is_none());
     }
 }

@@ -107,7 +107,8 @@ impl Block {
                         source = found.ok().flatten();
                         Pages::Shared(whole)
                     }
-                    (found, _) => match found.and_then(|_| Pages::private(whole)) {
+                    // SAFETY: the buffers are held as long as the pages.
+                    (found, _) => match found.and_then(|_| unsafe { Pages::private(whole) }) {
                         Ok(pages) => pages,
                         Err(error) => {
                             fallback = Some(error.to_string());
@@ -188,17 +189,11 @@ impl Block {
         Ok(py.detach(|| header::verify(&self.table, self.fingerprint, block))?)
     }
 
-    /// Fills this process's page table for the whole block, while the caller goes on.
+    /// Fills in this process's page table for the whole block, while the caller goes on; where pages are
+    /// small, has them made huge later, if no other process does.
     fn prefault(&self) {
         // SAFETY: the block drops it before the pages.
-        self.prefault.get_or_init(|| Some(unsafe { self.pages.prefault() }));
-    }
-
-    /// As `prefault`, by few steps where pages are huge; where they are small, has them made huge later,
-    /// if no other process does.
-    fn settle(&self) {
-        // SAFETY: the block drops it before the pages.
-        self.prefault.get_or_init(|| unsafe { self.pages.settle() });
+        self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
     }
 
     /// Bytes of the block in huge pages; None where that is not known.

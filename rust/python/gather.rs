@@ -16,6 +16,7 @@ use crate::format::table::{Table, fingerprint};
 use crate::io::block;
 use crate::io::fill;
 use crate::io::source::{self, Source};
+use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::memory::sole::Sole;
 use crate::python::arena::Arena;
@@ -104,11 +105,11 @@ impl Gather {
     ) -> PyResult<()> {
         let target = buffer::room_at(anchor, room, self.layout.nbytes)?;
         let fingerprint = fingerprint(self.table.as_bytes(py));
-        let (going, release) = match arena {
+        let (holders, release) = match arena {
             Some(arena) => {
-                let going = self.going(py, arena)?;
+                let holders = self.holders(py, arena)?;
                 let owners = mem::take(&mut *lock(&self.owners));
-                (going, Some(Release::new(&self.layout.spans, owners)))
+                (holders, Some(Release::new(&self.layout.spans, owners)))
             }
             None => (Vec::new(), None),
         };
@@ -118,7 +119,7 @@ impl Gather {
             // SAFETY: within the room, which can be written and is held; nobody else has the
             // object's reference yet, so nobody reads or writes it.
             let target = unsafe { target.bytes_mut() };
-            let sources = self.sources(going);
+            let sources = self.sources(holders);
             // SAFETY: as for `segments`; what lies in an arena is kept by its lot, and the others by
             // `release` until they are filled in.
             unsafe { block::write(sources, &self.layout, fingerprint, target, filled) }
@@ -131,40 +132,47 @@ impl Gather {
 }
 
 impl Gather {
-    /// Of each storage, whether it is out of everyone else's reach, so that its pages can go as it is
-    /// written. The lot that it lies in takes the place of its owner: one without a second holder is.
-    fn going(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Option<Source>>> {
+    /// Who has each storage besides this. The lot that one lies in takes the place of its owner.
+    fn holders(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Holder>> {
         let torch = Torch::get(py)?;
-        let going = |(&storage, owner): (&Region, &mut Py<PyAny>)| {
+        let holder = |(storage, owner): (&Region, &mut Py<PyAny>)| {
             if let Some(lot) = arena.0.lot_at(storage.address) {
                 *owner = py.None();
-                return Ok(Some(Source::Lent(lot, storage)));
+                return Ok(Holder::Lot(lot));
             }
-            let sole = torch.is_sole(owner.bind(py))?;
-            // SAFETY: `release` keeps the owner until all is written. Nobody else has the storage, so
-            // nobody reads it then, and none of its pages is pinned.
-            Ok(sole.then(|| Source::Sole(unsafe { Sole::new(storage) })))
+            Ok(if torch.is_sole(owner.bind(py))? { Holder::Nobody } else { Holder::Others })
         };
-        self.storages.iter().zip(lock(&self.owners).iter_mut()).map(going).collect()
+        self.storages.iter().zip(lock(&self.owners).iter_mut()).map(holder).collect()
     }
 
     /// Where the block's bytes lie, each with the offset that it goes to.
-    fn sources(&self, going: Vec<Option<Source>>) -> Vec<(u64, Source)> {
-        let goes = |source: &Source| match source {
-            Source::Lent(lot, _) => Arc::strong_count(lot) == 1,
-            _ => true,
-        };
-        let mut going = going.into_iter();
+    fn sources(&self, holders: Vec<Holder>) -> Vec<(u64, Source)> {
+        let mut holders = holders.into_iter();
         let (mut sources, mut others) = (Vec::new(), Vec::new());
         for (span, &storage) in self.layout.spans.iter().zip(&self.storages) {
-            match going.next().flatten().filter(goes) {
-                Some(source) => sources.push((span.offset, source)),
-                None => others.push((span.offset, storage)),
-            }
+            let lot = match holders.next() {
+                Some(Holder::Nobody) => None,
+                Some(Holder::Lot(lot)) if Arc::strong_count(&lot) == 1 => Some(lot),
+                _ => {
+                    others.push((span.offset, storage));
+                    continue;
+                }
+            };
+            // SAFETY: its lot keeps it mapped, or `release` its owner, until all is written. Nobody else
+            // has it, so nobody reads it then, and none of its pages is pinned.
+            sources.push((span.offset, Source::Sole(unsafe { Sole::new(storage, lot) })));
         }
         sources.extend(source::trace(others.into_iter()));
         sources
     }
+}
+
+/// Who can reach the bytes of a storage besides the one who writes them to a block.
+enum Holder {
+    Nobody,
+    /// Whoever else holds the lot that it lies in: nobody, once it has no second holder.
+    Lot(Arc<Lot>),
+    Others,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

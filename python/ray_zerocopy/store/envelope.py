@@ -28,7 +28,6 @@ from ray_zerocopy.store.collector import quiet_collector
 from ray_zerocopy.store.description import Info, describe
 
 Isolation = Literal["private", "shared", "copy"]
-Prefault = Literal["auto", True, False]
 
 
 class Shared:
@@ -171,7 +170,7 @@ class Loading:
     """Read the object itself, over its block."""
 
     isolation: Isolation = "private"
-    prefault: Prefault = "auto"
+    prefault: bool = True
     device: torch.device | str | None = None
 
     def __call__(self, parts: Parts) -> Any:
@@ -183,14 +182,15 @@ class Loading:
 
     def join(self, block: _core.Block, skeleton: bytes, views: list[int], start: float) -> Any:
         """Join an object over its block; `views` are its buffers, its load began at `start`."""
-        if self.device is not None:  # the copy is to find the pages filled in
-            _fill_in(block, self.prefault)
+        if self.prefault and self.device is not None:  # the copy is to find the pages filled in
+            block.prefault()
         with quiet_collector():
             over = tensors.over(block, self.device)
             buffers = tensors.buffers_over(block, views)
             made = partial(join, skeleton, over, buffers, self.device)
             loaded, modules = _core.noting_modules(made)
-        _fill_in(block, self.prefault)  # joining reads none: beside it, a thread only holds it up
+        if self.prefault:  # joining reads none: beside it, a thread only holds it up
+            block.prefault()
         metrics.loaded(block, self.isolation, time.perf_counter() - start)
         cycles.watch(loaded, modules)
         return loaded
@@ -226,11 +226,3 @@ def load(head: dict[str, Any], *segments: Any) -> Any:
             f"this object was stored by a newer ray_zerocopy, with {unknown}: upgrade here"
         )
     return _READER.get()(Parts(segments=list(segments), **head))
-
-
-def _fill_in(block: _core.Block, prefault: Prefault) -> None:
-    """Start to fill in the page table, if that is wanted and has not started."""
-    if prefault == "auto":
-        block.settle()
-    elif prefault:
-        block.prefault()

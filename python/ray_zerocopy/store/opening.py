@@ -14,7 +14,7 @@ import torch
 
 from ray_zerocopy import _core
 from ray_zerocopy.errors import IsolationWarning
-from ray_zerocopy.store.envelope import Isolation, Loading, Prefault
+from ray_zerocopy.store.envelope import Isolation, Loading
 from ray_zerocopy.store.references import check_device
 from ray_zerocopy.store.snapshot import opened
 
@@ -29,7 +29,7 @@ def open(  # noqa: A001 - the package's name for it
     path: str | os.PathLike[str],
     *,
     isolation: Isolation = "private",
-    prefault: Prefault = "auto",
+    prefault: bool = True,
     device: torch.device | str | None = None,
 ) -> Any:
     """Load an object from its snapshot, with or without Ray.

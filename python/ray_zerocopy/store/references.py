@@ -32,7 +32,6 @@ from ray_zerocopy.store.envelope import (
     Isolation,
     Loading,
     Parts,
-    Prefault,
     Shared,
     anchor,
     in_place,
@@ -116,7 +115,7 @@ def get(
     ref: Any,
     *,
     isolation: Isolation = "private",
-    prefault: Prefault = "auto",
+    prefault: bool = True,
     device: torch.device | str | None = None,
     timeout: float | None = None,
 ) -> Any:
@@ -128,9 +127,8 @@ def get(
             the one page for this process. `"shared"`: plain views; a write changes the weights of
             every process on the node. `"copy"`: private memory of the model's size.
         prefault: fill the page table, so that the first forward does not. A thread does it while
-            the caller goes on, from the first tensor to the last. `"auto"` takes one step for each
-            huge page; where they are small it takes more, and has them made huge a second later,
-            by one process of the node. True fills them in and does no more, False leaves them.
+            the caller goes on, from the first tensor to the last. Small pages are merged into huge
+            ones a second later, by one process of the node. False leaves all as it is.
         device: copy the tensors there instead of leaving them on the CPU.
         timeout: seconds to wait for the object, as for `ray.get`.
 
