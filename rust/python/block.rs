@@ -289,9 +289,10 @@ pub(super) fn huge_pages_obstacle() -> Option<String> {
     huge::obstacle()
 }
 
-/// File name, inode and offset in bytes of the shared file mapping that holds an address.
+/// File name, inode and offset in bytes of the shared file mapping that holds an address; None for other
+/// memory, and where the system does not tell.
 #[pyfunction]
 pub(super) fn source_of(address: usize) -> PyResult<Option<(OsString, u64, u64)>> {
-    let source = store::backing(Region { address, nbytes: 1 })?;
+    let source = store::backing(Region { address, nbytes: 1 }).ok().flatten();
     Ok(source.map(|source| (source.name.into(), source.inode, source.offset)))
 }
