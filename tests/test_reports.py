@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from exact import assert_exact
 from models import ARCHITECTURES
+from ray_zerocopy.objects import bytecode
 from ray_zerocopy.objects.skeleton import split
 from torch import multiprocessing, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping, quantize_fx
@@ -271,6 +272,25 @@ def test_empty_arrays_name_nothing_that_an_older_numpy_lacks(cluster):
     names = [name for _, name, _ in pickletools.genops(skeleton) if isinstance(name, str)]
     assert "numpy._core.numeric" not in names
     assert_exact(arrays, ray.get(rzc.put(arrays)))
+
+
+def test_code_by_value_is_refused_by_another_python(cluster, tmp_path, monkeypatch):
+    """cloudpickle #293, #564, stable-baselines3 #171: never a crash, but both Pythons by name.
+
+    Python 3.12 ends with SIGSEGV when it runs a method of 3.11.
+    """
+
+    class Local(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    path = tmp_path / "local.rzc"
+    rzc.save(Local(3, 3), path)
+    assert type(rzc.get(rzc.restore(path))).__name__ == "Local"
+    there = ".".join(map(str, sys.version_info[:2]))
+    monkeypatch.setattr(bytecode, "_PYTHON", (3, 99))
+    with pytest.raises(rzc.VersionError, match=rf"Python {there}, and this is Python 3\.99"):
+        rzc.get(rzc.restore(path))
 
 
 class Wrapped(np.ndarray):

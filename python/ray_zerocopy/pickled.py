@@ -32,6 +32,8 @@ HOMES = {
     "restore_pretrained": "objects.modules",
     "new_parametrized": "objects.modules",
     "restore_parametrized": "objects.modules",
+    # functions and classes by value
+    "code": "objects.bytecode",
     # torch.fx
     "graph_module": "objects.fx",
     "restore_graph_module": "objects.fx",

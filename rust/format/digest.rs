@@ -491,7 +491,7 @@ impl Graph<'_> {
         })
     }
 
-    /// Arguments of cloudpickle's functions: a class has a random id in each process; code lies in a
+    /// Arguments that tell nothing: a class by value has a random id in each process; code lies in a
     /// file, which makes it no other code to Python either.
     fn forget_arguments(&mut self, node: usize) {
         let [(_, callee), (_, arguments), ..] = self.nodes[node].edges[..] else { return };
@@ -502,7 +502,7 @@ impl Graph<'_> {
                 b"_make_typevar" => parts.len().checked_sub(1),
                 _ => None,
             },
-            None if self.is_type_of_code(callee) => Some(10),
+            Some((b"ray_zerocopy.pickled", b"code")) => Some(11),
             _ => None,
         };
         if let Some(forgotten) = forgotten.filter(|&at| at < parts.len()) {
@@ -537,18 +537,6 @@ impl Graph<'_> {
             (Kind::Global, &[(_, module), (_, name)]) => Some((self.text(module), self.text(name))),
             _ => None,
         }
-    }
-
-    /// Whether this is `_builtin_type("CodeType")`, as cloudpickle writes it.
-    fn is_type_of_code(&self, node: usize) -> bool {
-        let (Kind::Call, &[(_, callee), (_, arguments)]) =
-            (self.nodes[node].kind, &self.nodes[node].edges[..])
-        else {
-            return false;
-        };
-        let named = |&(_, part): &(Role, usize)| self.text(part) == b"CodeType";
-        self.name(callee).is_some_and(|(_, name)| name == b"_builtin_type")
-            && self.nodes[arguments].edges.first().is_some_and(named)
     }
 }
 

@@ -26,6 +26,7 @@ from ray_zerocopy import _core
 from ray_zerocopy.errors import HostCopyWarning
 from ray_zerocopy.objects import (
     arrays,
+    bytecode,
     fx,
     modules,
     programs,
@@ -153,17 +154,17 @@ _BY_CLASS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Reduce | None]],
     (torch.TypedStorage, lambda _: tensors.reduce_typed_storage),
     (ContextVar, lambda _: transformers_inside.reduce_context_var),
     (sets.KINDS, lambda members: sets.reducer(type(members))),
+    (types.CodeType, lambda _: bytecode.reduce_code),
 )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray, types.CodeType)
 
 
 def _reducer(obj: Any) -> Reduce | None:
     """Give what reduces objects of this one's class; None if that is cloudpickle's affair.
 
-    So it is where the class was registered, with Ray or `copyreg`. Of the plain ones that would
-    leave nothing for the block.
+    So it is where the class was registered, with Ray or `copyreg`; the plain ones are ours.
     """
     kind = type(obj)
     if kind not in _PLAIN and kind in cloudpickle.CloudPickler.dispatch:
