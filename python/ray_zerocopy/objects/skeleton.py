@@ -158,7 +158,7 @@ _BY_CLASS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Reduce | None]],
 )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray, types.CodeType)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray)
 
 
 def _reducer(obj: Any) -> Reduce | None:
@@ -167,7 +167,9 @@ def _reducer(obj: Any) -> Reduce | None:
     So it is where the class was registered, with Ray or `copyreg`; the plain ones are ours.
     """
     kind = type(obj)
-    if kind not in _PLAIN and kind in cloudpickle.CloudPickler.dispatch:
+    registered = cloudpickle.CloudPickler.dispatch.get(kind)
+    by_itself = getattr(registered, "__module__", None) or ""  # as of sets of weak references
+    if registered and kind not in _PLAIN and not by_itself.startswith(cloudpickle.__name__):
         return None
     for kinds, reducer in _BY_CLASS:
         if isinstance(obj, kinds):
