@@ -22,6 +22,7 @@ from ray_zerocopy.errors import (
     NotABlockError,
     OnDiskWarning,
     RayZeroCopyError,
+    ResourceError,
     StoreFullError,
 )
 from ray_zerocopy.store import cycles, ray_inside
@@ -194,7 +195,10 @@ def telling_if_full(nbytes: Callable[[], int], what: str) -> Iterator[None]:
 
 def warn_if_on_disk(start: Any, nbytes: int, what: str) -> None:
     """Warn with `OnDiskWarning` where Ray had no room in shared memory for a block."""
-    source = _core.source_of(np.frombuffer(start, np.uint8).ctypes.data)
+    try:
+        source = _core.source_of(np.frombuffer(start, np.uint8).ctypes.data)
+    except ResourceError:  # no /proc: nobody tells
+        return
     if source is not None and not ray_inside.is_store(source[0]):
         warnings.warn(
             f"the object store has no room for {nbytes:,} bytes of {what}: they lie on disk, in "
