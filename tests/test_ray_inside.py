@@ -8,7 +8,7 @@ from ray_zerocopy.store import envelope, ray_inside
 
 
 def test_room_is_the_objects_own_memory_and_can_be_written(cluster):
-    ref, loaded, memory = ray_inside.put({"what": "Ray writes"}, lambda: 1_000_000)
+    ref, loaded, memory, _ = ray_inside.put({"what": "Ray writes"}, lambda: 1_000_000)
     assert loaded == {"what": "Ray writes"}
     assert memory.nbytes >= 1_000_000
     assert not memory.readonly
@@ -27,7 +27,7 @@ def test_what_was_never_written_is_refused(cluster):
     """As if Ray had moved the object to disk in the moment before it was written."""
     anchored = envelope.Anchored(torch.ones(100_000))
     with envelope.reading(envelope.anchor):
-        ref, anchor, _ = ray_inside.put(anchored, lambda: anchored.block.nbytes)
+        ref, anchor, *_ = ray_inside.put(anchored, lambda: anchored.block.nbytes)
     assert not any(memoryview(anchor)[:4])
     with pytest.raises(rzc.BlockError):
         rzc.get(ref)

@@ -15,6 +15,7 @@ __all__ = [
     "SNAPSHOT_HEADER_NBYTES",
     "Arena",
     "Block",
+    "Connection",
     "Gather",
     "Lot",
     "ModuleReducer",
@@ -91,11 +92,24 @@ class Segment(Buffer):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
+class Connection:
+    """Keeps this process's connection to Ray's store open: what is mapped stays what it was."""
+
+    def __new__(cls, path: str | None) -> Connection: ...
+    @property
+    def kept(self) -> bool: ...
+
+@final
 class Block(Buffer):
     """A block in this process, with its table: writable memory over the store's buffer."""
 
     def __new__(
-        cls, table: bytes, buffers: Sequence[Buffer], isolation: str, anchored: bool = False
+        cls,
+        table: bytes,
+        buffers: Sequence[Buffer],
+        isolation: str,
+        anchored: bool = False,
+        connection: Connection | None = None,
     ) -> Block: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property

@@ -22,6 +22,11 @@ pub mod target;
 
 pub mod store;
 
+#[allow(unsafe_code)] // looks at descriptors of others
+pub mod connection;
+
+pub mod forks;
+
 #[allow(unsafe_code)] // reads what it has mapped
 pub mod pages;
 

@@ -15,6 +15,7 @@ use crate::format::header;
 use crate::format::table::{Table, fingerprint};
 use crate::format::view::{Flags, View};
 use crate::io::block;
+use crate::memory::forks::Since;
 use crate::memory::huge;
 use crate::memory::lease::Lease;
 use crate::memory::pages::{Pages, Prefault};
@@ -23,6 +24,7 @@ use crate::memory::store;
 use crate::platform;
 use crate::platform::mapping::Backing;
 use crate::python::buffer;
+use crate::python::connection::{Connection, Pin};
 use crate::python::loan;
 
 /// A block in this process, with its table: writable memory that keeps the store's buffer alive.
@@ -36,7 +38,7 @@ pub(super) struct Block {
     prefault: OnceLock<Option<Prefault>>,
     pages: Pages,
     _lease: Option<Lease>,
-    _buffers: Vec<PyUntypedBuffer>,
+    _pin: Option<Pin>,
     table: Table,
     fingerprint: u64,
     source: Option<Backing>,
@@ -50,16 +52,23 @@ impl Block {
     /// Checks the buffers against the table and maps them.
     ///
     /// An anchored block is one buffer that is only the block's header: the rest follows it in the
-    /// memory that the buffer keeps, as `Gather.write` has left it.
+    /// memory that the buffer keeps, as `Gather.write` has left it. The connection is that of Ray, if
+    /// it has lent the buffers.
     #[new]
-    #[pyo3(signature = (table, buffers, isolation, anchored=false))]
+    #[pyo3(signature = (table, buffers, isolation, anchored=false, connection=None))]
     fn new(
         py: Python<'_>,
         table: &Bound<'_, PyBytes>,
         buffers: Vec<Bound<'_, PyAny>>,
         isolation: &str,
         anchored: bool,
+        connection: Option<Py<Connection>>,
     ) -> PyResult<Block> {
+        if !matches!(isolation, "private" | "shared" | "copy") {
+            let message = format!("isolation is 'private', 'shared' or 'copy', not {isolation:?}");
+            return Err(PyValueError::new_err(message));
+        }
+        let since = Since::now();
         let fingerprint = fingerprint(table.as_bytes());
         let table = Table::decode(table.as_bytes())?;
         let buffers = buffers.iter().map(PyUntypedBuffer::get).collect::<PyResult<Vec<_>>>()?;
@@ -76,71 +85,56 @@ impl Block {
         }
         let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
         header::check_header(first, fingerprint)?;
-        let whole = pieces
-            .first()
-            .map(|first| Region { address: first.address, nbytes: table.nbytes as usize });
+        let whole = Region { address: first.as_ptr().addr(), nbytes: table.nbytes as usize };
+        let backing = store::backing(whole);
         // no buffer says how much follows an anchor: all of it lies in one file, or it must be
         // readable, and what its checksums say
-        let found = whole.filter(|_| anchored).map(|whole| (whole, store::backing(whole)));
-        if let Some((whole, Ok(None) | Err(_))) = found
-            && !platform::is_readable(whole.addresses())
+        if anchored && !matches!(backing, Ok(Some(_))) && !platform::is_readable(whole.addresses())
         {
             let (expected, found) = (table.nbytes, first.len() as u64);
             return Err(Error::BlockLength { expected, found }.into());
         }
-        let in_no_file = matches!(found, Some((_, Ok(None))));
-        let copy = || {
+        let in_no_file = backing == Ok(None);
+        // others may have the memory already
+        let lost = !in_no_file && connection.as_ref().is_some_and(|it| !it.get().kept());
+        let mut fallback = match isolation {
+            "copy" => None,
+            _ if !contiguous => Some(format!("its {} buffers do not adjoin", pieces.len())),
+            _ if lost => Some("this process has no connection to Ray's store".to_owned()),
+            "private" if in_no_file => Some("it lies in no shared file".to_owned()),
+            _ => None,
+        };
+        let pages = if isolation == "copy" || fallback.is_some() {
             // SAFETY: the buffers are held; objects of the store are sealed before they are read;
             // the length was checked.
-            py.detach(|| unsafe { block::copy(&pieces, table.nbytes) }).map(Pages::Copied)
+            Pages::Copied(py.detach(|| unsafe { block::copy(&pieces, table.nbytes) })?)
+        } else if isolation == "private" {
+            // SAFETY: the buffers are held as long as the pages.
+            let private = backing.clone().and_then(|_| unsafe { Pages::private(whole) });
+            private.unwrap_or_else(|error| {
+                fallback = Some(error.to_string());
+                Pages::Shared(whole)
+            })
+        } else {
+            Pages::Shared(whole)
         };
-        let (mut source, mut fallback) = (None, None);
-        let pages = match (whole, isolation) {
-            (_, "copy") => copy()?,
-            (Some(whole), "private" | "shared") if contiguous => {
-                match (store::backing(whole), isolation) {
-                    (Ok(None), "private") => {
-                        fallback = Some("it lies in no shared file".to_owned());
-                        copy()?
-                    }
-                    (found, "shared") => {
-                        source = found.ok().flatten();
-                        Pages::Shared(whole)
-                    }
-                    // SAFETY: the buffers are held as long as the pages.
-                    (found, _) => match found.and_then(|_| unsafe { Pages::private(whole) }) {
-                        Ok(pages) => pages,
-                        Err(error) => {
-                            fallback = Some(error.to_string());
-                            Pages::Shared(whole)
-                        }
-                    },
-                }
-            }
-            (_, "private" | "shared") => {
-                fallback = Some(format!("its {} buffers do not adjoin", pieces.len()));
-                copy()?
-            }
-            _ => {
-                let message =
-                    format!("isolation is 'private', 'shared' or 'copy', not {isolation:?}");
-                return Err(PyValueError::new_err(message));
-            }
+        let source = match &pages {
+            Pages::Private { .. } | Pages::Shared(_) => backing.ok().flatten(),
+            Pages::Copied(_) => None,
         };
-        if let Pages::Private { beneath: Some((_, found)), .. } = &pages {
-            source = Some(found.clone());
-        }
+        let copied = matches!(pages, Pages::Copied(_));
+        let pin = (!copied).then(|| Pin::new(since, buffers, connection));
         let block = Block {
             prefault: OnceLock::new(),
             pages,
             _lease: None,
-            _buffers: buffers,
+            _pin: pin,
             table,
             fingerprint,
             source,
             fallback,
         };
-        if in_no_file {
+        if lost || anchored && in_no_file {
             block.verify(py)?;
         }
         Ok(block)
@@ -255,7 +249,7 @@ impl Block {
             prefault: OnceLock::new(),
             pages,
             _lease: lease,
-            _buffers: Vec::new(),
+            _pin: None,
             fingerprint: fingerprint(encoded),
             table,
             source: None,

@@ -8,6 +8,7 @@ use crate::format::view::Flags;
 use crate::python::arena;
 use crate::python::block;
 use crate::python::collector;
+use crate::python::connection;
 use crate::python::digest;
 use crate::python::gather;
 use crate::python::module;
@@ -22,6 +23,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<sources::Sources>()?;
     m.add_class::<gather::Gather>()?;
     m.add_class::<gather::Segment>()?;
+    m.add_class::<connection::Connection>()?;
     m.add_class::<block::Block>()?;
     m.add_class::<module::ModuleReducer>()?;
     m.add_class::<snapshot::Snapshot>()?;

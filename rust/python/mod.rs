@@ -30,6 +30,9 @@ mod gather;
 mod loan;
 
 #[cfg(feature = "python")]
+mod connection;
+
+#[cfg(feature = "python")]
 mod block;
 
 #[cfg(feature = "python")]

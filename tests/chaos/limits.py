@@ -127,6 +127,11 @@ def mount(*arguments, options=None):
 
 def no_file_descriptor():
     first, second = rzc.put(MODEL), rzc.put(MODEL)
+    with no_file_left():
+        for use in (rzc.get, rzc.put):
+            with pytest.raises(rzc.ResourceError, match=r"connection.*Too many .*ulimit -n"):
+                use(first if use is rzc.get else MODEL)
+    held = rzc.get(first)  # and with it the connection to the store
     with tempfile.TemporaryDirectory() as folder, no_file_left():
         loads_shared_and_says(first, r"Too many open files .*ulimit -n")
         loads_shared_and_says(second, "Too many open files .*ulimit -n")
@@ -137,6 +142,7 @@ def no_file_descriptor():
             rzc.build(torch.nn.Linear, 10, 10)
     for ref in (first, second, third):
         assert_whole(ref)
+    assert torch.equal(held, MODEL)
 
 
 def thousands_of_loads_held():
@@ -174,7 +180,7 @@ def another_user():
     ref, nobody = rzc.put(MODEL), 65534
     os.seteuid(nobody)
     try:
-        loads_shared_and_says(ref, "nor a file of the raylet opens .* Operation not permitted")
+        loads_shared_and_says(ref, "nor file of the raylet opens .* Operation not permitted")
         assert torch.equal(rzc.get(ref, isolation="copy"), MODEL)
     finally:
         os.seteuid(0)
@@ -185,7 +191,7 @@ def no_proc():
     ref = rzc.put(MODEL)
     with mounts_of_its_own():
         mount(b"none", b"/proc", b"tmpfs", 0)
-        loads_shared_and_says(ref, "/proc/self/maps: No such file")
+        loads_shared_and_says(ref, "the mappings of this process: No such file")
         assert torch.equal(rzc.get(rzc.put(MODEL), isolation="copy"), MODEL)
     assert_whole(ref)
 

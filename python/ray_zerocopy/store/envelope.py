@@ -23,7 +23,7 @@ from ray_zerocopy.objects import programs, tensors, torch_inside
 from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
-from ray_zerocopy.store import cycles
+from ray_zerocopy.store import cycles, ray_inside
 from ray_zerocopy.store.collector import quiet_collector
 from ray_zerocopy.store.description import Info, describe
 
@@ -132,7 +132,8 @@ def open_block(parts: Parts, isolation: Isolation) -> _core.Block:
     Raises `BlockError` where the segments are not the block of this table, and warns with
     `IsolationWarning` where private pages were asked for and shared ones are all there is.
     """
-    block = _core.Block(parts.table, parts.segments, isolation, parts.anchored)
+    connection = ray_inside.connection()
+    block = _core.Block(parts.table, parts.segments, isolation, parts.anchored, connection)
     if block.held == "shared" and isolation == "private":
         message = f"{block.fallback}: a write into these weights changes every process on the node"
         warnings.warn(message, IsolationWarning, stacklevel=2)

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray import cloudpickle
@@ -26,6 +26,7 @@ from ray._private import auto_init_hook, ray_constants, serialization, worker
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.experimental import get_object_locations
 
+from ray_zerocopy import _core
 from ray_zerocopy.errors import VersionError
 
 try:
@@ -46,16 +47,26 @@ way: Literal["room", "ray.put"] = "ray.put" if RawSerializedObject is object els
 _AS_IT_IS = nullcontext()
 
 
+class Room(NamedTuple):
+    """An object whose end is to be written: nobody else has the reference yet."""
+
+    ref: ray.ObjectRef
+    start: Any
+    """What `ray.get` of it gives."""
+    memory: memoryview
+    """All of its memory ..."""
+    connection: _core.Connection
+    """... which is its own as long as this lives."""
+
+
 def put(
     obj: object, nbytes: Callable[[], int], reading: AbstractContextManager[None] = _AS_IT_IS
-) -> tuple[ray.ObjectRef, Any, memoryview] | None:
+) -> Room | None:
     """Store an object as `ray.put` does, in memory that is `nbytes()` longer than it needs.
 
-    `nbytes` is called when the object has been pickled. Gives the reference, what `ray.get` of it
-    gives inside of `reading`, and all the memory of the object, to be written before anyone else
-    has the reference. The pickling is outside of `reading`: objects may call `ray.get` there.
-    None, and nothing stored, where Ray is not inside as it is from 2.43 to 2.60; from then on
-    nothing is tried any more.
+    `nbytes` is called when the object has been pickled. `Room.start` is read inside of `reading`;
+    the pickling is outside: objects may call `ray.get` there. None, and nothing stored, where Ray
+    is not inside as it is from 2.43 to 2.60; from then on nothing is tried any more.
     """
     global way
     if way != "room":
@@ -63,6 +74,9 @@ def put(
     auto_init_hook.auto_init_ray()
     ray_worker = worker.global_worker
     ray_worker.check_connected()
+    held = connection()
+    if not held.kept:
+        return None
     serialized = ray_worker.get_serialization_context().serialize(obj)
     try:
         roomy = _Roomy(serialized, nbytes())
@@ -76,7 +90,16 @@ def put(
         return None  # never write where another object may lie
     with reading:
         (loaded,) = ray_worker.deserialize_objects(stored, [ref])
-    return ref, loaded, memory
+    return Room(ref, loaded, memory, held)
+
+
+def connection() -> _core.Connection:
+    """Keep this process's connection to its node's store open, as long as what is given lives.
+
+    `ray.shutdown()` closes Ray's side of it. With the last side the store gives what this process
+    has mapped to others.
+    """
+    return _core.Connection(getattr(worker.global_worker.node, "plasma_store_socket_name", None))
 
 
 class _Roomy(RawSerializedObject):  # type: ignore[misc]

@@ -102,14 +102,13 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
             metrics.record("rzc_fallbacks", 1, "ray.put")
             metrics.record("rzc_published_bytes", shared.nbytes)
             return ray.put(Shared(shared.obj))
-    ref, start, memory = placed
     if arena is not None:
         dropped, shared.obj = cycles.traces(shared.obj), None
         cycles.collect(dropped)
-    warn_if_on_disk(start, shared.nbytes, kind)
-    shared.block.write(start, memory, arena)
+    warn_if_on_disk(placed.start, shared.nbytes, kind)
+    shared.block.write(placed.start, placed.memory, arena)
     metrics.record("rzc_published_bytes", shared.nbytes)
-    return ref
+    return placed.ref
 
 
 def get(

@@ -90,11 +90,10 @@ def restore(path: Path) -> ray.ObjectRef:
                 memory: Any = np.empty(snapshot.nbytes, np.uint8)
                 _fill(snapshot, path, file, memory, memory)
                 return ray.put(Parts(skeleton, buffers, table, [memory]))
-        ref, start, room_there = placed
-        _fill(snapshot, path, file, start, room_there)
-        references.warn_if_on_disk(start, snapshot.nbytes, path)
+        _fill(snapshot, path, file, placed.start, placed.memory)
+        references.warn_if_on_disk(placed.start, snapshot.nbytes, path)
         metrics.record("rzc_published_bytes", snapshot.nbytes)
-        return ref
+        return placed.ref
 
 
 def describe(path: Path, *, verify: bool = False) -> Info:
