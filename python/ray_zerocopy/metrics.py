@@ -9,6 +9,7 @@ import. Gauges are set again every few seconds: Ray 2.60 forgets what has not be
 from __future__ import annotations
 
 import _thread
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from ray_zerocopy import _core
 
 _FLUSH_S = 1.0
 _REPEAT_S = 5.0
+_KEPT = 10_000  # records, while no thread can be had
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 
 # Kind, what it tells, and by what it is told apart; the unit is in the name.
@@ -71,7 +73,11 @@ def record(metric: str, value: float = 1.0, *tags: str) -> None:
             if _flushing:
                 return
             _flushing = True
-        _thread.start_new_thread(_flush_later, ())  # `threading` waits until it runs: 0.1 ms
+        try:
+            _thread.start_new_thread(_flush_later, ())  # `threading` waits until it runs: 0.1 ms
+        except RuntimeError:  # no more threads: the next record tries again
+            _flushing = False
+            del _recorded[:-_KEPT]
 
 
 def loaded(block: _core.Block, isolation: str, seconds: float) -> None:
@@ -114,8 +120,10 @@ def flush() -> None:
         _standing.update(changed)
         _set(changed)
         if _standing and not _repeating:
-            _repeating = True
-            threading.Thread(target=_repeat, name="ray_zerocopy.gauges", daemon=True).start()
+            repeating = threading.Thread(target=_repeat, name="ray_zerocopy.gauges", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads: the next flush tries again
+                repeating.start()
+                _repeating = True
 
 
 def _repeat() -> None:

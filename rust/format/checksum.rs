@@ -5,6 +5,7 @@
 //! chunk is summed while the processor has it at hand.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use twox_hash::XxHash3_64;
@@ -51,18 +52,19 @@ pub fn sums(spans: &[&[u8]]) -> Vec<u64> {
     };
     let mut sums = vec![0; chunks.len()];
     let share = chunks.len().div_ceil(threads).max(1);
-    let sum_share = |sums: &mut [u64], chunks: &[&[u8]]| {
-        sums.iter_mut().zip(chunks).for_each(|(sum, chunk)| *sum = xxh3(chunk));
+    let shares = Mutex::new(sums.chunks_mut(share).zip(chunks.chunks(share)));
+    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let sum_shares = || {
+        while let Some((sums, chunks)) = next() {
+            sums.iter_mut().zip(chunks).for_each(|(sum, chunk)| *sum = xxh3(chunk));
+        }
     };
     thread::scope(|scope| {
-        let mut shares = sums.chunks_mut(share).zip(chunks.chunks(share));
-        let own = shares.next();
-        for (sums, chunks) in shares {
-            scope.spawn(move || sum_share(sums, chunks));
+        for _ in 1..threads {
+            // where the system gives no more threads, fewer do it
+            let _ = thread::Builder::new().spawn_scoped(scope, sum_shares);
         }
-        if let Some((sums, chunks)) = own {
-            sum_share(sums, chunks);
-        }
+        sum_shares();
     });
     combine(spans.iter().map(|bytes| bytes.len()), &sums)
 }

@@ -113,7 +113,9 @@ pub unsafe fn fill(
     let done = thread::scope(|scope| {
         let mut slots = bounce.slots().take(plan.threads);
         let own_slot = slots.next().expect("one thread at least");
-        let others: Vec<_> = slots.map(|slot| scope.spawn(|| fill_parts(slot))).collect();
+        // where the system gives no more threads, fewer do it
+        let start = |slot| thread::Builder::new().spawn_scoped(scope, || fill_parts(slot)).ok();
+        let others: Vec<_> = slots.map_while(start).collect();
         let own = fill_parts(own_slot);
         others.into_iter().fold(own, |done, other| {
             done.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))

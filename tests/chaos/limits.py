@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from fresh import tell
+from ray_zerocopy import metrics
 
 MIB = 2**20
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -162,6 +164,56 @@ def no_address_space():
     assert_whole(ref)
 
 
+@contextlib.contextmanager
+def no_thread_left():
+    """This process is in a cgroup that has no room for another one."""
+    group = Path(f"/sys/fs/cgroup/pids/rzc-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:  # where no cgroup can be made, a stack finds no room
+        with limited(resource.RLIMIT_STACK, 2**46):
+            yield
+        return
+    try:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=int).start()
+        yield
+    finally:
+        (group / "pids.max").write_text("max")
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        time.sleep(0.2)
+        group.rmdir()
+
+
+def no_thread():
+    """Whatever wants threads goes on with fewer; metrics wait for one, and are bounded."""
+    ref, model = rzc.put(LARGE), LARGE.clone()
+    with tempfile.TemporaryDirectory() as folder:
+        rzc.save(ref, f"{folder}/model.rzc")
+        time.sleep(2)  # the thread of metrics has ended
+        with no_thread_left():
+            other = rzc.put(model)
+            for isolation in ("private", "shared", "copy"):
+                assert torch.equal(rzc.get(other, isolation=isolation), LARGE)
+            rzc.inspect(other, verify=True)
+            rzc.save(other, f"{folder}/other.rzc")
+            restored = rzc.restore(f"{folder}/model.rzc")
+            built = rzc.build(torch.nn.Linear, 1000, 1000)
+            for _ in range(2 * metrics._KEPT):
+                metrics.record("rzc_published_bytes", 0)
+            assert len(metrics._recorded) <= metrics._KEPT
+        assert_whole(rzc.restore(f"{folder}/other.rzc"), model=LARGE)
+    for whole in (ref, other, restored):
+        assert_whole(whole, model=LARGE)
+    assert ray.get(built).weight.shape == (1000, 1000)
+    deadline_s = time.monotonic() + 30
+    while metrics._recorded:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
 def no_memory_for_huge_pages():
     """The kernel charges them to whom it makes them for; it refuses, and the small ones stay."""
     ref = ray.put(rzc.Shared(LARGE))
@@ -270,6 +322,7 @@ ROWS = {
         no_file_descriptor,
         thousands_of_loads_held,
         no_address_space,
+        no_thread,
         another_user,
         no_proc,
         shared_memory_is_read_only,

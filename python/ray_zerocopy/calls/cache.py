@@ -88,8 +88,11 @@ class Cache:
                 _, evicted = self._entries.popitem(last=False)
                 self._dropped += evicted.traces
             if not self._sweeping:
-                self._sweeping = True
-                threading.Thread(target=self._sweep, name="ray_zerocopy.cache", daemon=True).start()
+                name = "ray_zerocopy.cache"
+                sweeping = threading.Thread(target=self._sweep, name=name, daemon=True)
+                with contextlib.suppress(RuntimeError):  # no more threads: the next use tries again
+                    sweeping.start()
+                    self._sweeping = True
         return entry
 
     def _sweep(self) -> None:
