@@ -159,6 +159,7 @@ def _become(outputs, code, argv, unprivileged, environment, folder):
     Config.initialize("")  # Ray took what it reads of it when the template was made
     os.chdir(folder)
     sys.argv = argv
+    sys.modules["__main__"].__file__ = argv[0]
     if unprivileged:
         _drop_capabilities()
     return compile(code, argv[0], "exec")

@@ -134,9 +134,7 @@ def test_doctor_ends_with_1_where_something_is_to_mend(run, monkeypatch):
 
 
 def test_nothing_published_is_said_in_one_line(run, monkeypatch):
-    from ray_zerocopy.registry import publication
-
-    monkeypatch.setattr(publication, "state", lambda: {"names": {}})
+    monkeypatch.setattr(cli, "state", lambda: {"names": {}})
     assert run("list") == (0, "nothing is published\n", "")
 
 

@@ -75,9 +75,9 @@ def test_every_fault_names_a_test_that_exists():
 def test_nothing_of_ours_listens_on_a_port():
     files = [*(TOP / "python").rglob("*.py"), *(TOP / "rust").rglob("*.rs")]
     assert len(files) > 40
-    assert not [
-        file for file in files if re.search(r"listen\(|Listener|socket\(", file.read_text())
-    ]
+    for file in files:
+        shipped = file.read_text().split("#[cfg(test)]")[0]
+        assert not re.search(r"\blisten\(|Listener|\bsocket\(", shipped), file
 
 
 def test_troubleshooting_has_each_error_and_warning():

@@ -226,10 +226,10 @@ def free_resources() -> dict[str, float]:
 
 def is_store(file: str) -> bool:
     """Whether a file is the store, not one in which Ray keeps what had no room there."""
-    return os.path.dirname(file) == _store_directory(_socket())
+    return os.path.dirname(file) == _store_directory(_store_socket())
 
 
-def _socket() -> str:
+def _store_socket() -> str:
     return getattr(worker.global_worker.node, "plasma_store_socket_name", None) or ""
 
 

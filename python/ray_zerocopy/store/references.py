@@ -160,12 +160,15 @@ def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None 
     refuse_client()
     with reading(Inspecting(verify)):
         found = _ray_get(ref, timeout)
-    while (
-        isinstance(found, list | dict) and found
-    ):  # what Ray writes around the objects of `enable`
-        parts = list(found.values() if isinstance(found, dict) else found)
-        found = next((part for part in parts if isinstance(part, Info | list | dict)), None)
-    return _of_ours(ref, found, Info)
+    return _of_ours(ref, _told(found), Info)
+
+
+def _told(found: Any) -> Any:
+    """Give what was told, out of what Ray writes around the objects of `enable`."""
+    if not isinstance(found, list | dict):
+        return found
+    parts = found.values() if isinstance(found, dict) else found
+    return next((told for told in map(_told, parts) if isinstance(told, Info)), found)
 
 
 T = TypeVar("T")
