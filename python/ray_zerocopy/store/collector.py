@@ -24,7 +24,7 @@ def quiet_collector() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
-    thaws = gc.get_freeze_count() < _FROZEN_BY_PYTHON  # what someone froze is to stay frozen
+    thaws = not _others_froze()  # what someone froze is to stay frozen
     if thaws:
         gc.collect(0)
         _MOVED.add(len(gc.get_objects(generation=1)))
@@ -33,6 +33,16 @@ def quiet_collector() -> Iterator[None]:
         if thaws:
             gc.freeze()
             gc.unfreeze()
+
+
+def _others_froze() -> bool:
+    """Whether someone has frozen objects. Yes is for good: Python counts them one by one, in ms."""
+    global _FROZEN
+    _FROZEN = _FROZEN or gc.get_freeze_count() >= _FROZEN_BY_PYTHON
+    return _FROZEN
+
+
+_FROZEN = False
 
 
 class _Moved:

@@ -225,8 +225,23 @@ def free_resources() -> dict[str, float]:
 
 
 def is_store(file: str) -> bool:
-    """Whether a file is the store, not one in which Ray keeps what had no room there."""
-    return os.path.dirname(file) == _store_directory(_store_socket())
+    """Whether a file is the store, in memory, not one in which Ray keeps what had no room there.
+
+    Ray has the whole store on disk where `/dev/shm` is smaller.
+    """
+    directory = os.path.dirname(file)
+    return directory == _store_directory(_store_socket()) and _in_memory(directory)
+
+
+@functools.cache
+def _in_memory(directory: str) -> bool:
+    nearest, kind = "", "tmpfs"
+    with contextlib.suppress(OSError):  # no /proc: as almost everywhere
+        for mount in Path("/proc/self/mounts").read_text().splitlines():
+            _, point, found, *_ = mount.split(" ")
+            if len(point) >= len(nearest) and os.path.commonpath([point, directory]) == point:
+                nearest, kind = point, found
+    return kind in ("tmpfs", "ramfs", "hugetlbfs")
 
 
 def _store_socket() -> str:
