@@ -28,8 +28,8 @@ test: build
 	$(BIN)/python -m zipfile -e target/portable/*.whl target/portable
 	PYTHONPATH=$(abspath target/portable) $(BIN)/pytest tests/portable.py
 
-# The head lost, for which Debian has redis-server; KILLS of publishers and readers; ten minutes of
-# faults at random, the same again with the same SEED.
+# The head lost, for which Debian has redis-server; KILLS of publishers and readers; the catalog
+# killed at each step of each change; ten minutes of faults at random, the same with the same SEED.
 KILLS ?= 100
 MINUTES ?= 10
 SEED ?= 0
@@ -38,6 +38,7 @@ chaos: export PYTHONPATH = tests
 chaos: build
 	$(BIN)/python -W ignore tests/chaos/head.py
 	$(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
+	$(BIN)/python -W ignore tests/chaos/steps.py
 	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
 
 # CASES of each law of table, header, snapshot, layout and view, and of what torch makes of them.

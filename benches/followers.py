@@ -84,15 +84,15 @@ def process(name):
 
 def message_nbytes():
     """What a follower of one name sends, and what it is told: pickled, without Ray's envelope."""
-    version = rzc.publish("followed/message", [1])
-    asked = ("0" * 32, {version.name: (version.number, version.generation)}, 30.0)
+    version = rzc.publish("followed/message", weights(0))
+    asked = ("0" * 32, {version.name: version.number}, 30.0)
     told = {version.name: version}
     return len(pickle.dumps(asked)), len(ray.cloudpickle.dumps(told))
 
 
 def time_live(count=100_000):
     """Seconds that `live()` takes while nothing changes."""
-    rzc.publish("followed/still", [1])
+    rzc.publish("followed/still", weights(0))
     live = rzc.follow("followed/still")
     start_s = time.perf_counter()
     for _ in range(count):

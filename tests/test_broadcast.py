@@ -47,7 +47,7 @@ def test_five_nodes_are_sent_it_and_one_without_room_is_told():
             assert set(again.values()) == {0.0}
             assert ray.get(ref)[-1] == (12 << 20) - 1
 
-            rzc.publish("five", [1])
+            rzc.publish("five", np.ones(5))
             for name in ("catalog", "owner"):
                 actor = ray.get_actor(name, catalog.NAMESPACE)
                 where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())

@@ -3,6 +3,7 @@
 `data/*.rzc` were saved before the files were moved to their folders; whatever moves, they load.
 """
 
+import pickle
 import pickletools
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import ray_zerocopy as rzc
 import torch
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS, simple
 from ray_zerocopy import pickled
+from ray_zerocopy.registry.follower import Live
+from ray_zerocopy.registry.records import Plan, Version
 from ray_zerocopy.rewrite import extract_tensors
 
 DATA = Path(__file__).parent / "data"
@@ -98,6 +101,14 @@ def test_what_stands_for_a_model_names_that_module_alone(cluster):
         assert_only_pickled(ray.cloudpickle.dumps(standing))
         loaded = ray.cloudpickle.loads(ray.cloudpickle.dumps(standing))
         assert type(loaded) is type(standing)
+
+
+def test_what_is_published_names_that_module_alone():
+    plan = Plan("make", "node", make=b"pickled")
+    version = Version("name", 1, None, 9, "digest", "make", True, "live", 1.0)
+    for standing in (plan, version, rzc.ModelWrapper.from_model(version), Live("name", {})):
+        assert_only_pickled(ray.cloudpickle.dumps(standing))
+        assert type(pickle.loads(pickle.dumps(standing))) is type(standing)
 
 
 def test_every_name_has_a_home():

@@ -3,10 +3,12 @@
 import asyncio
 import gc
 import pickle
+import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +19,8 @@ import torch
 from exact import assert_exact
 from fresh import run
 from models import DIFFICULT, large, simple
-from ray_zerocopy.registry import catalog, follower, publication
+from ray_zerocopy.registry import catalog, client, follower, publication
+from ray_zerocopy.store import references
 from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
 
@@ -112,10 +115,11 @@ def test_make_runs_in_the_arena(name):
         maps = Path("/proc/self/maps").read_text().splitlines()
         arenas = [line for line in maps if "memfd:ray-zerocopy" in line]
         spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in arenas]
-        return {"lies in one": any(start <= weight.data_ptr() < end for start, end in spans)}
+        lies_in_one = any(start <= weight.data_ptr() < end for start, end in spans)
+        return {"weight": weight, "lies in one": lies_in_one}
 
     rzc.publish(name, make=make)
-    assert rzc.load(name) == {"lies in one": True}
+    assert rzc.load(name)["lies in one"]
 
 
 def test_a_snapshot_is_published_by_its_path_or_on_the_way(name, tmp_path):
@@ -235,6 +239,106 @@ def test_what_cannot_be_made_leaves_the_name_alone(name):
     assert [version.number for version in rzc.versions(name)] == [1]
 
 
+def test_what_holds_nothing_is_refused(name):
+    for nothing in ({"make": lambda: None}, {"make": lambda: {"a": 1}}, {"obj": [1]}):
+        with pytest.raises(rzc.PublishError, match="nothing to share"):
+            rzc.publish(name, **nothing)
+    assert rzc.versions(name) == []
+
+
+def test_what_ends_with_its_job_is_refused(name, tmp_path):
+    """A reference or an actor inside would be dead when the publisher is."""
+
+    def held():
+        return {"weight": torch.ones(3), "data": ray.put(1)}
+
+    for holding in ({"make": held}, {"obj": held()}, {"obj": rzc.put(held())}):
+        with pytest.raises(rzc.PublishError, match=r"holds an ObjectRef or an actor.* end with"):
+            rzc.publish(name, **holding)
+    with pytest.raises(rzc.PublishError, match=r"\['data'\] \(ObjectRef\)"):
+        rzc.publish(name, held(), snapshot=tmp_path / "model")
+    assert (rzc.versions(name), list(tmp_path.iterdir())) == ([], [])
+
+
+def test_what_is_not_whole_is_refused(name, tmp_path):
+    """A loader that failed quietly leaves tensors on the meta device."""
+
+    def half():
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+
+    for half_made in ({"make": half}, {"obj": half()}):
+        with pytest.raises(rzc.PublishError, match=r"Sequential\.1\.weight.* lie on the meta"):
+            rzc.publish(name, **half_made)
+    with pytest.raises(rzc.PublishError, match="on the meta device"):
+        rzc.publish(name, nn.Linear(3, 3, device="meta"), snapshot=tmp_path / "model")
+    assert (rzc.versions(name), list(tmp_path.iterdir())) == ([], [])
+
+
+def test_the_current_version_is_loaded_though_it_was_another_when_first_asked(name, monkeypatch):
+    def once(ref, **how):
+        monkeypatch.setattr(references, "get", real)
+        rzc.publish(name, filled(2), keep=1)
+        raise ray.exceptions.GetTimeoutError
+
+    real = references.get
+    rzc.publish(name, filled(1))
+    monkeypatch.setattr(references, "get", once)
+    assert value_of(rzc.load(name)) == 2
+
+
+def test_a_load_that_met_a_loss_holds_no_reference(name, monkeypatch):
+    """Without a collection, which a worker that has nothing to do never makes."""
+
+    def once(ref, **how):
+        monkeypatch.setattr(references, "get", real)
+        raise ray.exceptions.WorkerCrashedError
+
+    def noted(*args):
+        version = find(*args)
+        found.append(weakref.ref(version))
+        return version
+
+    real, find, found = references.get, publication.find, []
+    rzc.publish(name, filled(1))
+    monkeypatch.setattr(references, "get", once)
+    monkeypatch.setattr(publication, "find", noted)
+    gc.disable()
+    try:
+        assert value_of(rzc.load(name)) == 1
+        assert [each() for each in found] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_slow_write_holds_up_nobody_else(name):
+    """The GCS may take its time: the catalog answers others meanwhile."""
+
+    def slow(self, name):
+        kept, put = self._manifest._kept, self._manifest._kept.put
+
+        def put_slowly(key, value):
+            if key == name.encode():
+                time.sleep(3)
+            put(key, value)
+
+        kept.put = put_slowly
+
+    def undo(self):
+        del self._manifest._kept.put
+
+    rzc.publish(name, filled(1))
+    handle = client.catalog()
+    ray.get(handle.__ray_call__.remote(slow, name))
+    with ThreadPoolExecutor() as pool:
+        publishing = pool.submit(rzc.publish, name, filled(2))
+        answers = 0
+        while not publishing.done():
+            answers += [v.number for v in rzc.versions(name) if v.state == "live"] == [1]
+    assert answers > 1
+    ray.get(handle.__ray_call__.remote(undo))
+    assert publishing.result().number == 2
+
+
 def test_memory_comes_back(name):
     def used():
         gc.collect()
@@ -277,7 +381,7 @@ def test_live_asks_nobody_while_nothing_changes(name, monkeypatch):
     def asked(*args):
         raise AssertionError("a message")
 
-    monkeypatch.setattr(publication, "_ask", asked)
+    monkeypatch.setattr(client, "ask", asked)
     monkeypatch.setattr(ray, "get", asked)
     assert len({id(live()) for _ in range(1000)}) == 1
 
@@ -302,7 +406,7 @@ def test_many_names_are_followed_in_one_call(name):
     until(lambda: {value_of(live()) for live in lives} == {2})
     threads = [thread for thread in threading.enumerate() if thread.name == "ray_zerocopy.follow"]
     assert len(threads) == 1
-    state = ray.get(publication.catalog().state.remote())
+    state = ray.get(client.catalog().state.remote())
     assert [state["names"][each]["followers"] for each in names] == [1] * 5
     for each in names:
         rzc.retire(each)
@@ -378,6 +482,114 @@ def test_the_verbs_can_be_awaited(name):
     assert asyncio.run(publish_and_follow()) == (1, 1, 1)
 
 
+def test_a_second_live_comes_to_the_newest(name, monkeypatch):
+    """Though its first load is slow, and the first live has the next version by then."""
+
+    def slow(version, **how):
+        loaded = real(version, **how)
+        if threading.current_thread().name == "second":
+            assert told.wait(60)
+        return loaded
+
+    real, told, second = follower.load_version, threading.Event(), []
+    monkeypatch.setattr(follower, "load_version", slow)
+    rzc.publish(name, filled(1))
+    first = rzc.follow(name)
+    thread = threading.Thread(target=lambda: second.append(rzc.follow(name)), name="second")
+    thread.start()
+    rzc.publish(name, filled(2))
+    until(lambda: value_of(first()) == 2)
+    told.set()
+    thread.join()
+    until(lambda: value_of(second[0]()) == 2)
+
+
+def test_each_live_ends_on_the_newest_and_loads_nothing_twice(name, monkeypatch):
+    """However long each load takes: what comes faster is skipped, never queued."""
+
+    def recorded(version, **how):
+        loads[how["prefault"]].append(version.number)
+        time.sleep(delays.uniform(0, 0.2))
+        return real(version, **how)
+
+    real, loads, delays = follower.load_version, {True: [], False: []}, random.Random(0)
+    monkeypatch.setattr(follower, "load_version", recorded)
+    rzc.publish(name, filled(0))
+    lives = [rzc.follow(name, prefault=how) for how in loads]
+    for value in range(1, 12):
+        rzc.publish(name, filled(value))
+    rzc.publish(name, filled(11))  # which it is already
+    until(lambda: {value_of(live()) for live in lives} == {11})
+    time.sleep(1)
+    for numbers in loads.values():
+        assert numbers == sorted(set(numbers))
+        assert numbers[-1] == 12
+
+
+def test_a_version_that_does_not_load_is_tried_again(name, monkeypatch):
+    def once(version, **how):
+        if version.number == 2 and not failed:
+            failed.append(version)
+            raise MemoryError
+        return real(version, **how)
+
+    real, failed = follower.load_version, []
+    monkeypatch.setattr(follower, "load_version", once)
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    rzc.publish(name, filled(2))
+    until(lambda: value_of(live()) == 2)
+    assert failed
+
+
+def test_a_follower_survives_whatever_is_raised(name, monkeypatch):
+    def once(self, seen):
+        monkeypatch.setattr(follower.Follower, "_wait", real)
+        raise KeyError("nobody expects this")
+
+    real = follower.Follower._wait
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    monkeypatch.setattr(follower.Follower, "_wait", once)
+    follower._FOLLOWER.wake()
+    until(lambda: follower.Follower._wait is real)
+    rzc.publish(name, filled(2))
+    until(lambda: value_of(live()) == 2)
+
+
+LEAVE = """
+import gc, threading, time
+import torch
+for delay in (0.0, 0.1, 0.4, 0.9):
+    live = rzc.follow(sys.argv[1])
+    rzc.publish(sys.argv[1], torch.nn.Linear(300, 300))
+    number = live.version.number
+    while live.version.number == number:
+        time.sleep(0.01)
+    time.sleep(delay)
+    ray.shutdown()
+    try:
+        live()
+    except rzc.CatalogError as error:
+        assert "has left" in str(error)
+        print("has left")
+    ray.init(sys.argv[2], log_to_driver=False)
+    try:
+        assert live()
+    except rzc.CatalogError:
+        raise SystemExit("the same cluster")
+live = rzc.follow(sys.argv[1])
+rzc.publish(sys.argv[1], torch.nn.Linear(300, 300))
+"""
+
+
+def test_a_follower_leaves_with_its_process(name):
+    """By `ray.shutdown` or at its end, whenever a version has arrived: with status 0."""
+    rzc.publish(name, filled(1))
+    done = other_job(LEAVE, name, ray.get_runtime_context().gcs_address)
+    assert (done.returncode, done.stdout.split("\n")[:-1]) == (0, ["has left"] * 4), done.stderr
+
+
 # --- the faces ------------------------------------------------------------------------------------
 
 
@@ -441,18 +653,37 @@ except rzc.PublishError as error:
     assert name not in rzc.published()
 
 
-def test_nothing_starts_before_the_first_publish():
+def test_nothing_starts_before_the_first_publish_which_keeps_its_timeout():
     @run
     def fresh():
         import pytest
         import ray
         import ray_zerocopy as rzc
+        import torch
+        from ray_zerocopy.registry import client
 
         ray.init(address="local", num_cpus=1, object_store_memory=80_000_000)
         assert rzc.published() == rzc.versions("a") == []
         with pytest.raises(rzc.UnknownVersionError, match="nothing is published"):
             rzc.load("a")
         assert ray.util.list_named_actors(all_namespaces=True) == []
+
+        with pytest.raises(rzc.CatalogError, match=r"not started in 0.1 s, and goes on starting"):
+            rzc.publish("a", torch.ones(3), timeout=0.1)
+        assert rzc.publish("a", torch.ones(3)).number == 1
+        live = rzc.follow("a")
+
+        # A live belongs to its cluster.
+        ray.shutdown()
+        ray.init(address="local", num_cpus=1, object_store_memory=80_000_000)
+        with pytest.raises(rzc.CatalogError, match="a cluster that this process has left"):
+            live()
+        rzc.publish("a", torch.zeros(3))
+        with pytest.raises(rzc.CatalogError, match="a cluster that this process has left"):
+            live()
+        assert torch.equal(rzc.follow("a")(), torch.zeros(3))
+        assert torch.equal(rzc.load("a"), torch.zeros(3))
+        assert client.is_running()
 
 
 def test_the_actors_take_no_cpu_and_are_told_by_their_class(name):

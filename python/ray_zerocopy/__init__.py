@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from ray_zerocopy import serve as serve
     from ray_zerocopy.invoke import CallModel, Shim, call_model, rewrite_pipeline
     from ray_zerocopy.registry.broadcast import prefetch
-    from ray_zerocopy.registry.catalog import Version
     from ray_zerocopy.registry.follower import Live, follow
     from ray_zerocopy.registry.publication import (
         load,
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
         retire,
         versions,
     )
+    from ray_zerocopy.registry.records import Version
     from ray_zerocopy.store.opening import open as open  # noqa: A004 - the package's name for it
     from ray_zerocopy.wrappers import JITModelWrapper, ModelWrapper
 
@@ -120,7 +120,7 @@ _FACES = {
     "rewrite_pipeline": "invoke",
     "JITModelWrapper": "wrappers",
     "ModelWrapper": "wrappers",
-    "Version": "registry.catalog",
+    "Version": "registry.records",
     "prefetch": "registry.broadcast",
     "Live": "registry.follower",
     "open": "store.opening",  # not in `__all__`: a star import is to leave the builtin alone

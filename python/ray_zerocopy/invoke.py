@@ -20,9 +20,9 @@ from ray_zerocopy.calls.cache import Cache
 from ray_zerocopy.calls.replacement import Leaf, replace
 from ray_zerocopy.objects.tensors import nbytes_of
 from ray_zerocopy.pickled import named
-from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load_version
+from ray_zerocopy.registry.records import Version
 from ray_zerocopy.rewrite import is_extracted, replace_tensors_direct
 from ray_zerocopy.store.envelope import Shared
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, free_resources

@@ -55,6 +55,10 @@ HOMES = {
     "wrapper": "wrappers",
     "handle": "wrappers",
     "in_eval_mode": "wrappers",
+    # what is published
+    "version": "registry.records",
+    "plan": "registry.records",
+    "live": "registry.follower",
 }
 """The module where each function lives, by the name in pickles."""
 

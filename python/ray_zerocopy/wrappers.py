@@ -13,10 +13,10 @@ import torch
 from ray_zerocopy.calls.replacement import StandsForModel, leading_to_models
 from ray_zerocopy.invoke import rewrite_pipeline
 from ray_zerocopy.pickled import named
-from ray_zerocopy.registry.catalog import Version
 from ray_zerocopy.registry.follower import Live
 from ray_zerocopy.registry.publication import load as load_published
 from ray_zerocopy.registry.publication import load_version
+from ray_zerocopy.registry.records import Version
 from ray_zerocopy.store.references import get, put
 
 Mode = Literal["actor", "task"]

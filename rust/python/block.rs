@@ -290,3 +290,9 @@ pub(super) fn source_of(address: usize) -> PyResult<Option<(OsString, u64, u64)>
     let source = store::backing(Region { address, nbytes: 1 }).ok().flatten();
     Ok(source.map(|source| (source.name.into(), source.inode, source.offset)))
 }
+
+/// How many tensors and buffers a table has.
+#[pyfunction]
+pub(super) fn view_count(table: &[u8]) -> PyResult<usize> {
+    Ok(Table::decode(table)?.views.len())
+}

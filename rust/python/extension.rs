@@ -38,6 +38,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
     m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;
     m.add_function(wrap_pyfunction!(block::source_of, m)?)?;
+    m.add_function(wrap_pyfunction!(block::view_count, m)?)?;
     m.add_function(wrap_pyfunction!(collector::collect, m)?)?;
     m.add_function(wrap_pyfunction!(collector::note_module, m)?)?;
     m.add_function(wrap_pyfunction!(collector::noting_modules, m)?)?;

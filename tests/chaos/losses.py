@@ -169,14 +169,6 @@ def refused(error, told, action):
         action()
 
 
-def rebuilt(stage, name):
-    """Load it when its first block is gone, or the old reference may still do."""
-    version = rzc.versions(name)[-1]
-    handle = ray.get_actor("catalog", catalog.NAMESPACE)
-    found = handle.find.remote(name, version.number, version.generation, SOON_S)
-    return ray.get(found, timeout=SOON_S)
-
-
 # --- the rows -------------------------------------------------------------------------------------
 
 
@@ -184,7 +176,7 @@ def driver(address):
     """Publish, and go on publishing until killed: an object, and what takes long to make."""
     ray.init(address, log_to_driver=False, logging_level="ERROR")
     rzc.publish("driver", filled(1))
-    slow = {"make": lambda: time.sleep(10) or [1]}
+    slow = {"make": lambda: time.sleep(10) or torch.ones(1)}
     threading.Thread(target=rzc.publish, args=["torn"], kwargs=slow).start()
     for value in itertools.count(1):
         rzc.publish("torn", filled(value))
@@ -256,7 +248,8 @@ def owner_killed(stage):
 
 def make_that_gives_another_model(stage):
     """The owner is another than made it first."""
-    refused(rzc.LostVersionError, "another model", lambda: rebuilt(stage, "random"))
+    until(lambda: not rzc.versions("random")[0].heals)
+    refused(rzc.LostVersionError, "another model", lambda: rzc.load("random", timeout=SOON_S))
     rzc.retire("random")
 
 

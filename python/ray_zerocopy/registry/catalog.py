@@ -1,20 +1,20 @@
 """What is published, and which version of a name is current: one actor that decides.
 
-    publish ──▶ staging ── commit ──▶ live ── retire, or more than `keep` ──▶ retired
-                   │                   ▲ │
-                   ▼                   │ ▼ the block is gone
-                abandoned            made again (generation + 1), by its plan or from a copy
+    publish ──▶ staging ─ made, and asked for ─▶ live ── retired, or more than `keep` ──▶ retired
+                   │                              ▲ │
+                   ▼                              │ ▼ its block is gone
+                abandoned                      made again (generation + 1)
 
 | who moves it | when |
 |---|---|
-| a publisher, by `stage` | it names a version's plan, and has a number for it |
-| the owner | the block is there, whole, and its digest known |
-| the publisher, by `commit` | the version is live and current, by one write of the manifest |
-| the catalog | a publisher has not asked for 15 s: it is dead, and what it staged is dropped |
-| the catalog | the owner died, or a loader says that it cannot load a generation: made again |
+| a publisher, by `publish` | it is staged; when its block is there, it is live and current |
+| the publisher, or the catalog | it is abandoned: by the one, or when it has not asked for 15 s |
+| anyone, by `promote` and `retire` | another version is current; it is retired |
+| the catalog (`healing`) | the owner died, or a block is found to be lost or damaged: made again |
 
-Every change is in the manifest before anyone hears of it. What is staged is not, but for its
-number: a catalog that dies forgets it, and the publisher stages anew. Followers wait at `changes`.
+Every change is written to the manifest before anyone hears of it (`manifest`). What is staged is
+not: a catalog that dies forgets it, and the publisher, who tells again every two seconds what it
+wants, tells the next one. Followers wait in `polls`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter, defaultdict
-from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
 from ray_zerocopy import metrics
-from ray_zerocopy.calls.replacement import StandsForModel
-from ray_zerocopy.errors import (
-    CatalogError,
-    LostVersionError,
-    RayZeroCopyError,
-    StoreFullError,
-    UnknownVersionError,
-)
+from ray_zerocopy.errors import CatalogError, UnknownVersionError
+from ray_zerocopy.registry.healing import Healing
 from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.registry.owner import Key, Made, Owner, Plan, Source
-from ray_zerocopy.store.ray_inside import Address, address_of, reference_at
+from ray_zerocopy.registry.owner import Made, Owner, cause_of
+from ray_zerocopy.registry.polls import Polls
+from ray_zerocopy.registry.records import Kept, Plan, Record, Version
+from ray_zerocopy.store.ray_inside import address_of
 
 NAMESPACE = "ray_zerocopy"
 ACTOR = {
@@ -52,483 +47,328 @@ ACTOR = {
     "max_restarts": -1,
     "max_concurrency": 100_000,  # every follower of the cluster waits in one call
 }
-LEASE_S = 15.0
 START_S = 300.0  # of two processes, for a node that has other things to do
-_WATCH_S = 30.0
-_GENERATIONS = 3  # of a version, whose copies may be in use somewhere
-_REMEMBERED = 16  # retired versions that a name still lists
+LEASE_S = 15.0
+_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
-class Version(StandsForModel):
-    """A published block: a name, a number, and where it came from."""
+class Wanted:
+    """What a publisher wants to be the current version of a name."""
 
     name: str
-    number: int
-    ref: ray.ObjectRef | None
-    """An ordinary reference; None while the block is being made, and once it is retired."""
-    nbytes: int
-    """Bytes in the block."""
-    digest: str
-    """SHA-256 of skeleton, table and block."""
-    source: Source
-    """`"object"`, `"make"` or `"path"`: what was published."""
-    heals: bool
-    """Whether the block can be made again when every copy is lost."""
-    state: Literal["staging", "live", "retired"]
-    published_at: float
-    """Seconds since the epoch."""
-    current: bool = False
-    """Whether it is what its name stands for."""
-    generation: int = 0
-    """How often its block was made again."""
-
-    def binary(self) -> bytes:
-        """Give what tells it from others in a `Cache`, whatever its generation."""
-        return f"{self.name}@{self.number}".encode()
-
-    @property
-    def handle(self) -> Version:
-        """The version without its reference, which any pickle may take along: found by its name."""
-        return replace(self, ref=None, current=False, generation=0)
-
-
-@dataclass
-class Entry:
-    """A name, as the manifest has it."""
-
-    last: int = 0
-    """The highest number ever given: none is given twice."""
-    recent: list[int] = field(default_factory=list)
-    """The live versions, by when they were last current; the last one is."""
-    versions: dict[int, Version] = field(default_factory=dict)
-    plans: dict[int, Plan] = field(default_factory=dict)
-    addresses: dict[int, list[Address]] = field(default_factory=dict)
-    """Where the blocks are, of the last generations: a view in use may be of one before this."""
-
-    @property
-    def current(self) -> int | None:
-        """The number that the name stands for."""
-        return self.recent[-1] if self.recent else None
-
-    def digests(self, number: int) -> tuple[str | None, str | None]:
-        """Give the digest of a version, if it has one by now, and of the current one."""
-        digests = {number: version.digest for number, version in self.versions.items()}
-        return digests.get(number), digests.get(self.current or 0)
+    token: str
+    """Tells it from all others, however often it is told."""
+    plan: Plan
+    keep: int
+    digest: str | None
+    """Of an object that is stored already; None for what has to be made."""
 
 
 @dataclass
 class _Staged:
-    version: Version
-    plan: Plan
-    keep: int
+    wanted: Wanted
     making: asyncio.Task[Made]
+    since_s: float
     asked_s: float
+
+
+class _RestageError(Exception):
+    """What was equal to the current version, and not stored, is so no more."""
 
 
 class Catalog:
     """The actor that knows what is published; it holds no block, and owns none."""
 
     def __init__(self) -> None:
-        self._manifest = Manifest()
-        self._entries: dict[str, Entry] = {
-            name: self._manifest.read(name) for name in self._manifest.names()
-        }
-        self._staged: dict[Key, _Staged] = {}
-        self._making: dict[Key, asyncio.Task[Version]] = {}
-        self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
-        self._polls: dict[str, asyncio.Future[None]] = {}
-        self._following: dict[str, list[str]] = {}
-        self._rebuilds: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._manifest = Manifest(self._written)
+        self._staged: dict[str, _Staged] = {}  # by token
+        self._owner = ray.remote(Owner).options(name="owner", **ACTOR).remote()
+        self._healing = Healing(self._manifest, self._owner, self._staged.keys)
+        self._polls = Polls(self._current)
+        self._files: dict[str, str] = {}  # tokens by the file that is being replaced
         self._up: asyncio.Task[None] | None = None
-        for name in self._entries:
-            self._count(name)
-        owner = ray.remote(Owner).options(name="owner", **ACTOR)
-        self._owner = owner.remote()
+        self._leases: set[asyncio.Task[None]] = set()
+
+    async def _ready(self) -> None:
+        """Know what is written and what the owner holds, before anything else."""
+        if self._up is None or (self._up.done() and self._up.exception() is not None):
+            self._up = asyncio.ensure_future(self._start())
+        await asyncio.shield(self._up)
+
+    async def _start(self) -> None:
+        await self._manifest.load()
+        for name, record in self._manifest.records.items():
+            _count(name, record)
+        await self._healing.recover(LEASE_S)
+
+    def _written(self, name: str, before: Record, after: Record) -> None:
+        """Tell others of a change that is written."""
+        self._healing.changed(name, before, after)
+        self._polls.wake(name)
+        _count(name, after)
 
     # --- publishing ---------------------------------------------------------------------------
 
-    async def stage(self, name: str, plan: Plan, copied: list[ray.ObjectRef], keep: int) -> int:
-        """Give a new version its number, and start to make it."""
-        await self._ready()
-        entry = self._entries.setdefault(name, Entry())
-        number = entry.last = entry.last + 1
-        self._write(name)
-        key = (name, number)
-        making = self._start(self._built(key, plan, copied))
-        version = Version(
-            name, number, None, 0, "", plan.source, plan.heals, "staging", time.time()
-        )
-        self._staged[key] = _Staged(version, plan, keep, making, time.monotonic())
-        self._start(self._abandon_when_deserted(key))
-        return number
+    async def publish(
+        self, wanted: Wanted, copied: list[ray.ObjectRef], wait_s: float
+    ) -> Version | None:
+        """Have something published: give its version, or None while it is being made.
 
-    async def _built(self, key: Key, plan: Plan, copied: list[ray.ObjectRef]) -> Made:
-        while True:
-            try:
-                made: Made = await self._owner.build.remote(key, plan, copied)
-                return made
-            except ray.exceptions.RayActorError:  # it starts again, and has nothing
-                await asyncio.sleep(0.2)
-            except ray.exceptions.RayTaskError as error:
-                raise _ours(error) from error
+        To be called again until it gives one: it is the same publication, also to a catalog that
+        has started meanwhile, and to ask is to say that the publisher lives. What equals the
+        current version is not stored: that one is given. `copied` refers to an object.
 
-    async def _abandon_when_deserted(self, key: Key) -> None:
-        while (staged := self._staged.get(key)) is not None:
-            if time.monotonic() - staged.asked_s > LEASE_S:
-                await self.abandon(*key)
-            await asyncio.sleep(LEASE_S / 4)
-
-    async def abandon(self, name: str, number: int) -> None:
-        """Drop what was staged."""
-        staged = self._staged.pop((name, number), None)
-        if staged is None:
-            return
-        with contextlib.suppress(Exception):  # it is told to whoever waits for it in `built`
-            await staged.making
-        self._owner.drop.remote([(name, number)])
-
-    async def built(self, name: str, number: int, wait_s: float) -> bool | None:
-        """Wait for a staged version: whether it is there yet; None if nobody knows of it.
-
-        To ask is also to say that the publisher lives.
+        Raises what `Owner.make` does, and `CatalogError` where the record cannot be written.
         """
         await self._ready()
-        if number in self._entries.get(name, Entry()).versions:
-            return True
-        staged = self._staged.get((name, number))
-        if staged is None:
+        record = self._manifest.record(wanted.name)
+        if (number := record.published_by(wanted.token)) is not None:
+            return self._version(wanted.name, number)
+        if not self._has_file(wanted):
+            await asyncio.sleep(min(wait_s, _AGAIN_S))
             return None
+        staged = self._staged.get(wanted.token) or self._stage(wanted, copied, record)
         staged.asked_s = time.monotonic()
-        done, _ = await asyncio.wait([staged.making], timeout=wait_s)
-        if not done:
+        await asyncio.wait([staged.making], timeout=wait_s)
+        if not staged.making.done() or staged.making.cancelled():
+            return None
+        try:
+            return await self._commit(staged, staged.making.result())
+        except (ray.exceptions.RayActorError, _RestageError):
+            self._staged.pop(wanted.token, None)
+            return None
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) from error
+
+    def _stage(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> _Staged:
+        making = asyncio.ensure_future(self._made(wanted, copied, record))
+        now_s = time.monotonic()
+        staged = self._staged[wanted.token] = _Staged(wanted, making, now_s, now_s)
+        lease = asyncio.ensure_future(self._abandon_when_deserted(wanted.name, wanted.token))
+        self._leases.add(lease)  # asyncio itself keeps only a weak reference
+        lease.add_done_callback(self._leases.discard)
+        return staged
+
+    async def _made(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> Made:
+        name, token, plan, digest = wanted.name, wanted.token, wanted.plan, wanted.digest
+        if digest is None:
+            made: Made = await self._owner.make.remote(token, name, plan, None)
+            return made
+        if record.current is not None and record.current.digest == digest:
+            return Made(record.current.nbytes, digest, None)
+        copy: Made = await self._owner.copy.remote(token, name, plan, digest, copied)
+        return copy
+
+    async def _commit(self, staged: _Staged, made: Made) -> Version:
+        """Have what is made live and current, by one write."""
+        name, token, plan = staged.wanted.name, staged.wanted.token, staged.wanted.plan
+        await self._supersede(name, plan, made.digest)
+        version = Version(
+            name, 0, None, made.nbytes, made.digest, plan.source, plan.heals, "live", time.time()
+        )
+        places = (address_of(made.ref),) if made.ref else ()
+        kept = Kept(version, plan, token, token, places)
+
+        def change(record: Record) -> Record:
+            if record.published_by(token) is not None:
+                return record
+            record = record.superseded(plan.files, made.digest)
+            if (current := record.current) is not None and current.digest == made.digest:
+                heals = plan.heals and not current.heals
+                return record.healing(current.number, plan) if heals else record
+            if made.ref is None:
+                raise _RestageError
+            return record.committed(kept, staged.wanted.keep)
+
+        self._healing.have(token, made)
+        record = await self._manifest.change(name, change)
+        self._staged.pop(token, None)
+        asyncio.get_running_loop().call_later(LEASE_S, self._place, token)
+        number = record.published_by(token)
+        if number is None:
+            self._healing.drop([token])
+            return self._version(name, record.recent[-1])
+        return self._version(name, number)
+
+    async def _supersede(self, name: str, plan: Plan, digest: str) -> None:
+        """Have no version of another name healed from the files that this one is in."""
+        for other in list(self._manifest.records) if plan.files else ():
+            if other != name:
+                await self._manifest.change(
+                    other, lambda record: record.superseded(plan.files, digest)
+                )
+
+    async def abandon(self, name: str, token: str) -> bool:
+        """Let go of what was staged: it is not made any further. False where it is published."""
+        record = await self._manifest.settled(name)
+        staged = self._staged.pop(token, None)
+        self._place(token)
+        if record.published_by(token) is not None:
             return False
-        staged.making.result()  # raises what went wrong
+        if staged is not None:
+            staged.making.cancel()
+            self._healing.drop([token])
         return True
 
-    async def commit(self, name: str, number: int) -> Version | None:
-        """Make a staged version live and current, by one step; None if nobody knows of it.
+    async def _abandon_when_deserted(self, name: str, token: str) -> None:
+        while (staged := self._staged.get(token)) is not None:
+            if time.monotonic() - staged.asked_s > LEASE_S:
+                with contextlib.suppress(CatalogError):  # tried again
+                    await self.abandon(name, token)
+            await asyncio.sleep(LEASE_S / 4)
 
-        Gives the current version instead where that is the same to the byte.
-        """
-        await self._ready()
-        entry = self._entries[name]
-        if number in entry.versions:  # a catalog that died after it had written
-            return self._version(entry, number)
-        staged = self._staged.get((name, number))
-        if staged is None or not staged.making.done():
-            return None
-        made = staged.making.result()
-        del self._staged[name, number]
-        current = entry.versions.get(entry.current or 0)
-        if current is not None and current.digest == made.digest:
-            self._owner.drop.remote([(name, number)])
-            if staged.plan.heals and not current.heals:
-                entry.plans[current.number] = staged.plan
-                entry.versions[current.number] = replace(current, heals=True)
-                self._write(name)
-            return self._version(entry, current.number)
-        if made.ref is None:
-            return None  # the version that it equalled is current no more
-        entry.versions[number] = replace(
-            staged.version, ref=made.ref, nbytes=made.nbytes, digest=made.digest, state="live"
-        )
-        entry.plans[number] = staged.plan
-        entry.recent.append(number)
-        self._forget(entry, entry.recent[: -staged.keep])
-        self._write(name)
-        return self._version(entry, number)
+    # Where a snapshot is saved, one publication at a time has the file: it is moved there when the
+    # version is live.
+
+    def _has_file(self, wanted: Wanted) -> bool:
+        files = wanted.plan.files
+        return not files or self._files.setdefault(files[-1], wanted.token) == wanted.token
+
+    async def placed(self, token: str) -> None:
+        """Let others have the file: it is as the record says."""
+        self._place(token)
+
+    def _place(self, token: str) -> None:
+        self._files = {file: other for file, other in self._files.items() if other != token}
 
     # --- reading ------------------------------------------------------------------------------
 
-    async def find(
-        self, name: str, number: int | None, broken: int | None, wait_s: float
-    ) -> Version:
-        """Give a version; with its reference, unless that takes longer than `wait_s`.
+    async def find(self, name: str, number: int | None, wait_s: float) -> Version:
+        """Give a version, the current one without a number.
 
-        `broken` is a generation of it that could not be loaded: another one is made.
+        Its block is made again where it is lost; without a reference where that takes longer than
+        `wait_s`. Raises `LostVersionError` where it cannot be made again.
         """
         await self._ready()
-        entry, number = self._existing(name, number)
-        version = entry.versions[number]
-        if version.state != "live":
-            return self._version(entry, number)
-        if version.ref is None or version.generation == broken:
-            making = self._make_again((name, number), "lost" if broken is None else "unreadable")
-            done, _ = await asyncio.wait([making], timeout=wait_s)
-            if done:
+        number = self._existing(name, number)
+        version = self._version(name, number)
+        if version.state == "live" and version.ref is None:
+            making = self._healing.again((name, number), "lost")
+            await asyncio.wait([making], timeout=wait_s)
+            if making.done() and not making.cancelled():
                 making.result()
-        return self._version(entry, number)
+        return self._version(name, number)
+
+    async def broken(self, version: Version, node: str, wait_s: float) -> bool | None:
+        """Whether a version that somebody could not load is lost, so that it is made again.
+
+        False where its block is whole: the trouble is theirs. None if that takes longer.
+        """
+        await self._ready()
+        kept = self._manifest.record(version.name).live.get(version.number)
+        if kept is None or kept.version.generation != version.generation:
+            return True
+        checking = self._healing.check(kept, node)
+        await asyncio.wait([checking], timeout=wait_s)
+        return checking.result() if checking.done() else None
 
     async def versions(self, name: str) -> list[Version]:
-        """Give all versions of a name that are known, by number."""
+        """Give all versions of a name that are known, by number, then those that are staged."""
         await self._ready()
-        entry = self._entries.get(name, Entry())
-        staged = [kept.version for (named, _), kept in self._staged.items() if named == name]
-        known = [self._version(entry, number) for number in entry.versions]
-        return sorted([*known, *staged], key=lambda version: version.number)
+        known = sorted(self._manifest.record(name).kept)
+        staged = [each for each in self._staged.values() if each.wanted.name == name]
+        return [self._version(name, number) for number in known] + [
+            Version(name, 0, None, 0, "", each.wanted.plan.source, False, "staging", each.since_s)
+            for each in staged
+        ]
 
     async def names(self) -> list[str]:
         """Give the names that have a current version."""
         await self._ready()
-        return sorted(name for name, entry in self._entries.items() if entry.recent)
+        return self._names()
 
     async def changes(
-        self, follower: str, seen: dict[str, tuple[int, int]], wait_s: float
+        self, follower: str, seen: dict[str, int], wait_s: float
     ) -> dict[str, Version]:
-        """Wait until a name's current version is another than `seen`, as (number, generation).
-
-        A follower's new call ends its last one.
-        """
+        """Wait until a name's current version has another number than `seen`."""
         await self._ready()
-        if (last := self._polls.pop(follower, None)) and not last.done():
-            last.set_result(None)
-        self._follows(follower, list(seen))
-        if changed := self._changed(seen):
-            return changed
-        waiter = self._polls[follower] = asyncio.get_running_loop().create_future()
-        for name in seen:
-            self._waiting[name].add(waiter)
-        await asyncio.wait([waiter], timeout=wait_s)
-        for name in seen:
-            self._waiting[name].discard(waiter)
-        if self._polls.get(follower) is waiter:
-            del self._polls[follower]
-            self._start(self._miss(follower))
-        return self._changed(seen)
-
-    async def _miss(self, follower: str) -> None:
-        """Count a follower out that does not come back."""
-        await asyncio.sleep(LEASE_S)
-        if follower not in self._polls:
-            self._follows(follower, [])
-
-    def _follows(self, follower: str, names: list[str]) -> None:
-        before = self._following.pop(follower, [])
-        if names:
-            self._following[follower] = names
-        for name in {*before, *names} if before != names else ():
-            followers = sum(name in followed for followed in self._following.values())
-            metrics.record("rzc_followers", followers, name)
-
-    def _changed(self, seen: dict[str, tuple[int, int]]) -> dict[str, Version]:
-        changed = {}
-        for name, mark in seen.items():
-            entry = self._entries.get(name)
-            if entry is not None and entry.current is not None:
-                version = entry.versions[entry.current]
-                if (version.number, version.generation) != mark:
-                    changed[name] = self._version(entry, version.number)
-        return changed
+        return await self._polls.wait(follower, seen, wait_s)
 
     async def state(self) -> dict[str, Any]:
         """Tell of everything in plain values: names, their versions, followers, rebuilds."""
         await self._ready()
-        followers = Counter(name for names in self._following.values() for name in names)
+        followers = self._polls.followers()
         names = {
             name: {
-                "current": entry.current,
+                "current": record.number,
                 "followers": followers[name],
                 "versions": [
                     {k: v for k, v in vars(version).items() if k != "ref"}
                     for version in await self.versions(name)
                 ],
             }
-            for name, entry in self._entries.items()
+            for name, record in list(self._manifest.records.items())
         }
-        processes = len(self._following)
-        return {"names": names, "processes": processes, "rebuilds": dict(self._rebuilds)}
+        rebuilds = dict(self._healing.rebuilds)
+        return {"names": names, "processes": self._polls.processes, "rebuilds": rebuilds}
 
     # --- moving -------------------------------------------------------------------------------
 
     async def promote(self, name: str, number: int) -> Version:
         """Make a live version the current one."""
         await self._ready()
-        entry, number = self._existing(name, number)
-        if number not in entry.recent:
-            raise UnknownVersionError(
-                f"version {number} of {name!r} is {entry.versions[number].state}, and only live "
-                f"ones can be promoted: {sorted(entry.recent)}; publish it again"
-            )
-        entry.recent.remove(number)
-        entry.recent.append(number)
-        self._write(name)
-        return self._version(entry, number)
+
+        def change(record: Record) -> Record:
+            self._existing(name, number)
+            if number not in record.recent:
+                raise UnknownVersionError(
+                    f"version {number} of {name!r} is {record.kept[number].version.state}, and "
+                    f"only live ones can be promoted: {sorted(record.recent)}; publish it again"
+                )
+            return record.promoted(number)
+
+        await self._manifest.change(name, change)
+        return self._version(name, number)
 
     async def retire(self, name: str, number: int | None) -> None:
         """Retire a version that is not current, or all of them."""
         await self._ready()
-        if number is None:
-            entry, _ = self._existing(name, None)
-            self._forget(entry, list(entry.recent))
-        else:
-            entry, number = self._existing(name, number)
-            if number == entry.current:
-                others = sorted(set(entry.recent) - {number})
+
+        def change(record: Record) -> Record:
+            self._existing(name, number)
+            if number is None:
+                return record.retired(record.recent)
+            if number == record.number:
+                others = sorted(set(record.recent) - {number})
                 promote = f"promote one of {others} before, or " if others else ""
                 raise CatalogError(
                     f"version {number} of {name!r} is the current one: {promote}retire the name"
                 )
-            self._forget(entry, [number] if number in entry.recent else [])
-        self._write(name)
+            return record.retired([number]) if number in record.recent else record
 
-    def _forget(self, entry: Entry, numbers: list[int]) -> None:
-        """Retire versions: their references go, here and with the owner."""
-        for number in numbers:
-            entry.recent.remove(number)
-            entry.plans.pop(number)
-            entry.addresses.pop(number, None)
-            retired = replace(entry.versions[number], ref=None, state="retired")
-            entry.versions[number] = retired
-            self._owner.drop.remote([(retired.name, number)])
-        retired_numbers = sorted(set(entry.versions) - set(entry.recent))
-        for number in retired_numbers[:-_REMEMBERED]:
-            del entry.versions[number]
-
-    # --- losses -------------------------------------------------------------------------------
-
-    def _ready(self) -> asyncio.Task[None]:
-        """Find what the owner still holds; once, before anything else."""
-        if self._up is None:
-            self._up = self._start(self._recover())
-        return self._up
-
-    async def _recover(self) -> None:
-        while True:
-            try:
-                self._incarnation, held = await self._owner.held.remote()
-                break
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(0.2)
-        live = {(n, number) for n, entry in self._entries.items() for number in entry.recent}
-        self._owner.drop.remote([key for key in held if key not in live])
-        for name, number in live:
-            entry = self._entries[name]
-            ref = held.get((name, number))
-            entry.versions[number] = replace(entry.versions[number], ref=ref)
-        self._start(self._watch())
-        self._start(self._restore())
-
-    async def _watch(self) -> None:
-        """Notice that the owner died: wait at it, and have its blocks made again."""
-        while True:
-            try:
-                if await self._owner.watch.remote(self._incarnation, _WATCH_S):
-                    continue
-                self._incarnation, _ = await self._owner.held.remote()
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(0.2)
-                continue
-            for entry in self._entries.values():
-                for number in entry.recent:
-                    entry.versions[number] = replace(entry.versions[number], ref=None)
-            await self._restore()
-
-    async def _restore(self) -> None:
-        """Make again what is current, and what only a copy can give; the rest when it is asked."""
-        wanted = [
-            (name, number)
-            for name, entry in self._entries.items()
-            for number in entry.recent
-            if entry.versions[number].ref is None
-            and (number == entry.current or not entry.plans[number].heals)
-        ]
-        for key in sorted(wanted, key=lambda key: self._entries[key[0]].plans[key[1]].heals):
-            with contextlib.suppress(RayZeroCopyError, ray.exceptions.RayError):
-                await self._make_again(key, "owner lost")
-
-    def _make_again(self, key: Key, reason: str) -> asyncio.Task[Version]:
-        """Make the block of a version again, once however many ask."""
-        making = self._making.get(key)
-        if making is None:
-            making = self._making[key] = self._start(self._generation(key, reason))
-            making.add_done_callback(lambda _: self._making.pop(key))  # its result has a reference
-        return making
-
-    async def _generation(self, key: Key, reason: str) -> Version:
-        name, number = key
-        entry = self._entries[name]
-        plan, version = entry.plans[number], entry.versions[number]
-        made: Made | None = None
-        if plan.heals:
-            made = await self._built(key, plan, [])
-        else:
-            nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-            lost = [reference_at(address) for address in entry.addresses[number]]
-            made = await self._owner.rescue.remote(key, lost, nodes)
-        if made is None:
-            raise LostVersionError(
-                f"version {number} of {name!r} is lost: it was published as an object, which "
-                f"nobody can make again, and no node has a copy; publish it anew, with make= or "
-                f"snapshot= so that it heals"
-            )
-        if number in entry.recent:
-            self._rebuilds[reason] += 1
-            metrics.record("rzc_rebuilds", 1, reason)
-            generation = version.generation + 1
-            entry.versions[number] = replace(version, ref=made.ref, generation=generation)
-            self._write(name)
-        return self._version(entry, number)
+        await self._manifest.change(name, change)
 
     # --- the rest -----------------------------------------------------------------------------
 
-    def _existing(self, name: str, number: int | None) -> tuple[Entry, int]:
-        entry = self._entries.get(name)
-        if entry is None or entry.current is None:
-            names = sorted(name for name, entry in self._entries.items() if entry.recent)
-            raise UnknownVersionError(f"nothing is published as {name!r}; there is {names}")
-        number = entry.current if number is None else number
-        if number not in entry.versions:
+    def _names(self) -> list[str]:
+        return sorted(name for name, record in self._manifest.records.items() if record.recent)
+
+    def _existing(self, name: str, number: int | None) -> int:
+        record = self._manifest.record(name)
+        if record.number is None:
+            raise UnknownVersionError(f"nothing is published as {name!r}; there is {self._names()}")
+        number = record.number if number is None else number
+        if number not in record.kept:
             raise UnknownVersionError(
-                f"{name!r} has no version {number}; it has {sorted(entry.versions)}"
+                f"{name!r} has no version {number}; it has {sorted(record.kept)}"
             )
-        return entry, number
+        return number
 
-    def _version(self, entry: Entry, number: int) -> Version:
-        return replace(entry.versions[number], current=number == entry.current)
+    def _version(self, name: str, number: int) -> Version:
+        record = self._manifest.record(name)
+        ref = self._healing.block(record.kept[number])
+        return replace(record.version(number), ref=ref)
 
-    def _write(self, name: str) -> None:
-        """Write a name's record, then wake who waits for it."""
-        entry = self._entries[name]
-        for number in entry.recent:
-            if ref := entry.versions[number].ref:
-                before = [a for a in entry.addresses.get(number, []) if a[0] != ref.binary()]
-                entry.addresses[number] = [*before, address_of(ref)][-_GENERATIONS:]
-        bare = {number: replace(version, ref=None) for number, version in entry.versions.items()}
-        self._manifest.write(name, replace(entry, versions=bare))
-        self._count(name)
-        for waiter in self._waiting[name]:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def _count(self, name: str) -> None:
-        states = Counter(version.state for version in self._entries[name].versions.values())
-        for state in ("live", "retired"):
-            metrics.record("rzc_versions", states[state], name, state)
-
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # asyncio itself keeps only a weak reference
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _current(self, name: str) -> Version | None:
+        number = self._manifest.record(name).number
+        return None if number is None else self._version(name, number)
 
 
-def _ours(error: ray.exceptions.RayTaskError) -> Exception:
-    """Give what a task raised as our own error, with what the user can do."""
-    cause: BaseException = error
-    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
-        cause = cause.cause
-    if isinstance(cause, RayZeroCopyError):
-        return cause
-    if isinstance(cause, ray.exceptions.ObjectStoreFullError | ray.exceptions.OutOfDiskError):
-        return StoreFullError(
-            f"there is no room for the block: start Ray with a larger store "
-            f"(object_store_memory), or retire versions: {cause}"
-        )
-    if isinstance(cause, ray.exceptions.OwnerDiedError):
-        return CatalogError(f"who publishes the object is gone: {cause}")
-    return CatalogError(f"the block could not be made: {type(cause).__name__}: {cause}")
+def _count(name: str, record: Record) -> None:
+    states = Counter(kept.version.state for kept in record.kept.values())
+    for state in ("live", "retired"):
+        metrics.record("rzc_versions", states[state], name, state)
 
 
 def start(address: str) -> None:

@@ -1,9 +1,13 @@
 """A model that changes by itself: what a name stands for now, in a process that uses it.
 
-catalog ═ one long poll a process ═▶ Follower ─ another version ─▶ a thread loads it ─▶ live()
+catalog ═ one long poll a process ═▶ Follower ─ another number ─▶ a thread loads it ─▶ live()
 
-`live()` is a look at an attribute. Who has called it keeps what it gave, the old version with all
-its pages, for as long as they like.
+`live()` is an attribute read. Models that a caller already holds stay valid, with all their pages,
+for as long as they like.
+
+Each live loads one version at a time, always the newest that it knows of: versions that come faster
+than it loads are skipped. Threads hold references while they load, and at no other time; when the
+process leaves the cluster, they end before.
 """
 
 from __future__ import annotations
@@ -16,38 +20,49 @@ import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from ray_zerocopy import metrics
 from ray_zerocopy.calls.replacement import StandsForModel
-from ray_zerocopy.errors import RayZeroCopyError
-from ray_zerocopy.registry.catalog import Version
-from ray_zerocopy.registry.publication import catalog, find, load_version
-from ray_zerocopy.store.cycles import collect, traces
+from ray_zerocopy.errors import CatalogError
+from ray_zerocopy.pickled import named
+from ray_zerocopy.registry import client
+from ray_zerocopy.registry.publication import find, load_version
+from ray_zerocopy.registry.records import Version
+from ray_zerocopy.store.ray_inside import before_leaving, cluster
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 30.0
-_SETTLE_S = 1.0  # for calls that are still in the old version
+_LEAVING_S = 2.0  # for what is being loaded when the process leaves
+_AGAIN_S = (0.2, 1.0)
 
 
 class Live(StandsForModel):
     """The current version of a published model: call it for the model, each time you use it.
 
-    `live()` costs a look at an attribute. The model it gives changes between two calls, never
-    during one, and never blocks: the next version is loaded on a thread. Take it once a request,
+    `live()` is an attribute read. The model it gives changes between two calls, never during one,
+    and never blocks: the next version is loaded on a thread. Take it once a request,
     `model = live()`, where a request needs several calls of the same weights.
 
     It pickles as its name and loads at its first call, so it goes into tasks, actors and Serve.
-    Threads and coroutines may share one.
+    Threads and coroutines may share one. It belongs to the cluster where it was loaded first: when
+    this process has left that, it raises `CatalogError`.
     """
 
     def __init__(self, name: str, how: dict[str, Any]) -> None:
         self.name = name
+        self.seen = 0
+        """The number of the version that it has, or is to have; 0 for whatever is current."""
         self._how = how
-        self._loading = threading.Lock()
+        self._cluster: str | None = None
+        self._first_load = threading.Lock()
+        self._lock = threading.Lock()
+        self._next: Version | None = None
+        self._loading: threading.Thread | None = None
         self._loaded: tuple[Version, Any] | None = None
 
     def __call__(self) -> Any:
@@ -60,39 +75,85 @@ class Live(StandsForModel):
 
     @property
     def version(self) -> Version:
-        """The version that `live()` gives now."""
+        """The version that `live()` gives now, without its reference."""
         return (self._loaded or self._first())[0]
 
     def __reduce__(self) -> Any:
-        return Live, (self.name, self._how)
+        return live, (self.name, self._how)
 
     def __repr__(self) -> str:
         number = f", version {self._loaded[0].number}" if self._loaded else ""
         return f"<live {self.name!r}{number}>"
 
     def _first(self) -> tuple[Version, Any]:
-        with self._loading:
-            if self._loaded is None:
-                version = find(self.name)
-                self._loaded = version, load_version(version, **self._how)
+        with self._first_load:
+            if self._cluster not in (None, cluster()):
+                raise CatalogError(
+                    f"{self!r} belongs to a cluster that this process has left: follow it again"
+                )
             loaded = self._loaded
+            if loaded is None:
+                version = find(self.name)
+                loaded = replace(version, ref=None), load_version(version, **self._how)
+                self._cluster, self._loaded, self.seen = cluster(), loaded, version.number
         _FOLLOWER.follow(self)
         return loaded
 
-    def swap(self, version: Version) -> None:
-        """Load another version, then give that; called by the `Follower`, on a thread."""
+    def offer(self, version: Version) -> None:
+        """Load another version and then give that, unless a newer one is offered before."""
+        with self._lock:
+            self.seen, self._next = version.number, version
+            if self._loading is None:
+                self._loading = _in_thread("swap", self._catch_up)
+
+    def leave(self, ends_s: float) -> None:
+        """Give nothing any more, and hold no reference, as the process leaves the cluster."""
+        self._next = None
+        if (loading := self._loading) is not None:
+            loading.join(max(0.0, ends_s - time.monotonic()))
+        self._loaded = None
+
+    def _catch_up(self) -> None:
+        while (version := self._take()) is not None:
+            try:
+                self._swap(version)
+            except Exception as error:  # whatever it is, the old version serves on
+                number = version.number
+                logger.warning("%r stays, version %d does not load: %s", self, number, error)
+                version = None  # a thread that sleeps holds no reference
+                self._tell_again(number)
+
+    def _take(self) -> Version | None:
+        """Give what to load next; None ends the thread."""
+        with self._lock:
+            version, self._next = self._next, None
+            if version is None:
+                self._loading = None
+            return version
+
+    def _swap(self, version: Version) -> None:
+        """Give another version from now on."""
         start = time.perf_counter()
-        with self._loading:
-            assert self._loaded is not None
-            old, model = self._loaded
-            if old.digest != version.digest:
-                model = load_version(version, **self._how)
-            replaced = traces(self._loaded[1]) if model is not self._loaded[1] else []
-            self._loaded = version, model
+        assert self._loaded is not None
+        old, model = self._loaded
+        if old.digest != version.digest:
+            model = load_version(version, **self._how)
+        self._loaded = replace(version, ref=None), model
         metrics.record("rzc_swap_seconds", time.perf_counter() - start, self.name)
-        del model
-        time.sleep(_SETTLE_S)
-        collect(replaced)
+
+    def _tell_again(self, number: int) -> None:
+        """Have a version that did not load offered again, after a while."""
+        time.sleep(random.uniform(*_AGAIN_S))
+        with self._lock:
+            if self.seen == number:
+                self.seen = 0
+        _FOLLOWER.wake()
+
+
+@named
+def live(name: str, how: dict[str, Any]) -> Live:
+    """Unpickle a live, which loads at its first call."""
+    return Live(name, how)
 
 
 def follow(name: str, **how: Any) -> Live:
@@ -105,9 +166,9 @@ def follow(name: str, **how: Any) -> Live:
         >>> output = live()(batch)      # after a publish, the new weights, without a restart
 
     """
-    live = Live(name, how)
-    live()
-    return live
+    followed = Live(name, how)
+    followed()
+    return followed
 
 
 class Follower:
@@ -117,75 +178,87 @@ class Follower:
         self._id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._lives: weakref.WeakSet[Live] = weakref.WeakSet()
-        self._seen: dict[str, tuple[int, int]] = {}
         self._woken = threading.Event()
         self._answer: Future[dict[str, Version]] | None = None
-        self._running = False
+        self._thread: threading.Thread | None = None
+        self._leaves = False
 
-    def follow(self, live: Live) -> None:
-        """Swap this one's versions from now on, for as long as anybody has it."""
+    def follow(self, followed: Live) -> None:
+        """Offer this one what is current from now on, for as long as anybody has it."""
         with self._lock:
-            self._lives.add(live)
-            version = live.version
-            self._seen.setdefault(live.name, (version.number, version.generation))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="ray_zerocopy.follow", daemon=True).start()
+            self._lives.add(followed)
+            if self._thread is None:
+                before_leaving(self.leave)
+                self._thread = _in_thread("follow", self._run)
+        self.wake()
+
+    def wake(self) -> None:
+        """Ask the catalog anew: what is followed, or seen, is not as it was."""
         self._woken.set()
 
-    def _run(self) -> None:
-        while seen := self._followed():
-            try:
-                changed = self._wait(seen)
-            except (ray.exceptions.RayError, RayZeroCopyError, ValueError) as error:
-                logger.debug("asking the catalog again: %s", error)
-                time.sleep(random.uniform(0.2, 1.0))
-                continue
-            for name, version in changed.items():
-                with self._lock:
-                    self._seen[name] = version.number, version.generation
-                    lives = [live for live in self._lives if live.name == name]
-                for live in lives:
-                    _in_thread(self._swap, live, version)
+    def leave(self) -> None:
+        """End all threads, as the process leaves the cluster."""
+        with self._lock:
+            thread, lives, self._leaves = self._thread, list(self._lives), True
+        self.wake()
+        ends_s = time.monotonic() + _LEAVING_S
+        if thread is not None:
+            thread.join(_LEAVING_S)
+        for followed in lives:
+            followed.leave(ends_s)
+        with self._lock:
+            self._lives.clear()
+            self._leaves = False
 
-    def _followed(self) -> dict[str, tuple[int, int]]:
-        """Give what is followed; nothing ends the thread."""
+    def _run(self) -> None:
+        while (seen := self._seen()) is not None:
+            try:
+                self._offer(self._wait(seen))
+            except Exception as error:  # whatever it is, the next answer may be another
+                logger.debug("asking the catalog again: %s", error)
+                self._woken.wait(random.uniform(*_AGAIN_S))
+
+    def _seen(self) -> dict[str, int] | None:
+        """Give the number that is seen of each name, 0 where lives differ; None ends the thread."""
         self._woken.clear()
         with self._lock:
-            names = {live.name for live in self._lives}
-            self._seen = {name: mark for name, mark in self._seen.items() if name in names}
-            self._running = bool(self._seen) and ray.is_initialized()
-            if not self._running:
-                self._seen = {}
-            return dict(self._seen)
+            seen: dict[str, int] = {}
+            for followed in self._lives:
+                number = seen.setdefault(followed.name, followed.seen)
+                seen[followed.name] = number if number == followed.seen else 0
+            if self._leaves or not seen or not ray.is_initialized():
+                self._thread = None
+                return None
+            return seen
 
-    def _wait(self, seen: dict[str, tuple[int, int]]) -> dict[str, Version]:
+    def _wait(self, seen: dict[str, int]) -> dict[str, Version]:
         """Wait at the catalog, until something changes or another name is followed."""
-        poll = catalog().changes.remote(self._id, seen, random.uniform(_POLL_S / 2, _POLL_S))
-        answer = self._answer = poll.future()
-        answer.add_done_callback(self._wake)
+        poll = client.catalog().changes.remote(self._id, seen, random.uniform(_POLL_S / 2, _POLL_S))
+        self._answer = answer = poll.future()
+        answer.add_done_callback(self._answered)
         self._woken.wait(2 * _POLL_S)
+        self._answer = None
         return answer.result() if answer.done() else {}
 
-    def _wake(self, answer: Future[Any]) -> None:
+    def _answered(self, answer: Future[Any]) -> None:
         """End the wait for this answer; the catalog ends older ones itself, and nobody waits."""
         if answer is self._answer:
             self._woken.set()
 
-    def _swap(self, live: Live, version: Version) -> None:
-        try:
-            live.swap(version)
-        except Exception as error:  # whatever it is, the old version serves on
-            logger.warning("%r stays, version %d does not load: %s", live, version.number, error)
-            time.sleep(random.uniform(0.5, 2.0))
-            with self._lock:
-                if self._seen.get(live.name) == (version.number, version.generation):
-                    self._seen[live.name] = (0, 0)  # told again
-            self._woken.set()
+    def _offer(self, changed: dict[str, Version]) -> None:
+        with self._lock:
+            lives = list(self._lives)
+        for followed in lives:
+            version = changed.get(followed.name)
+            if version is not None and version.number != followed.seen and not self._leaves:
+                followed.offer(version)
 
 
-def _in_thread(function: Callable[..., None], *args: Any) -> None:
-    threading.Thread(target=function, args=args, name="ray_zerocopy.swap", daemon=True).start()
+def _in_thread(what: str, function: Callable[..., None], *args: Any) -> threading.Thread:
+    name = f"ray_zerocopy.{what}"
+    thread = threading.Thread(target=function, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 _FOLLOWER = Follower()

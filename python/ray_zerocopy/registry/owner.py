@@ -1,71 +1,63 @@
 """Who owns the blocks of published versions: an actor that outlives drivers, and holds no bytes.
 
-Owner ═ a task, max_retries=-1 ═▶ make, or read ──▶ block, owned by the Owner
-Owner ═ a Copier of the node ═══▶ copy an object ─▶ block, owned by the Owner
+    Owner ═ a task, max_retries=-1 ═▶ make, or read ──▶ block, owned by the Owner
+    Owner ═ a Copier of the node ═══▶ copy an object ─▶ block, owned by the Owner
 
 What heals is what a task returned, so that Ray makes it again where the node that held it is lost.
 Whoever makes it again compares it with the digest in the manifest: a version never changes. A copy
 of an object keeps no lineage, which would keep the object, too.
+
+Each block has a token, by which the catalog asks for it and lets go of it. To let go of what is
+still being made ends that, whatever it waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_zerocopy import _core, metrics
-from ray_zerocopy.errors import CatalogError, LostVersionError, PublishError
-from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.store import snapshot
-from ray_zerocopy.store.envelope import Parts
+from ray_zerocopy.errors import (
+    BlockError,
+    CatalogError,
+    LostVersionError,
+    PublishError,
+    RayZeroCopyError,
+    StoreFullError,
+)
+from ray_zerocopy.objects import torch_inside
+from ray_zerocopy.registry import manifest
+from ray_zerocopy.registry.records import Plan
+from ray_zerocopy.store import inspection, references, snapshot
+from ray_zerocopy.store.envelope import Parts, references_in, without_values
 from ray_zerocopy.store.loader import following
-from ray_zerocopy.store.references import parts_of
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
 
-Source = Literal["object", "make", "path"]
-Key = tuple[str, int]
+# What Ray raises where an object is lost for good; others, of what a model itself does, are not.
+LOSSES = (
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayTaskError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+)
 
 _MAKE_NBYTES = 2**20
 _IDLE_S = 60.0
+_RESCUE_S = 30.0  # for a node to say that it has no copy
+_CHECK_S = 60.0  # to read a block, where it is said to be damaged
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the block of a version is made, and made again."""
-
-    source: Source
-    make: bytes | None
-    """The pickle of a callable that gives the object."""
-    node: str
-    """Where it is made, if that node is there: where the publisher is."""
-
-    @property
-    def heals(self) -> bool:
-        """Whether the block can be made again when every copy of it is gone."""
-        return self.make is not None
-
-
-def plan(source: Source, make: Callable[[], Any] | None, node: str) -> Plan:
-    """Plan how a version is made; raises `PublishError` for what does not pickle, or is large."""
-    if make is None:
-        return Plan(source, None, node)
-    try:
-        pickled = cloudpickle.dumps(make)
-    except Exception as error:
-        raise PublishError(f"make does not pickle, so no worker can call it: {error}") from error
-    if len(pickled) > _MAKE_NBYTES:
-        raise PublishError(
-            f"make pickles to {len(pickled):,} bytes, {_MAKE_NBYTES:,} at most: it should say how "
-            f"to load the model, not hold it; publish the object itself, or a path"
-        )
-    return Plan(source, pickled, node)
+class AnotherModelError(LostVersionError):
+    """What a version is made by gives another model now."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +66,12 @@ class Made:
 
     nbytes: int
     digest: str
-    ref: ray.ObjectRef | None = None
-    """None where the name's current version is the same to the byte: nothing was stored."""
+    ref: ray.ObjectRef | None
+    """None where the name's current version is equal: nothing was stored."""
 
 
 class Owner:
-    """Makes blocks by tasks and holds their references, under names and numbers.
+    """Makes blocks by tasks and holds their references, by their tokens.
 
     A new process starts with none: what its predecessor owned is gone, or going, and the catalog
     has it made again. `incarnation` tells them apart.
@@ -87,12 +79,15 @@ class Owner:
 
     def __init__(self) -> None:
         self._incarnation = uuid.uuid4().hex
-        self._blocks: dict[Key, ray.ObjectRef] = {}
+        self._blocks: dict[str, asyncio.Task[Made | None]] = {}
+        self._tasks: dict[str, ray.ObjectRef] = {}
         self._copiers: dict[str, tuple[Any, asyncio.TimerHandle]] = {}
 
-    async def held(self) -> tuple[str, dict[Key, ray.ObjectRef]]:
-        """Give the incarnation, and what it holds."""
-        return self._incarnation, self._blocks
+    async def held(self) -> tuple[str, dict[str, ray.ObjectRef | None]]:
+        """Give the incarnation, and by token what it holds; None for what is being made."""
+        done = {token: block.result() for token, block in self._blocks.items() if block.done()}
+        refs = {token: made.ref for token, made in done.items() if made is not None}
+        return self._incarnation, dict.fromkeys(self._blocks) | refs
 
     async def watch(self, incarnation: str, wait_s: float) -> bool:
         """Wait while this is the incarnation; whether it is. Its death ends the call sooner."""
@@ -101,34 +96,101 @@ class Owner:
         await asyncio.sleep(wait_s)
         return True
 
-    async def build(self, key: Key, plan: Plan, copied: list[ray.ObjectRef]) -> Made:
-        """Have a block made and hold it; `copied` refers to the object, if it is one."""
-        if copied:
-            block, (nbytes, digest, stored) = await self._copy(key, plan.node, copied)
-        else:
-            there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
-            block, facts = _build.options(scheduling_strategy=there).remote(key, plan)
-            nbytes, digest, stored = await facts
-        if not stored:
-            return Made(nbytes, digest)
-        metrics.record("rzc_published_bytes", nbytes)  # a worker may be gone before Ray asks it
-        self._blocks[key] = block
-        return Made(nbytes, digest, block)
+    # --- making -------------------------------------------------------------------------------
 
-    async def _copy(self, key: Key, node: str, copied: list[ray.ObjectRef]) -> Any:
-        """Have an object copied by the node's copier: the block, and what `_build` says of one."""
-        there = NodeAffinitySchedulingStrategy(node, soft=False)  # soft, Ray puts actors anywhere
-        copier = self._let_go(node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
-        leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, node)
-        self._copiers[node] = copier, leaving
-        block, facts = copier.copy.remote(key, copied)
+    async def make(self, token: str, name: str, plan: Plan, digest: str | None) -> Made:
+        """Have a block made by its plan, and hold it; once, however often it is asked for.
+
+        `digest` is what it has to have; None where it is made for the first time.
+
+        Raises:
+            AnotherModelError: it has another one.
+            PublishError, StoreFullError, CatalogError: it could not be made, or was let go of.
+
+        """
+        made: Made = await self._once(token, lambda: self._make(token, name, plan, digest))
+        return made
+
+    async def copy(
+        self, token: str, name: str, plan: Plan, digest: str, copied: list[ray.ObjectRef]
+    ) -> Made:
+        """Have an object's block copied on its node, and hold the copy; as `make` otherwise."""
+        made: Made = await self._once(token, lambda: self._copy(name, plan, digest, copied))
+        return made
+
+    async def rescue(
+        self, token: str, lost: list[ray.ObjectRef], digest: str, nodes: list[str]
+    ) -> Made | None:
+        """Have a block copied whose owner is gone, from a node that still has it, and hold that.
+
+        Ray keeps such a copy while a process there has it mapped, and gives it only to that node.
+        All nodes are asked at once, and the newest block first. None if no node has one.
+        """
+        made: Made | None = await self._once(token, lambda: self._rescue(lost, digest, nodes))
+        return made
+
+    async def drop(self, tokens: Sequence[str]) -> None:
+        """Let go of blocks; their bytes are free when nobody has them mapped.
+
+        What is being made is not made any more: whatever it waits for, its worker ends.
+        """
+        for token in tokens:
+            if block := self._blocks.pop(token, None):
+                block.cancel()
+            if task := self._tasks.pop(token, None):
+                ray.cancel(task, force=True)
+
+    async def _once(self, token: str, work: Callable[[], Coroutine[Any, Any, Made | None]]) -> Any:
+        """Start the work for a token, unless it is done or under way, and wait for it."""
+        block = self._blocks.get(token)
+        if block is None:
+            block = self._blocks[token] = asyncio.ensure_future(work())
+            block.add_done_callback(functools.partial(self._keep_or_forget, token))
+        await asyncio.wait([block])
+        if block.cancelled():
+            raise CatalogError("nobody waits for this block any more")
+        return block.result()
+
+    def _keep_or_forget(self, token: str, block: asyncio.Task[Made | None]) -> None:
+        failed = block.cancelled() or block.exception() is not None
+        made = None if failed else block.result()
+        if (made is None or made.ref is None) and self._blocks.get(token) is block:
+            del self._blocks[token]
+            self._tasks.pop(token, None)
+        if made is not None and made.ref is not None:
+            metrics.record("rzc_published_bytes", made.nbytes)  # a worker may end before Ray asks
+
+    async def _make(self, token: str, name: str, plan: Plan, digest: str | None) -> Made:
+        there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
+        block, facts = _build.options(scheduling_strategy=there).remote(token, name, plan, digest)
+        self._tasks[token] = block
         try:
-            return block, await facts
+            nbytes, found, stored = await asyncio.wait_for(facts, plan.seconds)
+        except TimeoutError:
+            ray.cancel(block, force=True)
+            raise CatalogError(f"{name!r} was not made in {plan.seconds:g} s") from None
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) from error
+        return Made(nbytes, found, block if stored else None)
+
+    async def _copy(self, name: str, plan: Plan, digest: str, copied: list[ray.ObjectRef]) -> Made:
+        # soft, Ray puts actors anywhere
+        there = NodeAffinitySchedulingStrategy(plan.node, soft=False)
+        copier = self._let_go(plan.node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
+        leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, plan.node)
+        self._copiers[plan.node] = copier, leaving
+        block, nbytes = copier.copy.remote(copied, plan.seconds)
+        try:
+            return Made(await asyncio.wait_for(nbytes, plan.seconds), digest, block)
+        except TimeoutError:
+            raise CatalogError(f"{name!r} was not copied in {plan.seconds:g} s") from None
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
-            self._let_go(node)
+            self._let_go(plan.node)
             raise CatalogError(
-                f"{key[0]!r} was not copied, publish it again; who copied it is gone: {error}"
+                f"{name!r} was not copied, publish it again; who copied it is gone: {error}"
             ) from error
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) from error
 
     def _let_go(self, node: str) -> Any:
         """Forget a node's copier, and give it; without a handle it ends when all is copied."""
@@ -137,23 +199,56 @@ class Owner:
             leaving.cancel()
         return copier
 
-    async def rescue(self, key: Key, lost: list[ray.ObjectRef], nodes: list[str]) -> Made | None:
-        """Copy a block whose owner is gone, any generation, from a node that still has it.
-
-        Ray keeps such a copy while a process there has it mapped, and gives it only to that node.
-        None if no node has one.
-        """
-        for block, node in itertools.product(reversed(lost), nodes):
-            try:
-                return await self.build(key, Plan("object", None, node), [block])
-            except (ray.exceptions.RayError, CatalogError, LostVersionError):
-                continue
+    async def _rescue(
+        self, lost: list[ray.ObjectRef], digest: str, nodes: list[str]
+    ) -> Made | None:
+        asked: dict[asyncio.Future[int | None], ray.ObjectRef] = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            block, nbytes = _copy_of.options(scheduling_strategy=there).remote(lost, digest)
+            asked[asyncio.ensure_future(_answer(nbytes))] = block
+        waiting = set(asked)
+        deadline_s = time.monotonic() + _RESCUE_S
+        while waiting and (left_s := deadline_s - time.monotonic()) > 0:
+            done, waiting = await asyncio.wait(
+                waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if found := next((answer for answer in done if answer.result() is not None), None):
+                for other in waiting:
+                    ray.cancel(asked[other], force=True)
+                return Made(found.result() or 0, digest, asked[found])
+        for other in waiting:
+            ray.cancel(asked[other], force=True)
         return None
 
-    async def drop(self, keys: list[Key]) -> None:
-        """Let go of blocks; their bytes are free when nobody has them mapped."""
-        for key in keys:
-            self._blocks.pop(key, None)
+    async def check(self, block: list[ray.ObjectRef], node: str) -> str | None:
+        """Tell what is wrong with a block that somebody on a node could not load; None if nothing.
+
+        A process of its own reads it there, and compares it with its checksums.
+        """
+        places, nbytes = await asyncio.to_thread(located, block[0])
+        if not places and nbytes > INLINE_NBYTES:
+            return "no node has it"
+        there = NodeAffinitySchedulingStrategy(node, soft=True)
+        answer = _check.options(scheduling_strategy=there).remote(block)
+        try:
+            found: str | None = await asyncio.wait_for(answer, 2 * _CHECK_S)
+        except (TimeoutError, ray.exceptions.RayError):
+            ray.cancel(answer, force=True)
+            return None
+        return found
+
+
+async def _answer(nbytes: ray.ObjectRef) -> int | None:
+    """Give what a node said; nothing of one that failed."""
+    try:
+        answer: int | None = await nbytes
+    except ray.exceptions.RayError:
+        return None
+    return answer
+
+
+# --- where blocks are made ------------------------------------------------------------------------
 
 
 @ray.remote(num_cpus=0, max_concurrency=8)
@@ -165,47 +260,125 @@ class Copier:
     """
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
-    def copy(self, key: Key, copied: list[ray.ObjectRef]) -> Any:
-        """Give a block like the one referred to, as `_build` does."""
-        return _checked(key, parts_of(copied[0]))
+    def copy(self, copied: list[ray.ObjectRef], seconds: float) -> Any:
+        """Give a block like the one referred to, and its bytes."""
+        parts = references.parts_of(copied[0], timeout=seconds)
+        return parts, parts.nbytes
 
 
-@ray.remote(num_cpus=0, num_returns=2, max_retries=-1)  # type: ignore[untyped-decorator]
-def _build(key: Key, plan: Plan) -> Any:
+# A process of its own for each: what torch counts in one, as TorchScript's names, starts anew.
+@ray.remote(num_cpus=0, num_returns=2, max_retries=-1, max_calls=1)  # type: ignore[untyped-decorator]
+def _build(token: str, name: str, plan: Plan, digest: str | None) -> Any:
     """Give a block and its (nbytes, digest, whether it is stored)."""
-    return _checked(key, _make(key, plan))
-
-
-def _checked(key: Key, made: Any) -> Any:
-    """Compare what was made with what is recorded."""
-    parts = made if isinstance(made, Parts) else Parts.of(made)
-    digest = parts.digest()
-    recorded, current = Manifest().read(key[0]).digests(key[1])
-    if digest == current and recorded is None:
-        return None, (parts.nbytes, digest, False)
-    if recorded not in (None, digest):
-        raise LostVersionError(
-            f"version {key[1]} of {key[0]!r} cannot be made again: what its make gives now is "
-            f"another model ({digest[:12]}) than was published ({recorded[:12]}); publish it anew, "
-            f"with snapshot= where make does not give the same each time"
+    record = manifest.read(name)
+    number = record.published_by(token)
+    if digest is None and number is not None:  # Ray makes again what was lost
+        digest = record.kept[number].version.digest
+    if plan.files:
+        obj, parts = None, _restored(name, plan.files, digest)
+    else:
+        obj = _called(name, plan.make)
+        parts = Parts.of(obj)
+    complete(parts, f"what is published as {name!r}", obj)
+    found = parts.digest()
+    if digest is None and record.current is not None and record.current.digest == found:
+        return None, (parts.nbytes, found, False)
+    if digest not in (None, found):
+        raise AnotherModelError(
+            f"what {name!r} is made by gives another model now ({found[:12]}) than was published "
+            f"({digest[:12]}): publish it anew, with snapshot= where make does not give the same "
+            f"each time"
         )
-    return parts, (parts.nbytes, digest, True)
+    return parts, (parts.nbytes, found, True)
 
 
-def restored(path: str) -> Parts:
-    """Read a snapshot into the store of this node, checked, and give its parts."""
-    return parts_of(snapshot.restore(path))
-
-
-def _make(key: Key, plan: Plan) -> Any:
-    assert plan.make is not None
+def _called(name: str, make: bytes | None) -> Any:
+    assert make is not None
     try:
         with following(_core.Arena()):
-            return cloudpickle.loads(plan.make)()
+            return cloudpickle.loads(make)()
     except ImportError as error:
         raise PublishError(
-            f"{key[0]!r} cannot be made where the cluster makes it again: {error}. That is outside "
+            f"{name!r} cannot be made where the cluster makes it again: {error}. That is outside "
             f"of the job that publishes it, and of its working_dir: install the module on every "
             f"node, define make in __main__, or have it pickled by value "
             f"(ray.cloudpickle.register_pickle_by_value)"
         ) from error
+
+
+def _restored(name: str, files: Sequence[str], digest: str | None) -> Parts:
+    """Read the first of these snapshots that is the version's, checked, into this node's store."""
+    others, failed = [], []
+    for path in files:
+        try:
+            if digest is None or snapshot.digest(path) == digest:
+                return references.parts_of(snapshot.restore(path))
+            others.append(path)
+        except (OSError, BlockError) as error:
+            failed.append(str(error))
+    if others:
+        raise AnotherModelError(
+            f"{' and '.join(others)} is another model now than {name!r} was published from: "
+            f"publish it anew, from a file that nobody overwrites"
+        )
+    raise CatalogError(f"{name!r} cannot be read: {'; '.join(failed)}")
+
+
+@ray.remote(num_cpus=0, num_returns=2, max_retries=0)  # type: ignore[untyped-decorator]
+def _copy_of(lost: list[ray.ObjectRef], digest: str) -> Any:
+    """Give a block like one of these, the newest first, and its bytes; None if none is here."""
+    for ref in reversed(lost):
+        try:
+            parts = references.parts_of(ref, timeout=_RESCUE_S / 2 / len(lost))
+        except (ray.exceptions.RayError, RayZeroCopyError):
+            continue
+        if parts.digest() == digest:
+            return parts, parts.nbytes
+    return None, None
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _check(block: list[ray.ObjectRef]) -> str | None:
+    """Tell what is wrong with a block, if its bytes are not as they were written, or are gone."""
+    try:
+        inspection.inspect(block[0], verify=True, timeout=_CHECK_S)
+    except ray.exceptions.GetTimeoutError:
+        return None
+    except (*LOSSES, BlockError) as error:
+        return str(error)
+    return None
+
+
+# --- what can go wrong ----------------------------------------------------------------------------
+
+
+def complete(parts: Parts, what: str, obj: Any = None) -> None:
+    """Raise `PublishError` where there is nothing to share, or not all of it can be."""
+    if torch_inside.holds_meta(parts.skeleton):
+        tensors = "tensors lie on the meta device" if obj is None else without_values(obj)
+        raise PublishError(f"{what} is not whole: {tensors}; load them before")
+    if holds_references(parts.skeleton):
+        where = "" if obj is None else f", {references_in(obj)}"
+        raise PublishError(
+            f"{what} holds an ObjectRef or an actor{where}: it may end with the job that made it; "
+            f"publish what it refers to"
+        )
+    if not parts.holds_tensors and b"numpy" not in parts.skeleton:
+        raise PublishError(f"{what} holds no tensors or arrays: there is nothing to share")
+
+
+def cause_of(error: ray.exceptions.RayError) -> Exception:
+    """Give what a task or actor raised as our own error, with what the user can do."""
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
+        cause = cause.cause
+    if isinstance(cause, RayZeroCopyError):
+        return cause
+    if isinstance(cause, ray.exceptions.ObjectStoreFullError | ray.exceptions.OutOfDiskError):
+        return StoreFullError(
+            f"there is no room for the block: start Ray with a larger store "
+            f"(object_store_memory), or retire versions: {cause}"
+        )
+    if isinstance(cause, ray.exceptions.OwnerDiedError):
+        return CatalogError(f"the publishing process died before the copy finished: {cause}")
+    return CatalogError(f"the block could not be made: {type(cause).__name__}: {cause}")

@@ -1,45 +1,46 @@
-"""The caller's side of the catalog: to publish a model under a name, and to load it by that.
+"""To publish a model under a name, and to load it by that.
 
-publish ─ stage ─▶ a task makes the block ─ built? ─▶ commit: live and current
-load ─ find ─▶ version ─▶ get(version.ref) ─ cannot be loaded ─▶ find another generation
+publish ─ put, or a plan ─▶ catalog: made? ─▶ live and current
+load ─ find ─▶ version ─▶ get(version.ref) ─ cannot be loaded ─▶ lost, or another trouble?
 """
 
 from __future__ import annotations
 
-import functools
-import logging
+import contextlib
+import dataclasses
 import os
-import random
 import re
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from ray_zerocopy import metrics, requirements
 from ray_zerocopy.errors import (
     BlockError,
     CatalogError,
     LostVersionError,
-    RayZeroCopyError,
+    PublishError,
     UnknownVersionError,
 )
-from ray_zerocopy.registry.catalog import NAMESPACE, START_S, Version
-from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.registry.owner import Source, plan, restored
+from ray_zerocopy.registry import client
+from ray_zerocopy.registry.catalog import Wanted
+from ray_zerocopy.registry.owner import LOSSES, complete
+from ray_zerocopy.registry.records import Plan, Version
 from ray_zerocopy.store import references
-from ray_zerocopy.store.snapshot import save
-
-logger = logging.getLogger(__name__)
+from ray_zerocopy.store import snapshot as snapshots
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
+_MAKE_NBYTES = 2**20
 _WAIT_S = 2.0  # a question that takes longer is asked again
-_ANSWER_S = 60.0  # for a catalog that is busy, or starting again
 _SLICE_S = 5.0  # of a load, after which the catalog is asked whether there is another generation
 _GENERATIONS = 3
+
+
+# --- publish --------------------------------------------------------------------------------------
 
 
 def publish(
@@ -57,27 +58,31 @@ def publish(
     Give the object itself, or `make`, a callable without arguments that gives it, or the `path` of
     a snapshot: these the cluster can make again when every copy is lost. An object that nobody can
     make again is kept as long as a copy lives, unless `snapshot` says where to save it; `heals`
-    tells. The new version is current by one step, when it is whole: until then, and if this fails
-    or this process dies, the name stands for what it did.
+    tells. The new version becomes current in one step, when it is whole. Until then, and if this
+    fails or this process dies, the previous version stays current.
 
-    What equals the current version to the byte is not stored again: that one is given, and heals
-    from now on if either of them does.
+    Publishing what equals the current version, in weights and structure, returns that. If either
+    can be made again, it is marked as healing.
 
     Args:
         name: letters, digits and `._/-`, 128 at most.
         obj: what `put` takes.
-        make: runs in a worker outside of this job and its working_dir, so what it imports must be
+        make: runs in a worker outside of any job and its working_dir, so what it imports must be
             installed there; what it holds itself is pickled, up to 1 MiB.
         path: of what `save` wrote, or its URL; every node should be able to read it.
-        snapshot: such a path, where the object is saved first, so that it heals from there.
+        snapshot: such a path, where the object is saved when it is published. A version that was
+            published from there before heals no more: give each its own path if both should.
         keep: how many versions stay, this one included, so that going back is instant. Older ones
             are retired: their memory is free when nobody uses them.
-        timeout: seconds for all of it.
+        timeout: seconds for all of it, and for each time it is made again.
 
     Raises:
-        PublishError: a part of the object, or `make`, does not pickle or cannot be imported.
+        PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
+            there is nothing to share, as in None, or only a part, as with tensors on the meta
+            device.
         StoreFullError: no store has room for the block.
-        CatalogError: the catalog does not answer, or `make` failed.
+        SaveError: the snapshot cannot be written.
+        CatalogError: the catalog does not answer in time, or `make` failed.
         VersionError: this is Ray 2.45 or older.
 
     Example:
@@ -93,38 +98,73 @@ def publish(
         raise TypeError("snapshot is for an object: make and path heal without")
     if keep < 1:
         raise ValueError(f"keep is 1 or more, not {keep}")
+    ends_s, token = time.monotonic() + timeout, uuid.uuid4().hex
+    client.start(timeout)
     node = ray.get_runtime_context().get_node_id()
     copied: list[ray.ObjectRef] = []
-    if snapshot is not None:
-        save(obj, snapshot)
-    elif obj is not None:
+    digest = None
+    if make is not None:
+        plan = Plan("make", node, make=_pickled(make), seconds=timeout)
+    elif path is not None:
+        plan = Plan("path", node, files=(snapshots.absolute(path),), seconds=timeout)
+    elif snapshot is not None:
+        target = snapshots.absolute(snapshot)
+        plan = Plan("object", node, files=(f"{target}.{token}", target), seconds=timeout)
+        snapshots.save(obj, plan.files[0])
+    else:
+        plan = Plan("object", node, seconds=timeout)
         copied = [obj if isinstance(obj, ray.ObjectRef) else references.put(obj)]
-    source: Source = "object" if obj is not None else "make" if make is not None else "path"
-    if (read := snapshot or path) is not None:
-        make = functools.partial(restored, _absolute(read))
-    how = plan(source, make, node)
-    _start()
-    deadline_s = time.monotonic() + timeout
-    while time.monotonic() < deadline_s:
-        number = _ask("stage", name, how, copied, keep)
-        try:
-            while (built := _ask("built", name, number, _WAIT_S)) is False:
-                if time.monotonic() > deadline_s:
-                    raise CatalogError(f"{name!r} could not be published in {timeout:g} s")
-            version: Version | None = _ask("commit", name, number) if built else None
-        except BaseException:
-            _tell("abandon", name, number)
-            raise
-        if version is not None:
-            if version.number != number:
-                logger.info("%s: version %d has the same bytes", name, version.number)
-            return version
-    raise CatalogError(f"{name!r} could not be published in {timeout:g} s")
+        parts = references.parts_of(copied[0])
+        complete(parts, f"what is published as {name!r}", None if obj is copied[0] else obj)
+        digest = parts.digest()
+    return _publish(Wanted(name, token, plan, keep, digest), copied, ends_s)
 
 
-def _absolute(path: str | os.PathLike[str]) -> str:
-    path = os.fspath(path)
-    return path if "://" in path else os.path.abspath(path)
+def _publish(wanted: Wanted, copied: list[ray.ObjectRef], ends_s: float) -> Version:
+    """Ask until it is published; a snapshot that was saved on the way is then where it belongs."""
+    version: Version | None = None
+    files = wanted.plan.files
+    try:
+        while version is None:
+            left_s = ends_s - time.monotonic()
+            if left_s <= 0:
+                seconds = wanted.plan.seconds
+                raise CatalogError(f"{wanted.name!r} was not published in {seconds:.3g} s")
+            version = client.ask("publish", wanted, copied, min(left_s, _WAIT_S))
+    except BaseException:
+        _give_up(wanted)
+        raise
+    if len(files) > 1:
+        snapshots.move(*files)
+    if files:
+        client.tell("placed", wanted.token)
+    return version
+
+
+def _give_up(wanted: Wanted) -> None:
+    """Have it not made any further; what was saved goes, unless it may be published after all."""
+    if len(wanted.plan.files) < 2:
+        client.tell("abandon", wanted.name, wanted.token)
+        return
+    with contextlib.suppress(CatalogError):
+        if client.ask("abandon", wanted.name, wanted.token, seconds=_WAIT_S):
+            snapshots.remove(wanted.plan.files[0])
+
+
+def _pickled(make: Callable[[], Any]) -> bytes:
+    try:
+        pickled: bytes = cloudpickle.dumps(make)
+    except Exception as error:
+        raise PublishError(f"make does not pickle, so no worker can call it: {error}") from error
+    if len(pickled) > _MAKE_NBYTES:
+        raise PublishError(
+            f"make pickles to {len(pickled):,} bytes, {_MAKE_NBYTES:,} at most: it should say how "
+            f"to load the model, not hold it; publish the object itself, or a path"
+        )
+    return pickled
+
+
+# --- load -----------------------------------------------------------------------------------------
 
 
 def load(name: str, *, version: int | None = None, timeout: float = 600.0, **how: Any) -> Any:
@@ -134,97 +174,105 @@ def load(name: str, *, version: int | None = None, timeout: float = 600.0, **how
 
     Args:
         name: as published.
-        version: a number that is still live; by default the current one.
+        version: a number that is still live; by default the current one, whichever that is when
+            it is loaded.
         timeout: seconds for all of it.
         how: `isolation`, `prefault` and `device`, as for `get`.
 
     Raises:
         UnknownVersionError: nothing live has that name and number.
         LostVersionError: the block is gone and could not be made again, in time or at all.
+        ResourceError: this process is at a limit; its block stands.
+        VersionError: a newer ray_zerocopy has published it.
         CatalogError: the catalog does not answer.
 
     """
-    found = find(name, version)
-    return load_version(found, timeout=timeout, **how)
+    return _load(name, version, None, timeout, how)
 
 
 def load_version(found: Version, *, timeout: float = 600.0, **how: Any) -> Any:
     """Load just this version, in whatever generation there is."""
-    token = metrics.LOADING.set(found.name)
-    try:
-        return _load_version(found, timeout, how)
-    finally:
-        metrics.LOADING.reset(token)
+    return _load(found.name, found.number, found, timeout, how)
 
 
-def _load_version(found: Version, timeout: float, how: dict[str, Any]) -> Any:
-    name, number, broken = found.name, found.number, None
-    deadline_s = time.monotonic() + timeout
-    error: Exception | None = None
-    for _ in range(_GENERATIONS):
-        while time.monotonic() < deadline_s:
-            if found.ref is not None and found.generation != broken:
-                try:
-                    return references.get(found.ref, timeout=_SLICE_S, **how)
-                except ray.exceptions.GetTimeoutError:
-                    pass
-                except (*_LOSSES, BlockError) as lost:
-                    error, broken = lost, found.generation
-                    break
-            found = find(name, number, broken)
-        else:
-            break
-        found = find(name, number, broken)
-    raise LostVersionError(
-        f"version {number} of {name!r} could not be loaded in {timeout:g} s, nor made again "
-        f"(generation {found.generation}): {error}"
-    ) from error
+def _load(
+    name: str, number: int | None, found: Version | None, timeout: float, how: dict[str, Any]
+) -> Any:
+    ends_s = time.monotonic() + timeout
+    trouble = "the catalog was not asked"
+    losses = 0
+    while (left_s := ends_s - time.monotonic()) > 0:
+        found, version = None, found or find(name, number, min(left_s, _WAIT_S))
+        if version.ref is None:
+            trouble = "its block is lost, and not made again yet"
+            continue
+        loading = metrics.LOADING.set(name)
+        try:
+            return references.get(version.ref, timeout=min(left_s, _SLICE_S), **how)
+        except ray.exceptions.GetTimeoutError:
+            trouble = "its block has not arrived"
+        except (*LOSSES, BlockError) as error:
+            trouble = str(error)  # the error itself would hold this frame, and its references
+            losses += 1
+            if not _is_lost(version, ends_s) and isinstance(error, BlockError):
+                raise  # it is whole elsewhere
+            if losses == _GENERATIONS:
+                break
+        finally:
+            metrics.LOADING.reset(loading)
+    which = "the current version" if number is None else f"version {number}"
+    took = f"{timeout:.3g} s" if losses < _GENERATIONS else f"{losses} attempts"
+    raise LostVersionError(f"{which} of {name!r} was not loaded in {took}: {trouble}")
 
 
-# What Ray raises where an object is lost for good; others, of what a model itself does, are not.
-_LOSSES = (
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.RayTaskError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-)
+def _is_lost(version: Version, ends_s: float) -> bool:
+    """Ask whether a version that could not be loaded here is lost, and wait for the answer."""
+    node = ray.get_runtime_context().get_node_id()
+    version = dataclasses.replace(version, ref=None)
+    while (left_s := ends_s - time.monotonic()) > 0:
+        answer = client.ask("broken", version, node, min(left_s, _WAIT_S))
+        if answer is not None:
+            return bool(answer)
+    return True
 
 
-def find(name: str, number: int | None = None, broken: int | None = None) -> Version:
+def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Version:
     """Give a live version, to be loaded by its reference; the current one without a number.
 
-    It may be without one for now, while its block is made; `broken` is a generation of it that
-    cannot be loaded, in whose place another is made.
+    It is without one while its block is made again, for which this waits so long.
     """
     _check(name)
-    _running(name)
-    version: Version = _ask("find", name, number, broken, _WAIT_S)
+    client.running(name)
+    version: Version = client.ask("find", name, number, wait_s)
     if version.state != "live":
         raise UnknownVersionError(f"version {version.number} of {name!r} is {version.state}")
     return version
 
 
+# --- the other verbs ------------------------------------------------------------------------------
+
+
 def versions(name: str) -> list[Version]:
-    """Give the versions of a name, staged and lately retired ones among them, by number."""
+    """Give the versions of a name by number, lately retired ones among them; then staged ones."""
     _check(name)
-    return _ask("versions", name) if is_running() else []
+    return client.ask("versions", name) if client.is_running() else []
 
 
 def published() -> list[str]:
     """Give the names that have a current version, in order."""
-    return _ask("names") if is_running() else []
+    return client.ask("names") if client.is_running() else []
 
 
 def state() -> dict[str, Any]:
     """Tell of everything in plain values: names, their versions, followers, rebuilds."""
     nothing: dict[str, Any] = {"names": {}, "processes": 0, "rebuilds": {}}
-    return _ask("state") if is_running() else nothing
+    return client.ask("state") if client.is_running() else nothing
 
 
 def promote(name: str, number: int) -> Version:
     """Make a live version the current one: forward, or back; raises `UnknownVersionError`."""
-    _running(name)
-    version: Version = _ask("promote", name, number)
+    client.running(name)
+    version: Version = client.ask("promote", name, number)
     return version
 
 
@@ -233,78 +281,8 @@ def retire(name: str, number: int | None = None) -> None:
 
     Raises `UnknownVersionError` for what does not exist, and `CatalogError` for a current version.
     """
-    _running(name)
-    _ask("retire", name, number)
-
-
-# --- how the catalog is asked -------------------------------------------------------------------
-
-
-def is_running() -> bool:
-    """Whether anything was ever published in this cluster; its catalog is then there to ask."""
-    references.refuse_client()
-    try:
-        catalog()
-    except ValueError:
-        if not Manifest().names():
-            return False
-        _start()
-    return True
-
-
-def catalog() -> Any:
-    """Give the handle of the catalog; raises `ValueError` where there is none."""
-    return ray.get_actor("catalog", NAMESPACE)
-
-
-def _running(name: str) -> None:
-    if not is_running():
-        raise UnknownVersionError(f"nothing is published as {name!r}, nor anything else here")
-
-
-def _start() -> None:
-    """Start the catalog where there is none; it takes a few seconds, once in a cluster's life."""
-    references.refuse_client()
-    try:
-        catalog()
-    except ValueError:
-        address = ray.get_runtime_context().gcs_address
-        code = f"from ray_zerocopy.registry import catalog; catalog.start({address!r})"
-        # Beside no script and in no folder whose modules a worker would find.
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=2 * START_S,
-            check=False,
-            cwd=os.path.sep,
-        )
-        if done.returncode:
-            raise CatalogError(f"the catalog does not start: {done.stderr[-2000:]}") from None
-
-
-def _ask(method: str, *args: Any) -> Any:
-    """Call the catalog; one that is starting again is asked again."""
-    deadline_s = time.monotonic() + _ANSWER_S
-    while True:
-        try:
-            return ray.get(getattr(catalog(), method).remote(*args), timeout=_ANSWER_S)
-        except RayZeroCopyError as error:
-            raise getattr(error, "cause", error) from None
-        except ray.exceptions.GetTimeoutError:
-            raise CatalogError(f"the catalog took more than {_ANSWER_S:g} s to {method}") from None
-        except (ray.exceptions.RayActorError, ValueError) as error:
-            if time.monotonic() > deadline_s:
-                raise CatalogError(f"the catalog is not there to {method}: {error}") from error
-            time.sleep(random.uniform(0.1, 0.3))
-
-
-def _tell(method: str, *args: Any) -> None:
-    """Call the catalog without waiting for it."""
-    try:
-        getattr(catalog(), method).remote(*args)
-    except (ray.exceptions.RayError, ValueError) as error:
-        logger.warning("the catalog could not be told to %s: %s", method, error)
+    client.running(name)
+    client.ask("retire", name, number)
 
 
 def _check(name: str) -> None:

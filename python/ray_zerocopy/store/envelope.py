@@ -62,14 +62,20 @@ class Shared:
 
 
 def _warn_of_meta(obj: object) -> None:
+    told = f"{without_values(obj)}: a loader may have failed; load them before put"
+    warnings.warn(told, NoValuesWarning, stacklevel=2)
+
+
+def without_values(obj: object) -> str:
+    """Tell which tensors of an object have no values."""
     paths = list(paths_to(obj, lambda part: isinstance(part, torch.Tensor) and part.is_meta))
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    warnings.warn(
-        f"{', '.join(paths[:5])}{more} lie on the meta device and have no values: a loader may "
-        f"have failed; load them before put",
-        NoValuesWarning,
-        stacklevel=2,
-    )
+    return f"{', '.join(paths[:5])}{more} lie on the meta device and have no values"
+
+
+def references_in(obj: object) -> str:
+    """Give the path to a reference or actor in an object that holds one."""
+    return culprit(obj, lambda skeleton: not ray_inside.holds_references(skeleton))
 
 
 class Anchored(Shared):
@@ -115,6 +121,11 @@ class Parts:
     def __reduce_ex__(self, protocol: Any) -> Any:
         segments = [pickle.PickleBuffer(segment) for segment in self.segments]
         return _reduced(self, segments)
+
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether there is a tensor or a buffer in it, however small."""
+        return _core.view_count(self.table) > 0
 
     def digest(self) -> str:
         """Give what equal objects share, and no others: 128 bits, in hexadecimal.

@@ -210,6 +210,47 @@ def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
 # --- the cluster ----------------------------------------------------------------------------------
 
 
+def cluster() -> str:
+    """Tell which cluster this process is connected to; nothing where it is to none."""
+    node = worker.global_worker.node if ray.is_initialized() else None
+    return "" if node is None else f"{ray.get_runtime_context().gcs_address} {node.session_name}"
+
+
+_CALLED_BEFORE_LEAVING: list[Callable[[], None]] = []
+
+
+def before_leaving(called: Callable[[], None]) -> None:
+    """Have this called before the process leaves a cluster, by `ray.shutdown` or as it ends.
+
+    From then on, and until that is done, a thread that touches a reference ends the process with
+    status 1. Ray itself has a hook only for when a process has connected.
+    """
+    if not _CALLED_BEFORE_LEAVING:
+        disconnect = worker.disconnect
+
+        def leave(*args: Any, **kwargs: Any) -> Any:
+            for each in _CALLED_BEFORE_LEAVING:
+                each()
+            return disconnect(*args, **kwargs)
+
+        worker.disconnect = leave
+    if called not in _CALLED_BEFORE_LEAVING:
+        _CALLED_BEFORE_LEAVING.append(called)
+
+
+def outside_of_jobs(environment: dict[str, str]) -> dict[str, str]:
+    """Give the environment of a process without the job that it belongs to.
+
+    A driver takes the runtime environment of its job from there, and hands it on to what it starts;
+    of `uv run` it takes it from its parents' command lines.
+    """
+    kept = {key: value for key, value in environment.items() if not key.startswith(_OF_A_JOB)}
+    return kept | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+
+
+_OF_A_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_RAYLET_PID")
+
+
 def is_client() -> bool:
     """Whether this process is a Ray Client, with no object store on its side."""
     return bool(ray.util.client.ray.is_connected())

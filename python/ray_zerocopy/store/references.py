@@ -145,14 +145,14 @@ def get(
         return _ray_get(ref, timeout)
 
 
-def parts_of(ref: ray.ObjectRef) -> Parts:
+def parts_of(ref: ray.ObjectRef, timeout: float | None = None) -> Parts:
     """Give what a reference holds in parts, its block where it lies in the store.
 
     Raises `NotABlockError` for a reference that does not come from `put`.
     """
     refuse_client()
     with reading(in_place):
-        return _of_ours(ref, _ray_get(ref, None), Parts)
+        return _of_ours(ref, _ray_get(ref, timeout), Parts)
 
 
 def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None = None) -> Info:

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import BlockError, PublishError, SaveError
-from ray_zerocopy.objects.culprit import culprit
 from ray_zerocopy.store import ray_inside, references
 from ray_zerocopy.store.description import Info, describe_file
-from ray_zerocopy.store.envelope import Parts, anchor, reading
+from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in
 
 # What is copied at a time from and to a file.
 _CHUNK_NBYTES = 8 * 2**20
@@ -48,11 +47,10 @@ def save(obj: Any, path: Path) -> None:
     """
     stored = isinstance(obj, ray.ObjectRef)
     saved = references.parts_of(obj) if stored else Parts.of(obj)
-    if not _outlives_the_cluster(saved.skeleton):
-        loaded = references.get(obj) if stored else obj
+    if ray_inside.holds_references(saved.skeleton):
+        held = references_in(references.get(obj) if stored else obj)
         raise PublishError(
-            f"{culprit(loaded, _outlives_the_cluster)} cannot be saved: references and actors live "
-            "no longer than their cluster"
+            f"{held} cannot be saved: references and actors live no longer than their cluster"
         )
     if stored:
         references.describe(obj, verify=True)
@@ -111,6 +109,47 @@ def describe(path: Path, *, verify: bool = False) -> Info:
         return describe_file(snapshot, os.fspath(path), checksums, verify)
 
 
+def digest(path: Path) -> str:
+    """Give the digest of what a snapshot holds, from what precedes its weights."""
+    with opened(os.fspath(path)) as file:
+        snapshot = _head(file)
+        file.seek(snapshot.offset)
+        start = file.read(snapshot.start_nbytes)
+        return Parts(snapshot.skeleton, snapshot.buffers, snapshot.table, [start]).digest()
+
+
+def absolute(path: Path) -> str:
+    """Give a path or URL that means the same in every process."""
+    path = os.fspath(path)
+    return path if _is_url(path) else os.path.abspath(path)
+
+
+def move(path: str, there: str) -> None:
+    """Have a snapshot under another name, in place of what is there; raises `SaveError`."""
+    try:
+        if not _is_url(path):
+            os.replace(path, there)
+            return
+        import fsspec  # noqa: PLC0415 - where it is installed
+
+        system, name = fsspec.core.url_to_fs(path)
+        system.mv(name, fsspec.core.url_to_fs(there)[1])
+    except OSError as error:
+        raise SaveError(f"{there} cannot be written: {error}") from error
+
+
+def remove(path: str) -> None:
+    """Remove a snapshot, if it is there."""
+    with contextlib.suppress(OSError):
+        if not _is_url(path):
+            os.unlink(path)
+            return
+        import fsspec  # noqa: PLC0415 - where it is installed
+
+        system, name = fsspec.core.url_to_fs(path)
+        system.rm(name)
+
+
 def _head(file: BinaryIO) -> _core.Snapshot:
     """Read what precedes the block; no more than there is, whatever it says."""
     nbytes = file.seek(0, os.SEEK_END)
@@ -156,10 +195,6 @@ def _progress(chunks: Iterator[Any], nbytes: int, what: str) -> Iterator[Any]:
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk))
-
-
-def _outlives_the_cluster(skeleton: bytes) -> bool:
-    return not ray_inside.holds_references(skeleton)
 
 
 def _is_url(path: str) -> bool:

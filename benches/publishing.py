@@ -1,0 +1,121 @@
+"""New weights for workers, again and again: `publish` and `follow` beside `put`, and what users do.
+
+    python benches/publishing.py [FOLLOWERS] [ROUNDS]
+
+What users do: `ray.put(model.state_dict())`, and in each worker `ray.get` and `load_state_dict`.
+All in the same workers, in turn in each round; medians, and their ratios in each round.
+"""
+
+import sys
+import threading
+import time
+from statistics import median
+
+import psutil
+import ray
+import ray_zerocopy as rzc
+import torch
+from ray_zerocopy.registry import catalog, follower
+from subjects import linears
+
+MIB = 2**20
+SIZES = {"4 MiB": (104, 100), "400 MiB": (100, 1024)}
+PATIENCE_S = 120
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """Follows a name, and holds a model of its own as users do."""
+
+    def __init__(self, shape):
+        torch.set_num_threads(1)
+        self.mine = linears(*shape)
+        self.seen_s = {}
+        self.changed = threading.Condition()
+        swap = follower.Live._swap
+
+        def noted(live, version):
+            swap(live, version)
+            with self.changed:
+                self.seen_s[live.name, version.number] = time.monotonic()
+                self.changed.notify_all()
+
+        follower.Live._swap = noted
+
+    def follow(self, name):
+        self.live = rzc.follow(name)
+
+    def when(self, name, number):
+        """When it had this version."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: (name, number) in self.seen_s, PATIENCE_S)
+        return self.seen_s[name, number]
+
+    def pull(self, refs):
+        self.mine.load_state_dict(ray.get(refs[0]))
+        return time.monotonic()
+
+
+def times(size, followers, rounds):
+    """Give, for each round, seconds: of put, publish, until the last has it, and what users do."""
+    shape, name = SIZES[size], f"weights/{size.replace(' ', '')}"
+    model = linears(*shape)
+    rzc.publish(name, model, keep=1)
+    workers = [Worker.remote(shape) for _ in range(followers)]
+    ray.get([worker.follow.remote(name) for worker in workers])
+    found, cpu_s = [], []
+    for value in range(1, rounds + 2):
+        with torch.no_grad():
+            next(model.parameters()).fill_(value)
+        time.sleep(1)
+
+        start_s = time.monotonic()
+        ref = rzc.put(model)
+        put_s = time.monotonic() - start_s
+        del ref
+        time.sleep(1)
+
+        before_s = busy_s()
+        start_s = time.monotonic()
+        version = rzc.publish(name, model, keep=1)
+        publish_s = time.monotonic() - start_s
+        seen_s = ray.get([worker.when.remote(name, version.number) for worker in workers])
+        last_s = max(seen_s) - start_s
+        cpu_s.append(busy_s() - before_s)
+        time.sleep(1)
+
+        start_s = time.monotonic()
+        ref = ray.put(model.state_dict())
+        users_s = max(ray.get([worker.pull.remote([ref]) for worker in workers])) - start_s
+        del ref
+        found.append((put_s, publish_s, last_s, users_s))
+    for worker in workers:
+        ray.kill(worker)
+    rzc.retire(name)
+    return found[1:], median(cpu_s)
+
+
+def busy_s():
+    """Seconds of CPU that the catalog has taken."""
+    handle = ray.get_actor("catalog", catalog.NAMESPACE)
+    pid = ray.get(handle.__ray_call__.remote(lambda _: __import__("os").getpid()))
+    return sum(psutil.Process(pid).cpu_times()[:2])
+
+
+def main(followers=4, rounds=8, sizes=tuple(SIZES)):
+    ray.init("local", num_cpus=4, object_store_memory=3 << 30, include_dashboard=False,
+             log_to_driver=False, logging_level="ERROR")  # fmt: skip
+    for size in sizes:
+        found, cpu_s = times(size, followers, rounds)
+        put, publish, last, users = (1e3 * median(column) for column in zip(*found, strict=True))
+        print(f"{size}, {followers} followers, medians of {rounds}: put {put:.1f} ms, publish "
+              f"{publish:.1f}, the last has it {last:.1f}, users {users:.1f}; catalog "
+              f"{1e3 * cpu_s:.1f} ms of CPU")  # fmt: skip
+        for what, top, bottom in (("publish / put", 1, 0), ("last / publish", 2, 1),
+                                  ("last / users", 2, 3)):  # fmt: skip
+            print(f"  {what}: {median(row[top] / row[bottom] for row in found):.2f}")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]), *([sys.argv[3:]] if sys.argv[3:] else []))

@@ -1,0 +1,264 @@
+"""Blocks of live versions: where they are, and how they are made again when they are lost.
+
+    the owner died ─────────────────────────▶ what is current, and what only a copy can give ┐
+    somebody cannot load it ─ checked there ─▶ that one ─────────────────────────────────────┤
+    somebody asks for one without a block ──▶ that one ──────────────────────────────────────┤
+                                                                                             ▼
+                                      made by its plan, or copied from a process that has it mapped
+
+Blocks are made again beside each other, each within the time that its version was given; where many
+are, a few start at a time, and one that takes long holds up nobody. When one is done, its record is
+read again: what was retired meanwhile, or has a block by now, is left as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import ray
+
+from ray_zerocopy import metrics
+from ray_zerocopy.errors import LostVersionError
+from ray_zerocopy.registry.manifest import Manifest
+from ray_zerocopy.registry.owner import AnotherModelError, Made, cause_of
+from ray_zerocopy.registry.records import Kept, Key, Record, Source
+from ray_zerocopy.store.ray_inside import address_of, reference_at
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S = 30.0
+_AGAIN_S = 0.2
+_AT_ONCE = 4  # processes that import torch and read weights
+_STARTED_S = 10.0  # a block that takes longer to make lets the next one start
+
+
+class Healing:
+    """Knows which blocks of live versions the owner holds; `staged` tells which it is asked for."""
+
+    def __init__(self, manifest: Manifest, owner: Any, staged: Callable[[], Iterable[str]]) -> None:
+        self._manifest = manifest
+        self._owner = owner
+        self._staged = staged
+        self._incarnation = ""
+        self._blocks: dict[str, ray.ObjectRef] = {}
+        self._making: dict[Key, asyncio.Task[None]] = {}
+        self._checking: dict[tuple[str, str], asyncio.Task[bool]] = {}
+        self._starting = asyncio.Semaphore(_AT_ONCE)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.rebuilds: Counter[str] = Counter()
+
+    # --- what the owner holds -----------------------------------------------------------------
+
+    def block(self, kept: Kept) -> ray.ObjectRef | None:
+        """Give the block of a version, if it has one now."""
+        return self._blocks.get(kept.block)
+
+    def have(self, block: str, made: Made) -> None:
+        """Have a block that the owner holds."""
+        if made.ref is not None:
+            self._blocks[block] = made.ref
+
+    def drop(self, blocks: Iterable[str]) -> None:
+        """Let go of blocks, and of making them; only when what is written needs them no more."""
+        gone = list(blocks)
+        for block in gone:
+            self._blocks.pop(block, None)
+        if gone:
+            self._owner.drop.remote(gone)
+
+    def changed(self, name: str, before: Record, after: Record) -> None:
+        """Let go of what a change of a record, which is written, leaves behind."""
+        for number in before.live.keys() - after.live.keys():
+            if making := self._making.get((name, number)):
+                making.cancel()
+        self.drop(_blocks(before) - _blocks(after))
+
+    async def recover(self, lease_s: float) -> None:
+        """Find what the owner still holds, and have the rest made again.
+
+        What no record has may be claimed by publishers that tell a new catalog what they told the
+        last one; then it goes.
+        """
+        held = await self._ask_owner()
+        self._start(self._drop_unclaimed(held, lease_s))
+        self._start(self._watch())
+
+    async def _ask_owner(self) -> list[str]:
+        """Have the blocks that the owner holds, and no others; give all that it knows of."""
+        self._incarnation, held = await self._ask("held")
+        live = self._live_blocks()
+        self._blocks = {block: ref for block, ref in held.items() if ref and block in live}
+        self._restore()
+        return list(held)
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        """Call the owner; one that is starting again is asked again."""
+        while True:
+            try:
+                return await getattr(self._owner, method).remote(*args)
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(_AGAIN_S)
+
+    async def _drop_unclaimed(self, held: list[str], lease_s: float) -> None:
+        await asyncio.sleep(lease_s)
+        self.drop(set(held) - self._live_blocks() - set(self._staged()))
+
+    async def _watch(self) -> None:
+        """Notice that the owner died: wait at it."""
+        while True:
+            if not await self._ask("watch", self._incarnation, _WATCH_S):
+                await self._ask_owner()
+
+    def _live_blocks(self) -> set[str]:
+        return set().union(*map(_blocks, self._manifest.records.values()))
+
+    # --- made again ---------------------------------------------------------------------------
+
+    def again(self, key: Key, reason: str) -> asyncio.Task[None]:
+        """Make the block of a live version again, once however many ask.
+
+        The task raises `LostVersionError`, and is cancelled when the version is retired meanwhile.
+        """
+        making = self._making.get(key)
+        if making is None:
+            name, number = key
+            kept = self._manifest.record(name).live[number]
+            making = self._making[key] = self._start(self._again(key, kept, reason))
+            making.add_done_callback(lambda _: self._making.pop(key))
+        return making
+
+    def _restore(self) -> None:
+        """Make again what is current, and what only a copy can give; the rest when it is asked."""
+        wanted = [
+            (name, number)
+            for name, record in self._manifest.records.items()
+            for number, kept in record.live.items()
+            if kept.block not in self._blocks and (number == record.number or not kept.plan.heals)
+        ]
+        records = self._manifest.records
+        for key in sorted(wanted, key=lambda key: records[key[0]].kept[key[1]].plan.heals):
+            self._start(self._in_turn(key))
+
+    async def _in_turn(self, key: Key) -> None:
+        async with self._starting:
+            if key[1] not in self._manifest.record(key[0]).live:
+                return
+            making = self.again(key, "owner lost")
+            await asyncio.wait([making], timeout=_STARTED_S)
+
+    async def _again(self, key: Key, kept: Kept, reason: str) -> None:
+        name, number = key
+        block = uuid.uuid4().hex
+
+        def is_as_it_was(record: Record) -> bool:
+            return number in record.live and record.kept[number].block == kept.block
+
+        try:
+            made = await self._made(block, kept, is_as_it_was)
+            self.have(block, made)
+            place = address_of(made.ref)
+            after = await self._manifest.change(
+                name,
+                lambda record: (
+                    record.rebuilt(number, block, place) if is_as_it_was(record) else record
+                ),
+            )
+        except BaseException:
+            self.drop([block])
+            raise
+        if block not in _blocks(after):
+            self.drop([block])
+            return
+        self.rebuilds[reason] += 1
+        metrics.record("rzc_rebuilds", 1, reason)
+
+    async def _made(self, block: str, kept: Kept, is_as_it_was: Callable[[Record], bool]) -> Made:
+        """Have a block made by its plan, or else copied from whoever has it mapped."""
+        name, number, digest = kept.version.name, kept.version.number, kept.version.digest
+        failed = None
+        if kept.plan.heals:
+            try:
+                made: Made = await self._ask("make", block, name, kept.plan, digest)
+                return made
+            except ray.exceptions.RayError as error:
+                failed = cause_of(error)
+            if isinstance(failed, AnotherModelError):
+                await self._manifest.change(
+                    name,
+                    lambda record: record.unhealing(number) if is_as_it_was(record) else record,
+                )
+        lost = [reference_at(place) for place in kept.places]
+        nodes = [node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        try:
+            copied: Made | None = await self._ask("rescue", block, lost, digest, nodes)
+        except ray.exceptions.RayError as error:
+            raise LostVersionError(f"{_lost(kept)}: {cause_of(error)}") from error
+        if copied is not None:
+            return copied
+        if failed is not None:
+            raise LostVersionError(f"{_lost(kept)}, and not made again: {failed}") from failed
+        raise LostVersionError(
+            f"{_lost(kept)}: {_CANNOT[kept.version.source]}, and no node has a copy; publish it "
+            f"anew, with a make that gives the same each time, or a snapshot of its own"
+        )
+
+    def check(self, kept: Kept, node: str) -> asyncio.Task[bool]:
+        """Tell whether a block that somebody on a node could not load is damaged there, or gone.
+
+        A process of its own looks, once however many ask: a limit of theirs is no damage. What is
+        lost is made again.
+        """
+        asked = kept.block, node
+        checking = self._checking.get(asked)
+        if checking is None:
+            checking = self._checking[asked] = self._start(self._check(kept, node))
+            checking.add_done_callback(lambda _: self._checking.pop(asked))
+        return checking
+
+    async def _check(self, kept: Kept, node: str) -> bool:
+        ref = self._blocks.get(kept.block)
+        if ref is None:
+            return True
+        try:
+            wrong = await self._ask("check", [ref], node)
+        except ray.exceptions.RayError as error:
+            wrong = str(error)
+        if wrong is None:
+            return False
+        logger.warning("%s: %s", _lost(kept), wrong)
+        name, number = kept.version.name, kept.version.number
+        self._blocks.pop(kept.block, None)
+        if kept.block in _blocks(self._manifest.record(name)):
+            self.again((name, number), "unreadable")
+        return True
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # asyncio itself keeps only a weak reference
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("%s", error)  # whoever waits for it is told, too
+
+
+_CANNOT: dict[Source, str] = {
+    "object": "it was published as an object, which nobody can make again",
+    "make": "its make has given another model since",
+    "path": "its file has been another model's since",
+}
+
+
+def _blocks(record: Record) -> set[str]:
+    return {kept.block for kept in record.live.values()}
+
+
+def _lost(kept: Kept) -> str:
+    return f"version {kept.version.number} of {kept.version.name!r} is lost"

@@ -1,0 +1,376 @@
+"""What `publish` promises, each promise in a cluster of one node whose owner is killed.
+
+Run by `test_promises.py` in an interpreter of its own; tells of each row as it stands.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from fresh import tell
+from ray_zerocopy.errors import BlockError
+from ray_zerocopy.registry import catalog, publication
+from torch import nn
+
+SOON_S = 90  # no wait is longer, on a machine that has other things to do
+FOLDER = Path(tempfile.mkdtemp())
+
+
+def filled(value, size=64):
+    model = nn.Linear(size, size).requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float(value))
+    return model
+
+
+def value_of(model):
+    (value,) = {value for p in model.parameters() for value in p.unique().tolist()}
+    return int(value)
+
+
+def until(condition, seconds=SOON_S):
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s, "this takes too long"
+        time.sleep(0.1)
+
+
+def actor(name):
+    return ray.get_actor(name, catalog.NAMESPACE)
+
+
+def kill(name):
+    """Kill the catalog or the owner, which starts again."""
+    pid = ray.get(actor(name).__ray_call__.remote(lambda _: os.getpid()), timeout=SOON_S)
+    os.kill(pid, signal.SIGKILL)
+
+
+def generations(name):
+    return {v.number: v.generation for v in rzc.versions(name) if v.state == "live"}
+
+
+# --- make runs outside of every job ---------------------------------------------------------------
+
+JOB = """
+import json, os, sys
+import ray, torch, ray_zerocopy as rzc
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+def variable(): return {"who": os.environ.get("WHO"), "weight": torch.ones(4)}
+def module():
+    import recipe
+    return {"who": recipe.WHO, "weight": torch.ones(4)}
+def told(name, make):
+    try:
+        rzc.publish(name, make=make)
+        return rzc.load(name)["who"]
+    except rzc.RayZeroCopyError as error:
+        return type(error).__name__
+print(json.dumps([told(sys.argv[2] + "-v", variable), told(sys.argv[2] + "-m", module)]))
+"""
+
+
+def job(address, who):
+    """What two makes give in a job with a variable and a module of its own, as if submitted."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "recipe.py").write_text(f"WHO = {who!r}\n")
+    runtime_env = {"env_vars": {"WHO": who}, "working_dir": str(folder)}
+    config = json.dumps({"runtime_env": runtime_env, "metadata": {}})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", JOB, address, who],
+        capture_output=True,
+        text=True,
+        timeout=3 * SOON_S,
+        env=os.environ | {"RAY_JOB_CONFIG_JSON_ENV_VAR": config},
+        cwd=folder,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_runs_outside_of_every_job():
+    """Whoever publishes first, and so starts the catalog."""
+    address = ray.get_runtime_context().gcs_address
+    for who in ("a", "b"):
+        assert job(address, who) == [None, "PublishError"]
+        rzc.retire(f"{who}-v")
+
+
+# --- what heals is made again ---------------------------------------------------------------------
+
+
+def buffers():
+    model = filled(1)
+    for name in ("alpha", "beta", "gamma"):
+        model.register_buffer(name, torch.ones(3), persistent=False)
+    return model
+
+
+def tagged():
+    model = filled(2)
+    model.tags = {"alpha", "beta", "gamma", "delta"}
+    return model
+
+
+def of_a_class_of_its_own():
+    class Net(nn.Linear):
+        pass
+
+    model = Net(8, 8)
+    model.load_state_dict(filled(3, 8).state_dict())
+    return model
+
+
+def hooked():
+    torch.manual_seed(0)
+    return nn.utils.spectral_norm(nn.Linear(8, 8))
+
+
+def script():
+    return torch.jit.script(nn.Sequential(filled(4), nn.ReLU(), filled(4)))
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1}
+    return BertModel(BertConfig(**config, num_attention_heads=2, intermediate_size=37)).eval()
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=2)).eval()
+
+
+def of_all_kinds():
+    makes = (buffers, tagged, of_a_class_of_its_own, hooked, script, bert, gpt2)
+    return {make.__name__: make() for make in makes}
+
+
+def what_heals_is_made_again():
+    """Twice, as an order of two names is the same in every second process."""
+    assert rzc.publish("kinds", make=of_all_kinds).heals
+    for generation in (1, 2):
+        kill("owner")
+        until(lambda now=generation: generations("kinds") == {1: now})
+        assert value_of(rzc.load("kinds", timeout=SOON_S)["tagged"]) == 2
+    rzc.retire("kinds")
+
+
+def what_a_make_gives_anew_heals_no_more():
+    """And says so, once that was seen."""
+    assert rzc.publish("random", make=lambda: nn.Linear(600, 600)).heals
+    kill("owner")
+    until(lambda: not rzc.versions("random")[0].heals)
+    with pytest.raises(rzc.LostVersionError, match="another model"):
+        rzc.load("random", timeout=SOON_S)
+    rzc.retire("random")
+
+
+def one_snapshot_path():
+    """Of several versions, of two names, of a publication that failed: what says so heals."""
+    want = {}
+
+    def publish(name, value, path, **how):
+        version = rzc.publish(name, filled(value), snapshot=FOLDER / path, **how)
+        want[name, version.number] = value
+
+    publish("own", 9, "own")
+    publish("policy", 1, "policy")
+    publish("policy", 2, "policy")
+    publish("here", 3, "both")
+    publish("there", 4, "both")
+    publish("failed", 5, "failed")
+    with pytest.raises(rzc.CatalogError):
+        publish("failed", 6, "failed", timeout=0)
+    rzc.publish("by-path", path=FOLDER / "own")
+    want["by-path", 1] = 9
+    assert sorted(path.name for path in FOLDER.iterdir()) == ["both", "failed", "own", "policy"]
+    heals = {(name, v.number): v.heals for name, _ in want for v in rzc.versions(name)}
+    assert {key for key in heals if not heals[key]} == {("policy", 1), ("here", 1)}
+    kill("owner")
+    for (name, number), value in want.items():
+        if heals[name, number]:
+            assert value_of(rzc.load(name, version=number, timeout=SOON_S)) == value
+    assert rzc.restore(FOLDER / "policy") is not None
+    for name in {name for name, _ in want}:
+        rzc.retire(name)
+
+
+# --- what hangs holds up nobody -------------------------------------------------------------------
+
+HANGS = FOLDER.parent / f"{FOLDER.name}-hangs"
+
+
+def hanging():
+    while HANGS.exists():
+        time.sleep(1)
+    return filled(1)
+
+
+def forever():
+    time.sleep(10_000)
+
+
+def making():
+    """The workers that make a block."""
+    found = psutil.process_iter(["pid", "cmdline"])
+    return {each.pid for each in found if "_build" in " ".join(each.info["cmdline"] or [])}
+
+
+def a_make_that_hangs():
+    """It is given up at its timeout, and when it is retired; others are made again beside it."""
+    before = making()
+    start_s = time.monotonic()
+    with pytest.raises(rzc.CatalogError, match="not published in 5 s"):
+        rzc.publish("hangs", make=forever, timeout=5)
+    assert time.monotonic() - start_s < 5 + SOON_S / 9
+    until(lambda: making() <= before)
+    assert "hangs" not in rzc.published()
+
+    for index in range(5):  # more than start at a time
+        rzc.publish(f"hanging/{index}", make=hanging)
+    rzc.publish("well", make=lambda: filled(7))
+    until(lambda: making() <= before)
+    HANGS.touch()
+    kill("owner")
+    until(lambda: generations("well") == {1: 1})
+    assert value_of(rzc.load("well", timeout=SOON_S)) == 7
+    with pytest.raises(rzc.LostVersionError, match=r"not loaded in 3 s: .* not made again yet"):
+        rzc.load("hanging/0", timeout=3)
+    kill("owner")
+    assert value_of(rzc.load("well", timeout=SOON_S)) == 7
+    for index in range(5):
+        rzc.retire(f"hanging/{index}")
+    until(lambda: making() <= before)
+    HANGS.unlink()
+    rzc.retire("well")
+
+
+# --- a limit of one process is no damage ----------------------------------------------------------
+
+
+def at_a_limit(name):
+    rzc.load(name)  # all imports and connections are there
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), limits[1]))
+    try:
+        rzc.load(name, isolation="copy", timeout=SOON_S)
+    except rzc.RayZeroCopyError as error:
+        return type(error).__name__, str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def of_other_bytes(name):
+    """A process that reads wrong bytes where others read the right ones."""
+    from ray_zerocopy.store import envelope
+
+    def damaged(*args):
+        raise BlockError("bytes are wrong, for this process")
+
+    real, envelope.open_block = envelope.open_block, damaged
+    try:
+        rzc.load(name, timeout=SOON_S)
+    except rzc.RayZeroCopyError as error:
+        return type(error).__name__, str(error)
+    finally:
+        envelope.open_block = real
+
+
+def a_limit_of_one_process():
+    """The error names it, and nothing is made again for the others."""
+
+    def seeded():
+        torch.manual_seed(0)
+        return nn.Linear(2048, 2048)
+
+    for kind, how in {"make": {"make": seeded}, "object": {"obj": seeded()}}.items():
+        name = f"limit-{kind}"
+        rzc.publish(name, **how)
+        before = sum(publication.state()["rebuilds"].values())
+        for told, task in {"ulimit -v": at_a_limit, "wrong, for this": of_other_bytes}.items():
+            run = ray.remote(num_cpus=0, max_retries=0)(task)
+            error, message = ray.get(run.remote(name), timeout=2 * SOON_S)
+            assert told in message
+            assert error in ("ResourceError", "BlockError")
+        assert generations(name) == {1: 0}
+        assert sum(publication.state()["rebuilds"].values()) == before
+        assert rzc.load(name).weight.shape == (2048, 2048)
+        rzc.retire(name)
+
+
+def damage_that_others_see():
+    """A byte has changed in the store: made again."""
+    rzc.publish("damaged", make=lambda: filled(5, 600))
+    ray.get(flip.remote([rzc.versions("damaged")[0].ref]))
+    with pytest.raises(rzc.BlockError):
+        rzc.inspect(rzc.versions("damaged")[0].ref, verify=True)
+    node = ray.get_runtime_context().get_node_id()
+    version = rzc.versions("damaged")[0].handle
+    until(lambda: ray.get(actor("catalog").broken.remote(version, node, 2.0)))
+    assert value_of(rzc.load("damaged", timeout=SOON_S)) == 5
+    assert generations("damaged") == {1: 1}
+    rzc.retire("damaged")
+
+
+@ray.remote(num_cpus=0)
+def flip(refs):
+    rzc.get(refs[0], isolation="shared").weight.data[3, 3] += 1
+
+
+def no_copy_anywhere():
+    """It is said as soon as every node has been asked."""
+    rzc.publish("lost", filled(1, 600))
+    kill("owner")
+    until(lambda: rzc.versions("lost")[0].ref is None)
+    with pytest.raises(rzc.LostVersionError, match=r"nobody can make again.*publish it anew"):
+        rzc.load("lost", timeout=SOON_S)
+    rzc.retire("lost")
+
+
+ROWS = {
+    row.__name__: row
+    for row in (
+        make_runs_outside_of_every_job,
+        what_heals_is_made_again,
+        what_a_make_gives_anew_heals_no_more,
+        one_snapshot_path,
+        a_make_that_hangs,
+        a_limit_of_one_process,
+        damage_that_others_see,
+        no_copy_anywhere,
+    )
+}
+
+
+def main(names):
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=400 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    tell(ROWS, names or ROWS)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
