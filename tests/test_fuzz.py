@@ -96,7 +96,7 @@ def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room):
             continue
         for way in WAYS:
             with made_by(way):
-                made_of_it = tensors.over(block)
+                made_of_it = tensors.over(block, [])
             for view, tensor in zip(block.views, made_of_it, strict=True):
                 assert_is(view, tensor, block)
         made += 1
@@ -125,7 +125,7 @@ def test_an_anchored_block_ends_before_its_memory_or_is_refused(isolation):
             assert whole.ctypes.data == anchor.ctypes.data
             assert len(whole) <= guarded.memory.ctypes.data + guarded.end - anchor.ctypes.data
         assert not whole[64:].any()
-        for view, tensor in zip(block.views, tensors.over(block), strict=True):
+        for view, tensor in zip(block.views, tensors.over(block, []), strict=True):
             assert_is(view, tensor, block)
         made += 1
     assert CASES / 6 < made < CASES
@@ -165,7 +165,7 @@ BEYOND_NUMPY = {
 def test_what_numpy_cannot_express_is_a_tensor(name, way, room):
     dtype, *geometry = BEYOND_NUMPY[name]
     block = opened(*encode([4096], [(0, dtype, 0, *geometry)]), room)
-    assert_is(block.views[0], *tensors.over(block), block)
+    assert_is(block.views[0], *tensors.over(block, []), block)
 
 
 def test_a_snapshots_head_is_refused_or_tells_what_was_written():

@@ -34,7 +34,7 @@ def test_a_view_is_over_the_block_and_keeps_it(way):
     gathered = gather(array)
     block = _core.Block(gathered.table, laid_out(gathered.segments()), "private")
     address, died = np.frombuffer(block, np.uint8).ctypes.data, weakref.ref(array)
-    (tensor,) = tensors.over(block)
+    (tensor,) = tensors.over(block, [])
     assert tensor.data_ptr() == address + block.spans[0][0]
     expected = array.tobytes()
     del array, gathered, block
@@ -52,4 +52,4 @@ def test_a_dtype_of_a_newer_torch_is_refused_with_the_versions(monkeypatch, way)
     monkeypatch.delattr(torch, "uint7")
     message = re.escape(f"torch {torch.__version__} has no uint7")
     with pytest.raises(rzc.VersionError, match=message):
-        tensors.over(block)
+        tensors.over(block, [])

@@ -6,6 +6,8 @@
 #[allow(unsafe_code)] // bytes by address
 pub mod region;
 
+pub mod aliases;
+
 #[allow(unsafe_code)] // reads what it has mapped
 pub mod huge;
 

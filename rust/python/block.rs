@@ -5,7 +5,7 @@ use std::io;
 use std::sync::OnceLock;
 
 use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -195,15 +195,36 @@ impl Block {
         self.pages.huge_nbytes()
     }
 
+    /// The first and last bytes of views.
+    fn ranges(&self, views: Vec<usize>) -> PyResult<Vec<(u64, u64)>> {
+        let range = |index: usize| {
+            let Table { views, spans, .. } = &self.table;
+            let view = views.get(index).ok_or_else(|| PyIndexError::new_err(index))?;
+            let own = view.extent()?.unwrap_or_default();
+            let start = spans[view.span].offset; // the table was checked
+            Ok((start + own.start, start + own.end))
+        };
+        views.into_iter().map(range).collect()
+    }
+
     /// A tensor for each view that has a span for itself, and a dtype that DLPack has; None for the
-    /// others, and for all where torch does not borrow.
-    fn tensors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+    /// others, for `buffers`, which are no tensors, and for all where torch does not borrow.
+    fn tensors<'py>(slf: &Bound<'py, Self>, buffers: Vec<usize>) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
         let table = &slf.get().table;
+        let mut is_buffer = vec![false; table.views.len()];
+        for index in buffers {
+            *is_buffer.get_mut(index).ok_or_else(|| PyIndexError::new_err(index))? = true;
+        }
         let mut views_on = vec![0_u32; table.spans.len()];
-        table.views.iter().for_each(|view| views_on[view.span] += 1);
+        let tensors_on = table.views.iter().zip(&is_buffer).filter(|(_, is_buffer)| !**is_buffer);
+        tensors_on.for_each(|(view, _)| views_on[view.span] += 1);
         let tensors = PyList::empty(py);
-        for view in &table.views {
+        for (view, is_buffer) in table.views.iter().zip(is_buffer) {
+            if is_buffer {
+                tensors.append(py.None())?;
+                continue;
+            }
             let plain = !view.flags.contains(Flags::CONJ) && !view.flags.contains(Flags::NEG);
             let alone = views_on[view.span] == 1 && plain && !view.shape.contains(&0);
             let made = if alone {

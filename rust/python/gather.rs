@@ -6,9 +6,9 @@ use std::mem;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use pyo3::{IntoPyObjectExt, ffi};
 
 use crate::error::Error;
 use crate::format::layout::{Layout, used};
@@ -16,6 +16,7 @@ use crate::format::table::{Table, fingerprint};
 use crate::io::block;
 use crate::io::fill;
 use crate::io::source::{self, Source};
+use crate::memory::aliases::Aliases;
 use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::memory::sole::Sole;
@@ -42,7 +43,7 @@ pub(super) struct Gather {
 impl Gather {
     #[new]
     fn new(py: Python<'_>, sources: &Sources) -> PyResult<Gather> {
-        let Sources { storages, views, .. } = sources;
+        let Sources { storages, views, buffers, .. } = sources;
         let mut views = views.clone();
         let mut extents = vec![Vec::new(); storages.len()];
         for (index, view) in views.iter().enumerate() {
@@ -60,7 +61,26 @@ impl Gather {
             let nbytes = (used.end - used.start) as usize;
             (Region { address: whole.address + used.start as usize, nbytes }, owner.clone_ref(py))
         };
-        let (storages, owners): (Vec<_>, _) = storages.iter().zip(used).map(region).unzip();
+        let (storages, owners): (Vec<_>, Vec<_>) = storages.iter().zip(used).map(region).unzip();
+        let mut aligns = vec![1; storages.len()];
+        buffers.iter().for_each(|(&storage, &align)| aligns[storage] = align);
+        for view in &views {
+            aligns[view.span] = aligns[view.span].max(view.dtype.itemsize() as usize);
+        }
+        let Aliases { regions: storages, places } = Aliases::of(&storages, &aligns);
+        for view in &mut views {
+            let (span, offset) = places[view.span];
+            view.offset +=
+                if view.extent()?.is_some() { offset as u64 / view.dtype.itemsize() } else { 0 };
+            view.span = span;
+        }
+        let mut kept: Vec<Vec<_>> = storages.iter().map(|_| Vec::new()).collect();
+        owners.into_iter().zip(places).for_each(|(owner, (span, _))| kept[span].push(owner));
+        let owners = kept.into_iter().map(|mut owners| match owners.len() {
+            1 => Ok(owners.remove(0)),
+            _ => owners.into_py_any(py),
+        });
+        let owners = owners.collect::<PyResult<_>>()?;
         let layout = Layout::plan(storages.iter().map(|storage| storage.nbytes as u64))?;
         let table = Table::new(&layout, views)?.encode();
         let table = PyBytes::new(py, &table).unbind();

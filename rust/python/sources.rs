@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use pyo3::{IntoPyObjectExt, intern};
@@ -22,6 +23,8 @@ pub(super) struct Sources {
     to_host: Py<PyAny>,
     pub(super) views: Vec<View>,
     pub(super) storages: Vec<(Region, Py<PyAny>)>,
+    /// The bytes in an item of each storage that is a buffer.
+    pub(super) buffers: HashMap<usize, usize>,
     /// What the views describe. It keeps the tensors alive, so that none takes another's address.
     #[pyo3(get)]
     tensors: Py<PyList>,
@@ -39,6 +42,7 @@ impl Sources {
             to_host,
             views: Vec::new(),
             storages: Vec::new(),
+            buffers: HashMap::new(),
             tensors: PyList::empty(py).unbind(),
             tensor_ids: HashMap::new(),
             storage_ids: HashMap::new(),
@@ -76,9 +80,17 @@ impl Sources {
     }
 
     /// Takes a buffer that is no tensor, such as numpy's, as a view of uint8; gives its number.
+    ///
+    /// Its items tell how it is aligned.
     fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let bytes = PyUntypedBuffer::get(buffer)?;
+        if !bytes.is_c_contiguous() && !bytes.is_fortran_contiguous() {
+            return Err(PyBufferError::new_err(
+                "a buffer with gaps cannot be taken out of a pickle",
+            ));
+        }
         let region = Region { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
+        self.buffers.insert(self.storages.len(), bytes.item_size());
         let (flags, shape) = (Flags::default(), Dims::from_slice(&[region.nbytes as u64]));
         let view = View {
             span: self.storages.len(),

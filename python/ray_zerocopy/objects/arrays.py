@@ -1,4 +1,10 @@
-"""numpy arrays, as buffers of their elements."""
+"""numpy arrays, as buffers of the memory that their elements lie in.
+
+    memory     ▒▒▒▒▒▒▒▒▒▒▒▒████████████████████▒▒▒▒▒▒     of another array, or a file
+    window                 └─── buffer ───────┘           from its first element to its last
+
+Windows that overlap lie in one span, as do an array and a tensor over the same memory.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from ray_zerocopy.pickled import named
 
@@ -21,7 +28,7 @@ def reducer(kind: Any) -> Callable[[Any], Any] | None:
 
 
 def _reduce_array(whole: np.ndarray) -> Any:
-    """Reduce an array to a buffer of its elements, in the order in which they lie in memory.
+    """Reduce an array to a buffer, in the order in which its elements lie in memory.
 
     numpy does so only for arrays of no other class than its own; of a memory map it writes the
     whole file into the pickle. What has gaps comes back without. Empty arrays come this way, too:
@@ -30,13 +37,43 @@ def _reduce_array(whole: np.ndarray) -> Any:
     plain = whole.view(np.ndarray)
     if plain.dtype.hasobject:
         return NotImplemented
-    if not np.may_share_memory(elements := plain.ravel(order="K"), plain) and plain.nbytes:
-        plain = plain.copy(order="K")
-        elements = plain.ravel(order="K")
-    buffer = pickle.PickleBuffer(elements.view(np.uint8).data)
-    made = (array, (type(whole), plain.shape, plain.dtype, plain.strides, buffer))
+    flags = plain.flags
+    if flags.c_contiguous or flags.f_contiguous:
+        memory, strides, offset = plain.ravel(order="K"), plain.strides, 0
+    else:
+        memory, strides, offset = _window(plain)
+    align = min(plain.dtype.alignment, 8) if flags.aligned else 1
+    buffer = _buffer(memory, align)
+    made = (array, (type(whole), plain.shape, plain.dtype, strides, buffer, offset))
     state = {k: v for k, v in getattr(whole, "__dict__", {}).items() if k not in _OF_A_FILE}
     return (*made, state, None, None, set_array_attributes) if state else made
+
+
+def _window(plain: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], int]:
+    """Give the memory from the first byte of an array to its last, its strides and offset there.
+
+    That is a copy where it has gaps. What repeats is there once.
+    """
+    steps = tuple(zip(plain.shape, plain.strides, strict=True))
+    once = plain[tuple(slice(None if step else 1) for _, step in steps)]
+    ascending = once[tuple(slice(None, None, -1 if step < 0 else 1) for _, step in steps)]
+    reach = sum((n - 1) * abs(step) for n, step in steps) + plain.itemsize
+    if reach > once.nbytes:
+        once = once.copy(order="K")
+        once.flags.writeable = plain.flags.writeable
+        strides = (own if step else 0 for own, (_, step) in zip(once.strides, steps, strict=True))
+        return once.ravel(order="K"), tuple(strides), 0
+    first = ascending[(slice(1),) * plain.ndim].reshape(1).view(np.uint8)
+    memory = as_strided(first, (reach,), (1,), writeable=plain.flags.writeable)
+    return memory, plain.strides, sum((n - 1) * -step for n, step in steps if step < 0)
+
+
+def _buffer(memory: np.ndarray, align: int) -> pickle.PickleBuffer:
+    """Give memory in a row as a buffer whose items tell how it is aligned."""
+    items = memory.view(np.uint8) if memory.nbytes else np.empty(0, np.uint8)
+    if items.size % align:
+        align = 1
+    return pickle.PickleBuffer(items.view(f"u{align}").data)
 
 
 # What a memory map knows of its file, which its elements leave for the block.
@@ -45,10 +82,11 @@ _OF_A_FILE = ("_mmap", "filename", "mode", "offset")
 
 @named
 def array(
-    kind: type[np.ndarray], shape: Any, dtype: np.dtype, strides: Any, buffer: Any
+    kind: type[np.ndarray], shape: Any, dtype: np.dtype, strides: Any, buffer: Any, offset: int = 0
 ) -> np.ndarray:
-    """Unpickle an array over a buffer; strides in bytes."""
-    return np.ndarray(shape, dtype, buffer, 0, strides).view(kind)
+    """Unpickle an array over a buffer; strides and offset in bytes."""
+    made = np.ndarray(shape, dtype, buffer, offset, strides)
+    return made if kind is np.ndarray else made.view(kind)
 
 
 @named

@@ -36,8 +36,8 @@ from ray_zerocopy.objects import (
     transformers_inside,
 )
 
-# Buffers of numpy arrays and the like stay in the skeleton below one page.
-_BUFFER_NBYTES = 4096
+# What a skeleton has in one piece from a page on counts as data.
+_DATA_NBYTES = 4096
 
 
 @dataclass
@@ -84,12 +84,12 @@ def join(
 def unshared_nbytes(skeleton: bytes) -> int:
     """Count the bytes of a page and more that lie in a skeleton, where each load copies them.
 
-    They belong to objects that turn their weights into `bytes` themselves, to compiled code, and to
-    tensors in formats that torch packs.
+    They belong to objects that turn their weights into `bytes` or text themselves, to compiled
+    code, and to tensors in formats that torch packs.
     """
     parts = (part for _, part, _ in pickletools.genops(skeleton))
-    sizes = [len(part) for part in parts if isinstance(part, bytes | bytearray)]
-    return sum(size for size in sizes if size >= _BUFFER_NBYTES)
+    sizes = [len(part) for part in parts if isinstance(part, bytes | bytearray | str)]
+    return sum(size for size in sizes if size >= _DATA_NBYTES)
 
 
 class _Joiner(pickle.Unpickler):
@@ -123,11 +123,10 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
 
 
 def _take_buffer(sources: _core.Sources, taken: list[int], buffer: pickle.PickleBuffer) -> bool:
-    """Take a buffer out of band; true leaves it in the skeleton, as pickle has it."""
-    raw = buffer.raw()
-    if raw.nbytes < _BUFFER_NBYTES:
+    """Take a buffer out of band; true leaves it in the skeleton, as it does an empty one."""
+    if not memoryview(buffer).nbytes:
         return True
-    taken.append(sources.take_buffer(raw))
+    taken.append(sources.take_buffer(buffer))
     return False
 
 

@@ -70,8 +70,10 @@ def reduce_typed_storage(storage: torch.TypedStorage) -> Any:
 # --- over a block ---------------------------------------------------------------------------------
 
 
-def over(block: _core.Block, device: torch.device | str | None = None) -> list[torch.Tensor]:
-    """Build the tensor of each view in the block's table.
+def over(
+    block: _core.Block, buffers: list[int], device: torch.device | str | None = None
+) -> list[torch.Tensor | None]:
+    """Build the tensor of each view in the block's table; None for those that are `buffers`.
 
     A view that has a span for itself, as nearly all have, becomes a tensor with a storage of its
     own. Views of one span share a storage, as they did in the source. On another device than the
@@ -81,41 +83,47 @@ def over(block: _core.Block, device: torch.device | str | None = None) -> list[t
     """
     with torch.inference_mode(False):
         if device is None or torch.device(device).type == "cpu":
-            made = block.tensors() if way == "dlpack" else _from_numpy(block)
+            made = block.tensors(buffers) if way == "dlpack" else _from_numpy(block, buffers)
             device = "cpu"
         else:
             made = [None] * len(block.views)
-        missing = [index for index, tensor in enumerate(made) if tensor is None]
-        views = block.views if missing else []
+        known = set(buffers)
+        missing = [i for i, tensor in enumerate(made) if tensor is None and i not in known]
+        if not missing:
+            return made
+        memory, spans, views = memoryview(block), block.spans, block.views
         storages: dict[int, torch.UntypedStorage] = {}
         for index in missing:
             span = views[index][0]
             if span not in storages:
-                whole = torch.from_numpy(_bytes(block, span)).to(device)
-                storages[span] = whole.untyped_storage()
+                offset, nbytes = spans[span]
+                whole = torch.from_numpy(np.ndarray((nbytes,), np.uint8, memory, offset))
+                storages[span] = whole.to(device).untyped_storage()
             made[index] = _strided(storages[span], views[index])
     return made
 
 
-def buffers_over(block: _core.Block, indices: list[int]) -> list[np.ndarray]:
+def buffers_over(block: _core.Block, buffers: list[int]) -> list[memoryview]:
     """Give the bytes of the views that are buffers rather than tensors.
 
     They can be written where the block is this process's own, not where it is shared.
     """
-    views = block.views if indices else []
-    arrays = [_bytes(block, views[index][0]) for index in indices]
+    memory = memoryview(block)
     if block.held == "shared":
-        for array in arrays:
-            array.flags.writeable = False
-    return arrays
+        memory = memory.toreadonly()
+    return [memory[start:end] for start, end in block.ranges(buffers)]
 
 
-def _from_numpy(block: _core.Block) -> list[torch.Tensor | None]:
+def _from_numpy(block: _core.Block, buffers: list[int]) -> list[torch.Tensor | None]:
     """Do as `Block.tensors` does, in any torch: None for views that share a span, or are lazy."""
     memory, spans, views = memoryview(block), block.spans, block.views
-    views_on = Counter(view[0] for view in views)
+    known = set(buffers)
+    views_on = Counter(view[0] for index, view in enumerate(views) if index not in known)
     made: list[torch.Tensor | None] = []
-    for span, name, flags, offset, shape, stride in views:
+    for index, (span, name, flags, offset, shape, stride) in enumerate(views):
+        if index in known:
+            made.append(None)
+            continue
         if views_on[span] > 1 or flags & (_core.CONJ | _core.NEG) or 0 in shape:
             made.append(None)
             continue
@@ -156,11 +164,6 @@ def _dtype(name: str) -> torch.dtype:
     except AttributeError:
         message = f"torch {torch.__version__} has no {name}, which a newer one has published"
         raise VersionError(f"{message}: install that one here, too") from None
-
-
-def _bytes(block: _core.Block, span: int) -> np.ndarray:
-    offset, nbytes = block.spans[span]
-    return np.ndarray((nbytes,), np.uint8, memoryview(block), offset)
 
 
 def _strided(storage: torch.UntypedStorage, view: View) -> torch.Tensor:

@@ -197,7 +197,7 @@ class Loading:
         if self.prefault and self.device is not None:  # the copy is to find the pages filled in
             block.prefault()
         with quiet_collector():
-            over = tensors.over(block, self.device)
+            over = tensors.over(block, views, self.device)
             buffers = tensors.buffers_over(block, views)
             made = partial(join, skeleton, over, buffers, self.device)
             loaded, modules = _core.noting_modules(made)
