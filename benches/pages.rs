@@ -44,8 +44,7 @@ fn mapping(c: &mut Criterion) {
 
     let mut group = c.benchmark_group("pages/fill");
     group.sample_size(20).throughput(Throughput::Bytes(NBYTES as u64));
-    // SAFETY: waited for, so done before the pages go.
-    let prefault = |pages: &mut Pages| unsafe { pages.prefault() }.unwrap().wait();
+    let prefault = |pages: &mut Pages| pages.prefault().unwrap().wait();
     group.bench_function("prefault", |b| {
         b.iter_batched_ref(map, prefault, BatchSize::PerIteration);
     });

@@ -4,7 +4,6 @@ Threads go on for SECONDS: a few here, as many as wanted with the variable set.
 """
 
 import asyncio
-import gc
 import multiprocessing
 import os
 import random
@@ -17,7 +16,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from fresh import run
-from test_store import resident_at
+from test_store import resident_at, wait_until_gone
 from torch.utils.data import DataLoader, Dataset
 
 SECONDS, THREADS = float(os.environ.get("SECONDS", 4)), 16
@@ -135,10 +134,7 @@ def test_the_last_tensor_goes_on_a_foreign_thread(cluster):
     address = held[0].data_ptr()
     assert resident_at(address) is not None
     threading.Thread(target=held.clear).start()
-    deadline_s = time.monotonic() + 30
-    while resident_at(address) is not None:
-        assert time.monotonic() < deadline_s
-        gc.collect()
+    wait_until_gone(address)
 
 
 def test_an_interpreter_ends_while_its_threads_are_at_work():

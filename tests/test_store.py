@@ -228,7 +228,14 @@ def test_what_is_dropped_while_prefault_fills_its_pages_is_gone(cluster):
     ref = rzc.put(torch.zeros(16, 2**20))
     for _ in range(100):
         address = rzc.get(ref, prefault=True).data_ptr()
-    assert resident_at(address) is None
+    wait_until_gone(address)
+
+
+def wait_until_gone(address):
+    deadline = time.monotonic() + 30
+    while resident_at(address) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def resident(tensor):

@@ -12,6 +12,7 @@ use crate::format::table::Table;
 use crate::io::file::Reader;
 use crate::io::fill::{Release, fill};
 use crate::io::source::Source;
+use crate::memory::reaper::{self, Reaped};
 use crate::memory::region::Region;
 
 /// Writes the whole block, each source at its offset in it, and clears the rest of `target`. Releases
@@ -93,9 +94,8 @@ pub fn is_contiguous(pieces: &[Region], nbytes: u64) -> Result<bool> {
 /// # Safety
 /// The pieces are readable, nobody writes them meanwhile, and together they are `nbytes` long, as
 /// [`is_contiguous`] has checked.
-pub unsafe fn copy(pieces: &[Region], nbytes: u64) -> Result<MmapMut> {
-    let mut block = MmapMut::map_anon(nbytes as usize)
-        .map_err(|error| Error::refused(format!("a copy of {nbytes} bytes"), &error))?;
+pub unsafe fn copy(pieces: &[Region], nbytes: u64) -> Result<Reaped<MmapMut>> {
+    let mut block = reaper::memory(nbytes as usize)?;
     let mut sources = Vec::with_capacity(pieces.len());
     let mut end = 0;
     for &piece in pieces {

@@ -6,8 +6,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
-
 use crate::error::{Error, Result};
 use crate::format::header::{checksums, start_nbytes};
 use crate::format::snapshot::{Head, Header, SNAPSHOT_HEADER_NBYTES};
@@ -16,6 +14,7 @@ use crate::io::block;
 use crate::io::file::Reader;
 use crate::memory::lease::{Lease, Leases};
 use crate::memory::pages::Pages;
+use crate::memory::reaper;
 
 /// What was opened.
 #[derive(Debug)]
@@ -54,8 +53,7 @@ pub fn open(file: File, path: &Path) -> Result<Opened> {
 pub fn copy(file: File, path: &Path) -> Result<Opened> {
     let (bytes, head) = read_head(&file, path)?;
     let nbytes = head.decoded.nbytes as usize;
-    let refused = |error| Error::refused(format!("a copy of {nbytes} bytes"), &error);
-    let mut copy = MmapMut::map_anon(nbytes).map_err(refused)?;
+    let mut copy = reaper::memory(nbytes)?;
     let reader =
         Reader::new(file, path).map_err(|error| unreadable(path, head.offset, nbytes, &error))?;
     let fingerprint = fingerprint(&bytes[head.table.clone()]);

@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
+use crate::memory::reaper::Reaped;
 use crate::platform::{self, Map};
 
 /// The leases of this process.
@@ -30,7 +31,7 @@ pub struct Leases {
 struct Held {
     file: File,
     name: String,
-    map: Weak<Map>,
+    map: Weak<Reaped<Map>>,
     /// The same file for a child to come.
     passed: Option<File>,
 }
@@ -62,7 +63,7 @@ impl Leases {
     }
 
     /// Has the lease on a file last as long as what was mapped of it.
-    pub fn cover(&mut self, file: File, name: String, map: &Arc<Map>) -> Lease {
+    pub fn cover(&mut self, file: File, name: String, map: &Arc<Reaped<Map>>) -> Lease {
         self.held.push(Held { file, name, map: Arc::downgrade(map), passed: None });
         self.serve(); // of what was broken before, the thread found nothing here
         Lease(())
@@ -96,11 +97,15 @@ impl Held {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // whoever has the table now, or forks, finds what is to be closed later
-        match LEASES.try_lock() {
-            Ok(mut leases) => leases.held.retain(|held| held.map.strong_count() > 0),
-            Err(TryLockError::Poisoned(_) | TryLockError::WouldBlock) => {}
-        }
+        let_go();
+    }
+}
+
+/// Ends the leases on what nobody has mapped any more. Whoever has the table now, or forks, does so later.
+pub fn let_go() {
+    match LEASES.try_lock() {
+        Ok(mut leases) => leases.held.retain(|held| held.map.strong_count() > 0),
+        Err(TryLockError::Poisoned(_) | TryLockError::WouldBlock) => {}
     }
 }
 
@@ -159,8 +164,6 @@ pub fn after_fork_in_child() {
 mod tests {
     use std::{fs, thread};
 
-    use crate::memory::pages::Pages;
-
     use super::*;
 
     #[test]
@@ -171,12 +174,10 @@ mod tests {
         let file = File::open(&path).unwrap();
         let mut leases = Leases::get();
         leases.take(&file).unwrap();
-        // SAFETY: leased below.
-        let pages = unsafe { Pages::of_file(&file, 5000, 250_000) }.unwrap();
-        let Pages::Private { map, .. } = &pages else { panic!() };
-        let lease = leases.cover(file, "a test".into(), map);
+        let map = Arc::new(Reaped::from(Map::private(&file, 5000, 250_000).unwrap()));
+        let lease = leases.cover(file, "a test".into(), &map);
         drop(leases);
-        let address = pages.region().address;
+        let address = map.region().address;
         // SAFETY: the test's own, and nobody else reads it.
         unsafe { *((address + 70_000) as *mut u8) = 99 };
         let writer = thread::spawn({
@@ -185,13 +186,13 @@ mod tests {
         });
         writer.join().unwrap().unwrap();
         // SAFETY: nobody writes any more.
-        let found = unsafe { pages.region().bytes() };
+        let found = unsafe { map.region().bytes() };
         assert_eq!(found[70_000], 99);
         assert_eq!(found[..70_000], bytes[5000..75_000]);
         assert_eq!(found[70_001..], bytes[75_001..255_000]);
         assert!(Leases::get().held.is_empty());
         fs::remove_file(&path).unwrap();
-        drop((pages, lease));
+        drop((map, lease));
     }
 
     #[test]

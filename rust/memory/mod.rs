@@ -29,7 +29,10 @@ pub mod connection;
 
 pub mod forks;
 
-#[allow(unsafe_code)] // reads what it has mapped
-pub mod pages;
+#[allow(unsafe_code)] // has the kernel drop pages
+pub mod reaper;
 
 pub mod lease;
+
+#[allow(unsafe_code)] // reads what it has mapped
+pub mod pages;

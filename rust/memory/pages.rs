@@ -11,8 +11,9 @@
 //! the one page that is written.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{io::ErrorKind, mem, process};
@@ -21,10 +22,12 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::memory::huge::LEAVE_SMALL_FOR;
+use crate::memory::lease;
+use crate::memory::reaper::{Mapped, Reaped};
 use crate::memory::region::{Region, touch};
 use crate::memory::store;
 use crate::platform::mapping::Backing;
-use crate::platform::{AROUND, HUGE, Map, PageTable};
+use crate::platform::{self, AROUND, HUGE, Map, PageTable};
 
 /// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
 const TRIES: u32 = 5;
@@ -37,12 +40,12 @@ pub enum Pages {
     /// The store's pages, copied page by page as they are written.
     Private {
         /// The mapping, which its thread has, too.
-        map: Arc<Map>,
+        map: Arc<Reaped<Map>>,
         /// What of the store was mapped again, and where it comes from; `None` for a file of the user's.
         beneath: Option<(Region, Backing)>,
     },
     /// Memory of this process alone.
-    Copied(MmapMut),
+    Copied(Reaped<MmapMut>),
 }
 
 impl Pages {
@@ -51,7 +54,7 @@ impl Pages {
         match self {
             Pages::Shared(region) => *region,
             Pages::Private { map, .. } => map.region(),
-            Pages::Copied(map) => Region { address: map.as_ptr() as usize, nbytes: map.len() },
+            Pages::Copied(map) => map.region(),
         }
     }
 
@@ -62,7 +65,7 @@ impl Pages {
     /// while a reference to its buffer lives: whoever holds the pages holds one.
     pub unsafe fn private(beneath: Region) -> Result<Pages> {
         let (file, backing) = store::open(beneath)?;
-        let map = Map::private(&file, backing.offset, beneath.nbytes);
+        let map = Reaped::map(|| Map::private(&file, backing.offset, beneath.nbytes));
         let map = map.map_err(|error| Error::refused(backing.name.display(), &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath: Some((beneath, backing)) })
     }
@@ -73,7 +76,7 @@ impl Pages {
     /// Its bytes stay what they are while the pages live, as where the file is leased; or whoever reads them
     /// bears that others write it, and the SIGBUS where they shorten it.
     pub unsafe fn of_file(file: &File, offset: u64, nbytes: usize) -> Result<Pages> {
-        let map = Map::private(file, offset, nbytes);
+        let map = Reaped::map(|| Map::private(file, offset, nbytes));
         let map =
             map.map_err(|error| Error::refused(format!("{nbytes} bytes of a file"), &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath: None })
@@ -90,27 +93,26 @@ impl Pages {
     /// Starts to fill in the page table, so that the first reads do not fault: one step for each huge page,
     /// or for the small ones around each. Small pages of the store are made huge a second later, by one
     /// process of the node. `None` where there is nothing to do, or so little that a thread costs more.
-    ///
-    /// # Safety
-    /// The pages outlive what is returned.
-    pub unsafe fn prefault(&self) -> Option<Prefault> {
+    pub fn prefault(&self) -> Option<Prefault> {
         let region = self.region();
         let last = region.address + region.nbytes.checked_sub(HUGE)?;
         match self {
             Pages::Copied(_) => None,
-            Pages::Shared(_) => PageTable::open().lacks(last).then(|| {
-                // SAFETY: the caller's promise, and whoever drops the prefault waits for this.
-                Prefault::start(move |stop| unsafe { fill(region, AROUND, stop) })
-            }),
+            Pages::Shared(_) => PageTable::open()
+                .lacks(last)
+                .then(|| Prefault::start(move |stop| fill_while_mapped(region, stop))),
             Pages::Private { map, beneath } => {
-                let (map, beneath) = (Arc::clone(map), beneath.clone());
+                let (map, beneath) = (Arc::downgrade(map), beneath.clone());
                 Some(Prefault::start(move |stop| {
-                    let huge = map.is_huge() == Some(true);
-                    // SAFETY: mapped as long as this thread has it.
-                    unsafe { fill(region, if huge { HUGE } else { AROUND }, stop) };
-                    if let Some((beneath, backing)) = beneath.filter(|_| !huge) {
-                        stop.wait(LEAVE_SMALL_FOR);
-                        make_huge(beneath, &backing, stop);
+                    let huge = map.upgrade().is_some_and(|map| map.is_huge() == Some(true));
+                    fill(region, &map, if huge { HUGE } else { AROUND });
+                    match beneath {
+                        Some((beneath, backing)) if !huge => {
+                            stop.wait(LEAVE_SMALL_FOR);
+                            make_huge(beneath, &backing, stop);
+                        }
+                        Some(_) => {}
+                        None => lease::let_go(), // it may have had the map when that was dropped
                     }
                 }))
             }
@@ -118,21 +120,25 @@ impl Pages {
     }
 }
 
-/// Fills in the page table, unless it is stopped, by one fault for the pages around each `step`.
+/// Fills in the page table of a map until it is dropped, by one fault for the pages around each `step`.
 ///
 /// `MADV_POPULATE_READ` is the slower way, 28 ms for 400 MiB beside 14, and holds the lock of the
 /// process's mappings: whoever starts a thread or allocates much waits for up to 16 ms meanwhile.
-///
-/// # Safety
-/// The memory is readable, and stays so meanwhile.
-unsafe fn fill(region: Region, step: usize, stop: &Stop) {
-    for at in (0..region.nbytes).step_by(step).chain(region.nbytes.checked_sub(1)) {
-        if stop.is_set() {
-            break;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { touch(region.address + at) };
+fn fill(Region { address, nbytes }: Region, map: &Weak<Reaped<Map>>, step: usize) {
+    for at in (0..nbytes).step_by(step).chain(nbytes.checked_sub(1)) {
+        let Some(_mapped) = map.upgrade() else { break };
+        // SAFETY: the map's region, and it is held.
+        unsafe { touch(address + at) };
     }
+}
+
+/// Does the same of a mapping of Ray's, which may be gone at any time.
+fn fill_while_mapped(Region { address, nbytes }: Region, stop: &Stop) {
+    let mut pieces = (0..nbytes).step_by(AROUND).map(|at| at..nbytes.min(at + AROUND));
+    let mapped = |piece: Range<usize>| {
+        !stop.is_set() && platform::is_readable(address + piece.start..address + piece.end)
+    };
+    pieces.all(mapped);
 }
 
 /// What tells a thread to end.
@@ -154,7 +160,7 @@ impl Stop {
 
 /// Pages made ready to be read, by faults and by `MADV_COLLAPSE`, on a thread of its own.
 ///
-/// Dropped, it stops within some milliseconds, and the pages may go.
+/// Dropped, it stops by itself, and nobody waits for it.
 #[derive(Debug)]
 pub struct Prefault {
     stop: Arc<Stop>,
@@ -174,7 +180,7 @@ impl Prefault {
     }
 
     /// Waits until all is done.
-    pub fn wait(&mut self) {
+    pub fn wait(mut self) {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // filled or not, the bytes are what they were
         }
@@ -190,7 +196,6 @@ impl Drop for Prefault {
         if let Some(thread) = &self.thread {
             thread.thread().unpark();
         }
-        self.wait();
     }
 }
 
@@ -283,19 +288,16 @@ mod tests {
         let (one, other) = (private(), private());
         assert_eq!(one.huge_nbytes(), Some(0));
         file.lock().unwrap(); // as another process would
-        // SAFETY: dropped before the pages.
-        let prefault = unsafe { one.prefault() }.unwrap();
+        let prefault = one.prefault().unwrap();
         thread::sleep(2 * LEAVE_SMALL_FOR);
         assert_eq!(private().huge_nbytes(), Some(0));
         drop(prefault);
-        // SAFETY: done before the pages go.
-        let mut prefault = unsafe { other.prefault() }.unwrap();
+        let prefault = other.prefault().unwrap();
         file.unlock().unwrap();
         prefault.wait();
         assert_eq!(private().huge_nbytes(), Some(3 * HUGE));
         let huge = private();
-        // SAFETY: done before the pages go.
-        unsafe { huge.prefault() }.unwrap().wait();
+        huge.prefault().unwrap().wait();
         assert!(!PageTable::open().lacks(huge.region().address + part.nbytes - 1));
         assert_eq!(read(&one), &store[64..]);
         assert_eq!(read(&private()), &store[64..]);

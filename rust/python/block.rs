@@ -34,7 +34,7 @@ use crate::python::loan;
 /// ```
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Block {
-    // dropped in this order: what reads the pages, the pages, what lies beneath them
+    // dropped in this order: what fills in the pages, the pages, what lies beneath them
     prefault: OnceLock<Option<Prefault>>,
     pages: Pages,
     _lease: Option<Lease>,
@@ -186,8 +186,7 @@ impl Block {
     /// Fills in this process's page table for the whole block, while the caller goes on; where pages are
     /// small, has them made huge later, if no other process does.
     fn prefault(&self) {
-        // SAFETY: the block drops it before the pages.
-        self.prefault.get_or_init(|| unsafe { self.pages.prefault() });
+        self.prefault.get_or_init(|| self.pages.prefault());
     }
 
     /// Bytes of the block in huge pages; None where that is not known.

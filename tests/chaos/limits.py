@@ -5,6 +5,7 @@ Run by `test_limits.py` in an interpreter of its own, which has mounts and limit
 
 import contextlib
 import ctypes
+import itertools
 import os
 import resource
 import sys
@@ -155,6 +156,18 @@ def thousands_of_loads_held():
     held = [rzc.get(ref, prefault=False) for _ in range(30_000)]
     assert len({loaded.data_ptr() for loaded in held}) == 30_000
     assert all(torch.equal(loaded, MODEL) for loaded in held[::300])
+
+
+def no_room_for_what_was_dropped():
+    """What is unmapped by another thread is gone before the next load finds no room."""
+    ref = rzc.put(LARGE)
+    kinds = itertools.cycle([("private", True), ("copy", False), ("private", False)])
+    with address_space_for(3 * LARGE.nbytes):
+        for (isolation, prefault), _ in zip(kinds, range(600), strict=False):
+            loaded = rzc.get(ref, isolation=isolation, prefault=prefault)
+            loaded[::1024] = 7
+            del loaded
+    assert_whole(ref, model=LARGE)
 
 
 def no_address_space():
@@ -326,6 +339,7 @@ ROWS = {
     for row in (
         no_file_descriptor,
         thousands_of_loads_held,
+        no_room_for_what_was_dropped,
         no_address_space,
         another_user,
         no_proc,
