@@ -2,6 +2,7 @@
 
 import json
 
+import fresh
 import pytest
 import ray
 import ray_zerocopy as rzc
@@ -71,7 +72,7 @@ def test_a_version_is_promoted_back(run, name):
     first = rzc.publish(name, torch.zeros(2000))
     rzc.publish(name, torch.ones(2000))
     code, out, _ = run("promote", name, str(first.number))
-    assert (code, out) == (0, f"{name} version {first.number} is current\n")
+    assert (code, out) == (0, f"{name} version {first.number} is now current\n")
     assert rzc.load(name).sum() == 0
 
 
@@ -133,9 +134,29 @@ def test_doctor_ends_with_1_where_something_is_to_mend(run, monkeypatch):
         assert (code, len(json.loads(out)["node"])) == (expected, len(findings))
 
 
+def test_the_doctor_needs_no_cluster():
+    @fresh.run
+    def alone():
+        import json
+        import os
+
+        import ray
+        from click.testing import CliRunner
+        from ray_zerocopy.operate import cli
+
+        del os.environ["RAY_ADDRESS"]
+        cli._failure = lambda address: ConnectionError("none")  # this machine runs other tests'
+        done = CliRunner().invoke(cli.main, ["doctor", "--json"], catch_exceptions=False)
+        assert done.exit_code in (0, 1), done.stderr
+        ((here, findings),) = json.loads(done.stdout).items()
+        assert "no cluster is running" in here
+        assert {"store", "private pages"} <= {finding["check"] for finding in findings}
+        ray.shutdown()
+
+
 def test_nothing_published_is_said_in_one_line(run, monkeypatch):
     monkeypatch.setattr(cli, "state", lambda: {"names": {}})
-    assert run("list") == (0, "nothing is published\n", "")
+    assert run("list") == (0, "no published models\n", "")
 
 
 def test_a_node_is_named_by_the_start_of_its_id(run, name):

@@ -1,6 +1,6 @@
-"""`ray-zerocopy`: what is published and stored, in one line or as JSON.
+"""The command `ray-zerocopy`. Every command prints text, or JSON with `--json`.
 
-Exit codes: 0 done, 1 refused or a defect found, 2 wrong usage, 3 no cluster there.
+Exit codes: 0 success, 1 error or problem found, 2 usage, 3 no cluster.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import socket
 import sys
 import time
@@ -34,13 +35,14 @@ from ray_zerocopy.store.ray_inside import located
 _REFUSED, _NO_CLUSTER = 1, 3
 _CONNECT_S = 5.0
 _WIDTH = 100
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _TOLD = (RayZeroCopyError, ray.exceptions.RayError, OSError, ValueError)  # these say what to do
 
 Command = Callable[..., Any]
 
 
 class _Group(click.Group):
-    """A group whose commands end in one line, not in a traceback, unless `--debug` asks for one."""
+    """A group whose commands print errors in one line; `--debug` shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -58,27 +60,26 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--address", help="The cluster; by default the one of this machine, as Ray finds it.")
-@click.option("--debug", is_flag=True, help="Show the traceback of what goes wrong.")
+@click.option("--address", help="Address of the cluster. Default: the cluster on this machine.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(rzc.__version__, prog_name="ray-zerocopy")
 @click.pass_context
 def main(ctx: click.Context, address: str | None, debug: bool) -> None:
-    """Models in Ray's object store: published, listed, looked at."""
+    """Publish, list and inspect PyTorch models in Ray's object store."""
     ctx.obj = address
 
 
 def _command(connects: bool = True, slow: bool = False) -> Callable[[Command], click.Command]:
-    """Make a command that has `--json`, and whose function gives what is to be shown.
+    """Make a command with `--json`, of a function that returns a value and how to print it.
 
-    It gives a value, which `--json` prints, and how to tell it to a person. While one that is slow
-    works, a terminal shows for how long.
+    `--json` prints the value. A slow command shows the time that passes on a terminal.
     """
 
     def decorate(function: Command) -> click.Command:
         @functools.wraps(function)
         def run(ctx: click.Context, as_json: bool, **options: Any) -> None:
             with contextlib.ExitStack() as stack:
-                if as_json:  # what is printed meanwhile is not JSON
+                if as_json:  # only JSON goes to standard output
                     stack.enter_context(contextlib.redirect_stdout(sys.stderr))
                 if slow:
                     stack.enter_context(_working(ctx.info_name))
@@ -91,26 +92,31 @@ def _command(connects: bool = True, slow: bool = False) -> Callable[[Command], c
                 tell()
 
         asks: Command = click.pass_context(run)
-        asks = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(
-            asks
-        )
+        asks = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(asks)
         return main.command(function.__name__.rstrip("_"))(asks)
 
     return decorate
 
 
 def _connect(ctx: click.Context) -> None:
-    address = ctx.obj or "auto"
+    if (error := _failure(ctx.obj or "auto")) is None:
+        return
+    if ctx.find_root().params.get("debug"):
+        raise error
+    there = f"at {ctx.obj}" if ctx.obj else "on this machine"
+    message = f"no Ray cluster {there}: start one with `ray start --head`, or give --address"
+    click.echo(f"ray-zerocopy: {message} ({_one_line(error)})", err=True)
+    ctx.exit(_NO_CLUSTER)
+
+
+def _failure(address: str) -> Exception | None:
+    """Connect to a cluster; give the error if there is none."""
     try:
         _refuse_silence(address)
-        ray.init(address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        ray.init(address, ignore_reinit_error=True, **_QUIET)
     except (OSError, RuntimeError, ValueError) as error:
-        if ctx.find_root().params.get("debug"):
-            raise
-        there = f"at {ctx.obj}" if ctx.obj else "on this machine"
-        message = f"no Ray cluster {there}: start one with `ray start --head`, or give --address"
-        click.echo(f"ray-zerocopy: {message} ({_one_line(error)})", err=True)
-        ctx.exit(_NO_CLUSTER)
+        return error
+    return None
 
 
 @contextlib.contextmanager
@@ -124,7 +130,7 @@ def _working(what: str | None) -> Iterator[None]:
 
 
 def _refuse_silence(address: str) -> None:
-    """Raise `ConnectionError` where nobody listens: Ray itself would wait for minutes."""
+    """Raise `ConnectionError` if nobody listens: Ray would wait for minutes."""
     host, _, port = address.rpartition(":")
     if port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
@@ -135,7 +141,7 @@ Shown = tuple[Any, Callable[[], None]]
 
 @_command()
 def list_() -> Shown:
-    """List the published models: versions, bytes, nodes that hold them, followers."""
+    """List published models: versions, sizes, nodes and followers."""
     rows: list[dict[str, Any]] = []
     for name, entry in sorted(state()["names"].items()):
         refs = {version.number: version.ref for version in rzc.versions(name)}
@@ -162,17 +168,17 @@ def list_() -> Shown:
         )
 
     if not rows:
-        return rows, _told("nothing is published")
-    return rows, _told(_table(columns, map(cells, rows), right={3, 4, 5}), "* is current")
+        return rows, _told("no published models")
+    return rows, _told(_table(columns, map(cells, rows), right={3, 4, 5}), "* current version")
 
 
 @_command(connects=False, slow=True)
 @click.argument("target", metavar="NAME|PATH")
-@click.option("--version", "number", type=int, help="Another version than the current one.")
-@click.option("--verify", is_flag=True, help="Check every span against its checksum.")
-@click.option("--tensors", is_flag=True, help="List the tensors as well.")
+@click.option("--version", "number", type=int, help="Version. Default: the current one.")
+@click.option("--verify", is_flag=True, help="Verify all checksums.")
+@click.option("--tensors", is_flag=True, help="List the tensors.")
 def inspect(target: str, number: int | None, verify: bool, tensors: bool) -> Shown:
-    """Tell what a published model or a snapshot holds; nothing is unpickled."""
+    """Show what a published model or a snapshot file contains. Nothing is unpickled."""
     source: Any = Path(target)
     heading = None
     if not source.is_file():
@@ -192,11 +198,17 @@ def inspect(target: str, number: int | None, verify: bool, tensors: bool) -> Sho
 
 @_command(slow=True)
 @click.argument("name")
-@click.option("--make", metavar="MODULE:FUNCTION", help="What makes the model, on the cluster.")
-@click.option("--path", help="A snapshot: a file, or an fsspec URL.")
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Versions.")
+@click.option(
+    "--make",
+    metavar="MODULE:FUNCTION",
+    help="Returns the model; runs on the cluster.",
+)
+@click.option("--path", help="Snapshot: a file or an fsspec URL.")
+@click.option(
+    "--keep", type=click.IntRange(1), default=2, show_default=True, help="Versions to keep."
+)
 def publish(name: str, make: str | None, path: str | None, keep: int) -> Shown:
-    """Publish a model under NAME, as its current version."""
+    """Publish a model as the current version of NAME."""
     if (make is None) == (path is None):
         raise click.UsageError("give either --make or --path")
     if path is not None:
@@ -208,26 +220,26 @@ def publish(name: str, make: str | None, path: str | None, keep: int) -> Shown:
 @click.argument("name")
 @click.argument("number", type=int)
 def promote(name: str, number: int) -> Shown:
-    """Make version NUMBER of NAME the current one."""
+    """Make version NUMBER the current version of NAME."""
     version = rzc.promote(name, number)
-    return _shown(version, f"{_named(version)} is current")
+    return _shown(version, f"{_named(version)} is now current")
 
 
 @_command()
 @click.argument("name")
 @click.argument("number", type=int, required=False)
 def retire(name: str, number: int | None) -> Shown:
-    """Retire version NUMBER of NAME, or NAME with all of its versions."""
+    """Retire version NUMBER of NAME, or all versions of NAME."""
     rzc.retire(name, number)
     what = name if number is None else f"version {number} of {name}"
-    return {"name": name, "number": number}, _told(f"{what} is retired")
+    return {"name": name, "number": number}, _told(f"{what} retired")
 
 
 @_command(slow=True)
 @click.argument("name")
-@click.option("--node", "nodes", multiple=True, help="A node's id, or its start; may be repeated.")
+@click.option("--node", "nodes", multiple=True, help="Start of a node id; may be repeated.")
 def prefetch(name: str, nodes: tuple[str, ...]) -> Shown:
-    """Send NAME's current version to every node, or to these."""
+    """Copy the current version of NAME to all nodes, or to the given ones."""
     seconds = rzc.prefetch(name, [_node(start) for start in nodes] or None)
     rows = ((node[:12], "-" if s is None else f"{s:.2f}") for node, s in seconds.items())
     return seconds, _told(_table(("node", "seconds"), rows, right={1}))
@@ -236,13 +248,13 @@ def prefetch(name: str, nodes: tuple[str, ...]) -> Shown:
 @_command()
 @click.argument("name")
 @click.argument("path")
-@click.option("--version", "number", type=int, help="Another version than the current one.")
+@click.option("--version", "number", type=int, help="Version. Default: the current one.")
 def save(name: str, path: str, number: int | None) -> Shown:
-    """Save NAME's current version as the snapshot PATH, a file or an fsspec URL."""
+    """Save the current version of NAME to PATH, a file or an fsspec URL."""
     version = _version(name, number)
     _, seconds = _timed(lambda: rzc.save(version.ref, path))
     nbytes = version.nbytes
-    told = f"{_named(version)} saved as {path}: {_mib(nbytes)} MiB in {seconds:.1f} s"
+    told = f"{_named(version)} saved to {path}: {_mib(nbytes)} MiB in {seconds:.1f} s"
     return {"path": path, "nbytes": nbytes, "seconds": seconds}, _told(told)
 
 
@@ -250,30 +262,38 @@ def save(name: str, path: str, number: int | None) -> Shown:
 @click.argument("path")
 @click.argument("name")
 def restore(path: str, name: str) -> Shown:
-    """Publish the snapshot PATH, a file or an fsspec URL, under NAME."""
+    """Publish the snapshot PATH, a file or an fsspec URL, as NAME."""
     return _publish(name, path=_snapshot(path))
 
 
-@_command(slow=True)
-@click.option("--local", is_flag=True, help="This machine alone.")
+@_command(connects=False, slow=True)
+@click.option("--local", is_flag=True, help="Check only this machine.")
 def doctor(local: bool) -> Shown:
-    """Examine every node: what is good, and what costs what and how to mend it."""
-    found = {"here": examination.examine()} if local else examination.examine_cluster()
+    """Check every node and suggest fixes. Without a cluster: check this machine."""
+    ctx = click.get_current_context()
+    if ctx.obj or "RAY_ADDRESS" in os.environ or _failure("auto") is None:
+        _connect(ctx)
+        here = "this machine"
+    else:
+        ray.init("local", num_cpus=1, include_dashboard=False, **_QUIET)
+        local, here = True, "this machine, with a Ray of its own: no cluster is running"
+    found = {here: examination.examine()} if local else examination.examine_cluster()
     bad = sum(not finding.good for findings in found.values() for finding in findings)
     parts: list[str | Table] = []
     for node, findings in found.items():
         rows = (
-            (f.check, "good" if f.good else "BAD", f"{f.found}\n{f.mend}".strip()) for f in findings
+            (f.check, "ok" if f.good else "PROBLEM", f"{f.found}\n{f.mend}".strip())
+            for f in findings
         )
-        parts += [_table(("check", "", "found; what it costs, and how to mend it"), rows, node), ""]
-    summary = f"{bad} to mend" if bad else "all good"
+        parts += [_table(("check", "status", "found, cost and fix"), rows, node), ""]
+    summary = f"problems: {bad}" if bad else "no problems found"
     click.get_current_context().call_on_close(lambda: _exit_with(bad))
     return examination.as_dict(found), _told(*parts, summary)
 
 
 @_command(connects=False)
 def demo() -> Shown:
-    """Share BERT-base among four workers, beside plain Ray."""
+    """Share BERT-base among four workers and compare with plain Ray."""
     return demonstration.main(), lambda: None
 
 
@@ -313,7 +333,7 @@ def _table(
 
 
 def _plain(value: Any) -> Any:
-    """Give what JSON lacks as what it has; references are left out."""
+    """Convert what JSON lacks; leave out references."""
     if is_dataclass(value) and not isinstance(value, type):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return {name: v for name, v in fields.items() if not isinstance(v, ray.ObjectRef)}
@@ -336,7 +356,7 @@ def _publish(name: str, **how: Any) -> Shown:
     known = {version.number for version in rzc.versions(name)}
     version, seconds = _timed(lambda: rzc.publish(name, **how))
     if version.number in known:
-        return _shown(version, f"{_named(version)} has these bytes already")
+        return _shown(version, f"{_named(version)} has these bytes already: nothing to publish")
     return _shown(version, f"{_named(version)}: {_mib(version.nbytes)} MiB in {seconds:.1f} s")
 
 
@@ -345,17 +365,18 @@ def _snapshot(path: str) -> str:
     if "://" in path:
         return path
     if not Path(path).is_file():
-        raise click.UsageError(f"there is no file {path!r}")
+        raise click.UsageError(f"no such file: {path!r}")
     return str(Path(path).resolve())
 
 
 def _node(start: str) -> str:
-    """Give the id of the only live node that starts so."""
+    """Give the id of the live node whose id starts with this."""
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     found: list[str] = [node for node in alive if node.startswith(start)]
     if len(found) != 1:
         there = ", ".join(node[:12] for node in alive)
-        raise click.UsageError(f"--node {start} is {len(found)} of the live nodes {there}")
+        number = "more than one" if found else "no"
+        raise click.UsageError(f"{number} live node's id starts with {start}; nodes: {there}")
     return found[0]
 
 

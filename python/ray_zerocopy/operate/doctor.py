@@ -1,7 +1,7 @@
-"""What of a machine makes models slow, costs memory or loses them, and how to mend it.
+"""Check machines for what makes models slow, costs memory or loses them, and suggest fixes.
 
-examine ── each check ─▶ a finding: good, or what it costs and how to mend it
-examine_cluster ── a task a node ─▶ examine
+examine ── each check ─▶ a finding: good, or its cost and the fix
+examine_cluster ── a task per node ─▶ examine
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class Finding:
     """What one check found on one machine."""
 
     check: str
-    """What was looked at."""
+    """The name of the check."""
     good: bool
-    """Whether all is well."""
+    """Whether it passed."""
     found: str
-    """What was found."""
+    """The value that was found."""
     mend: str = ""
-    """What it costs, and the way out; empty where all is well."""
+    """The cost of a problem and its fix; empty for a check that passed."""
 
 
 def examine() -> list[Finding]:
-    """Examine the machine of this process, which is connected to a Ray on it."""
+    """Check this machine; this process is connected to a Ray on it."""
     findings = [finding for check in _CHECKS for finding in check()]
     return findings + list(_round_trip())
 
 
 def examine_cluster(timeout: float = _ANSWER_S) -> dict[str, list[Finding]]:
-    """Examine every node of the cluster, by a task on each; by address.
+    """Check every node of the cluster by a task on it; the findings by node address.
 
-    A node that does not answer in `timeout` seconds has one finding, which says so.
+    A node that does not answer within `timeout` seconds has one finding, which says so.
     """
     task = ray.remote(num_cpus=0, max_retries=0)(examine)
     asked = {
@@ -76,10 +76,10 @@ def _answer(answer: ray.ObjectRef, timeout: float) -> list[Finding]:
     try:
         findings: list[Finding] = ray.get(answer, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        mend = "its workers do not start: look at `ray status` and the node's logs"
-        return [Finding("answer", False, f"none in {timeout:g} s", mend)]
+        mend = "workers do not start on this node: check `ray status` and its logs"
+        return [Finding("answer", False, f"no answer within {timeout:g} s", mend)]
     except ray.exceptions.RayError as error:
-        mend = "install ray-zerocopy with the versions of the other nodes, or see its logs"
+        mend = "install ray-zerocopy there in the versions of the other nodes, or check its logs"
         return [Finding("answer", False, str(error).strip().splitlines()[-1], mend)]
     return findings
 
@@ -97,39 +97,41 @@ def _versions() -> Iterator[Finding]:
         for name, newest in requirements.NEWEST.items()
         if requirements.numbers(found[name]) > requirements.numbers(newest)
     ]
-    mend = f"{', '.join(newer)}, the newest tried: it may work; run the tests with it"
+    mend = f"{', '.join(newer)}, the newest tested version: run the tests with it"
     yield Finding("versions", not newer, told, mend if newer else "")
 
 
 def _ways() -> Iterator[Finding]:
     fast = {"views": "dlpack", "put": "room"}
     cost = {
-        "views": "a load takes up to three times as long: install torch 2.10 or later",
-        "put": "publishing takes two to three times as long: this Ray's inside is not known",
+        "views": "loads take up to three times as long: install torch 2.10 or later",
+        "put": "puts take two to three times as long: this version of Ray is unknown",
     }
     taken = ways()
     for way, best in fast.items():
         good = taken[way] == best
-        yield Finding(f"way of {way}", good, taken[way], "" if good else cost[way])
+        yield Finding(way, good, taken[way], "" if good else cost[way])
     yield Finding("enable", True, taken["enable"])
 
 
 def _huge_pages() -> Iterator[Finding]:
     obstacle = _core.huge_pages_obstacle()
-    mend = "first inferences fault page by page, and run up to 10 % slower: Linux 6.1 or later"
+    mend = "page faults slow down first inferences by up to 10 %: use Linux 6.1 or later"
     yield Finding("huge pages", obstacle is None, obstacle or "yes", mend if obstacle else "")
 
 
 def _shm() -> Iterator[Finding]:
-    """Ray's own limit is its store's size; beyond `/dev/shm` there is only a bus error."""
+    """Ray accepts a store larger than `/dev/shm`, and dies with SIGBUS when that is full."""
     if not _SHM.is_dir():
-        yield Finding("/dev/shm", False, "none", "the store lies on disk: mount a tmpfs there")
+        yield Finding(
+            "/dev/shm", False, "none", "the object store lies on disk: mount a tmpfs on /dev/shm"
+        )
         return
     whole, store_nbytes = shutil.disk_usage(_SHM).total, _store_nbytes()
-    told = f"{whole / _MIB:,.0f} MiB, the store {store_nbytes / _MIB:,.0f} MiB"
+    told = f"{whole / _MIB:,.0f} MiB; object store {store_nbytes / _MIB:,.0f} MiB"
     good = whole >= store_nbytes
     mend = (
-        f"the store lies on disk, or ends in SIGBUS: mount -o remount,size={store_nbytes} "
+        f"the object store lies on disk or dies with SIGBUS: mount -o remount,size={store_nbytes} "
         f"/dev/shm, or docker run --shm-size={store_nbytes}"
     )
     yield Finding("/dev/shm", good, told, "" if good else mend)
@@ -143,20 +145,20 @@ def _store_nbytes() -> int:
 
 def _overcommit() -> Iterator[Finding]:
     mode = _number("/proc/sys/vm/overcommit_memory")
-    mend = "each load counts as the model's size: sysctl vm.overcommit_memory=0"
+    mend = "each load is charged with the size of the model: sysctl vm.overcommit_memory=0"
     yield Finding("overcommit", mode != 2, f"mode {mode}", mend if mode == 2 else "")
 
 
 def _maps() -> Iterator[Finding]:
     most = _number("/proc/sys/vm/max_map_count")
     good = most is None or most >= _MAPS
-    mend = f"a process holds at most that many loads: sysctl vm.max_map_count={_MAPS}"
+    mend = f"limits the models that a process can hold: sysctl vm.max_map_count={_MAPS}"
     yield Finding("memory maps", good, f"{most:,} a process", "" if good else mend)
 
 
 def _niceness() -> Iterator[Finding]:
     nice = os.getpriority(os.PRIO_PROCESS, 0)
-    mend = "workers wait for whatever else runs: start Ray with RAY_worker_niceness=0"
+    mend = "workers yield to all other processes: start Ray with RAY_worker_niceness=0"
     yield Finding("niceness", nice <= 0, f"{nice}", mend if nice > 0 else "")
 
 
@@ -164,11 +166,11 @@ def _limits() -> Iterator[Finding]:
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     good = space == resource.RLIM_INFINITY
     told = "no limit" if good else f"{space / _MIB:,.0f} MiB"
-    mend = "" if good else "maps of models count against it: ulimit -v unlimited"
+    mend = "" if good else "mapped models count against this limit: ulimit -v unlimited"
     yield Finding("address space", good, told, mend)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     good = files == resource.RLIM_INFINITY or files >= _FILES
-    mend = "" if good else "Ray runs out of them with many workers: ulimit -n 65536"
+    mend = "" if good else "Ray with many workers needs more: ulimit -n 65536"
     yield Finding("open files", good, f"{files:,} a process", mend)
 
 
@@ -177,18 +179,20 @@ def _spill() -> Iterator[Finding]:
     context = ray.get_runtime_context()
     directory = Path(context.get_temp_dir(), context.get_session_name())
     if not directory.is_dir():
-        yield Finding("spill", False, f"{directory} is not there", "objects cannot be spilled")
+        yield Finding(
+            "spill", False, f"no directory {directory}", "Ray cannot spill objects: restart Ray"
+        )
         return
     disk = shutil.disk_usage(directory)
     store_nbytes = _store_nbytes()
     told = f"{directory}, {disk.free / _MIB:,.0f} MiB free of {disk.total / _MIB:,.0f}"
     good = disk.free >= store_nbytes and disk.free / disk.total > 0.05
-    mend = "a full store cannot spill, and Ray stops spilling at 95 %: make room there"
+    mend = "Ray cannot spill a full store, and stops at 95 % of the disk: free disk space"
     yield Finding("spill", good, told, "" if good else mend)
 
 
 def _round_trip() -> Iterator[Finding]:
-    """Put and get 64 MiB: where they lie, how they are held, and at what speed."""
+    """Put and get 64 MiB: their place, isolation and speed."""
     block = np.ones(_ROUND_TRIP_NBYTES, np.uint8)
     try:
         seconds, copy, info = _fastest(block)
@@ -197,19 +201,23 @@ def _round_trip() -> Iterator[Finding]:
         yield Finding("store", False, str(error).splitlines()[0], mend)
         return
     good = info.where == "store"
-    mend = "the store is full, loads read from disk: drop references, or a larger store"
-    yield Finding("store", good, f"64 MiB lie in {info.where}", "" if good else mend)
+    mend = "the store is full and loads read from disk: drop references or start a larger store"
+    yield Finding("store", good, f"64 MiB stored in {info.where}", "" if good else mend)
     good = info.held == "private"
-    mend = f"a write changes every process on the node ({info.fallback}): run as the raylet's user"
+    mend = (
+        f"loads are not copy-on-write ({info.fallback}): a write changes the weights in every "
+        "process on the node; run as the raylet's user"
+    )
     yield Finding("private pages", good, info.held, "" if good else mend)
-    told = f"{_ROUND_TRIP_NBYTES / seconds / (1 << 30):.1f} GiB/s, {copy / seconds:.2f} of memcpy"
+    speed = _ROUND_TRIP_NBYTES / seconds / (1 << 30)
+    told = f"{speed:.1f} GiB/s, {copy / seconds:.2f} of the speed of memcpy"
     good = seconds < 4 * copy
-    mend = "the machine is busy, or its memory is: look at the load and at the host"
-    yield Finding("64 MiB put and got", good, told, "" if good else mend)
+    mend = "the machine is busy: check its load and its host"
+    yield Finding("put and get speed", good, told, "" if good else mend)
 
 
 def _fastest(block: np.ndarray) -> tuple[float, float, Info]:
-    """Give the seconds of the best of three round trips and of three copies, in turns."""
+    """Time three round trips and three copies, interleaved; give the best of each in seconds."""
     target = block.copy()
     seconds = copy = float("inf")
     for _ in range(3):
