@@ -14,6 +14,7 @@ import threading
 import warnings
 from dataclasses import replace
 
+import accelerate
 import numpy as np
 import pytest
 import ray
@@ -471,3 +472,24 @@ def test_a_model_half_on_the_meta_device_is_told_by_its_parameters(cluster):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rzc.put(nn.Linear(3, 3, device="meta"))  # nothing is missing of what has no values at all
+
+
+def test_weights_that_a_model_reads_from_files_are_told(cluster, tmp_path):
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(2, 8)
+    expected = net(x)
+    there = {"0": "disk", "2": "cpu"}
+    half = accelerate.dispatch_model(copy.deepcopy(net), there, "cpu", offload_dir=tmp_path / "h")
+    for offloaded in (accelerate.disk_offload(copy.deepcopy(net), tmp_path / "all"), half):
+        with pytest.warns(rzc.NoValuesWarning, match=r"dataset reads weights from files at each"):
+            ref = rzc.put({"model": offloaded})
+        assert torch.equal(ray.get(ref)["model"](x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ref = rzc.put(accelerate.cpu_offload(net, torch.device("cpu")))
+    assert torch.equal(ray.get(ref)(x), expected)
+
+
+def test_what_torch_compiled_is_refused_with_the_way_out(cluster):
+    exported = torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),))
+    with pytest.raises(rzc.PublishError, match=r"call `.module\(\)`, when loaded"):
+        rzc.put(exported.module())

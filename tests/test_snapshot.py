@@ -235,6 +235,18 @@ def test_a_path_that_is_saved_anew_meanwhile_gives_one_object(
     assert set(loaded["weights"].unique().tolist()) == {loaded["step"]} == {1}
 
 
+def test_a_link_stays_one_and_its_target_is_written(tmp_path, model):
+    (tmp_path / "versions").mkdir()
+    link, target = tmp_path / "latest.rzc", tmp_path / "versions" / "7.rzc"
+    link.symlink_to("versions/7.rzc")
+    for _ in range(2):  # where it leads nowhere, and where it does
+        rzc.save(model, link)
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert_exact(model, rzc.open(target))
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["7.rzc"]
+
+
 def test_a_snapshot_has_the_rights_of_any_new_file(tmp_path, monkeypatch):
     """The umask belongs to the process: to read it by setting it is seen by other threads."""
     before = os.umask(0o027)

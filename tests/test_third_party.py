@@ -4,6 +4,7 @@ By design each case runs where its library is installed; the extra `third-party`
 Models are made from configurations, nothing is fetched.
 """
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -144,3 +145,17 @@ def test_a_library_s_model_comes_back_everywhere(name, reader):
     described, output = ray.get(reader.take.remote(ref, replace(case, model=None)))
     assert_same_description(describe(case.model), described)
     assert_same_description(describe(case.run()), output)
+
+
+def test_a_memory_mapped_tensordict_lies_on_the_block(cluster, tmp_path):
+    """It pickles as the names of its files, which may be gone, or on another node."""
+    tensordict = _library("tensordict")
+    plain = tensordict.TensorDict({"a": torch.randn(99, 3), "in": {"b": torch.arange(99)}}, [99])
+    plain.memmap(tmp_path / "files")
+    ref = rzc.put(tensordict.TensorDict.load_memmap(tmp_path / "files"))
+    assert len(rzc.inspect(ref).tensors) == 2
+    shutil.rmtree(tmp_path / "files")
+    loaded = ray.get(ref)
+    assert (loaded == plain).all()
+    loaded["a"][3] = 7
+    assert (ray.get(ref) == plain).all()

@@ -26,6 +26,16 @@ def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
     return f"{path} ({type(obj).__name__})"
 
 
+def way_out(reason: str) -> str:
+    """Tell what to store instead of what cannot be pickled for a reason, where that is known."""
+    if "ConfigModuleInstance" in reason:  # torch's settings, in a function of dynamo's (torch 2.15)
+        return (
+            ": torch compiled it, or made its guards, for this process; store the module or the "
+            "exported program that it came from, and compile it, or call `.module()`, when loaded"
+        )
+    return ""
+
+
 def paths_to(obj: object, wanted: Callable[[object], bool]) -> Iterator[str]:
     """Give the paths to all parts of an object graph that are wanted."""
     waiting, seen = [(type(obj).__name__, obj)], set()

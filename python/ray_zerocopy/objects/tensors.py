@@ -35,6 +35,9 @@ def nbytes_of(tensor: torch.Tensor) -> int:
 def reduce_tensor(tensor: torch.Tensor) -> Any:
     """Reduce what is more than a plain tensor: attributes, a class of its own, components."""
     kind = type(tensor)
+    if (kind.__module__, kind.__name__) == _IN_A_FILE:
+        kind, tensor = torch.Tensor, tensor.as_subclass(torch.Tensor)
+        return tensor_subclass, (kind, tensor.detach(), tensor.requires_grad)
     own = kind.__reduce_ex__ not in (
         torch.Tensor.__reduce_ex__,
         torch.nn.Parameter.__reduce_ex__,
@@ -48,6 +51,10 @@ def reduce_tensor(tensor: torch.Tensor) -> Any:
     made = (tensor_subclass, (kind, plain, tensor.requires_grad))
     state = inside.get_state(tensor)
     return (*made, state, None, None, inside.set_state) if state else made
+
+
+# It pickles as the name of its file. Loaded, it is memory, as numpy's maps are. (tensordict 0.15)
+_IN_A_FILE = ("tensordict.memmap", "MemoryMappedTensor")
 
 
 @named

@@ -1,6 +1,7 @@
-"""What is private to transformers and needed here: the only file that knows it from the inside.
+"""What is private to transformers and accelerate, and needed: the only file that knows it.
 
-Seen on transformers 4.50 to 5.23; nothing is imported that the process has not imported itself.
+Seen on transformers 4.50 to 5.23 and accelerate 1.15; nothing is imported that the process
+has not imported itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ def send_by_value(obj: Any) -> None:
         module = sys.modules.get(obj.__module__)
         if module is not None and obj.__module__ not in cloudpickle.list_registry_pickle_by_value():
             cloudpickle.register_pickle_by_value(module)
+
+
+def is_offloaded(skeleton: bytes) -> bool:
+    """Whether a pickle holds a model whose hooks give it its values when it is called."""
+    return b"AlignDevicesHook" in skeleton
+
+
+def reads_files(part: object) -> bool:
+    """Whether this is what gives such hooks values from files."""
+    return type(part).__name__ == "OffloadedWeightsLoader" and bool(vars(part)["index"])
 
 
 def enter_class(module: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 import time
 import warnings
@@ -19,8 +20,8 @@ import torch
 
 from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import IsolationWarning, NoValuesWarning, PublishError, VersionError
-from ray_zerocopy.objects import programs, tensors, torch_inside
-from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to
+from ray_zerocopy.objects import programs, tensors, torch_inside, transformers_inside
+from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to, way_out
 from ray_zerocopy.objects.skeleton import join, split
 from ray_zerocopy.pickled import named
 from ray_zerocopy.store import cycles, ray_inside
@@ -49,8 +50,11 @@ class Shared:
         except Exception as error:
             if can_be_published(self.obj):  # what was raised is none of its own: by a signal, say
                 raise
-            raise PublishError(f"{culprit(self.obj)} cannot be published: {error}") from error
-        if torch_inside.holds_meta(parts.skeleton) and parts.sources.tensors:
+            reason = f"{error}{way_out(str(error))}"
+            raise PublishError(f"{culprit(self.obj)} cannot be published: {reason}") from error
+        if transformers_inside.is_offloaded(parts.skeleton):  # the values are its hooks', or files
+            _warn_of_files(self.obj)
+        elif torch_inside.holds_meta(parts.skeleton) and parts.sources.tensors:
             _warn_of_meta(self.obj)
         self.nbytes = len(parts.skeleton) + block.nbytes
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
@@ -76,6 +80,16 @@ def without_values(obj: object) -> str:
 def references_in(obj: object) -> str:
     """Give the path to a reference or actor in an object that holds one."""
     return culprit(obj, lambda skeleton: not ray_inside.holds_references(skeleton))
+
+
+def _warn_of_files(obj: object) -> None:
+    for path in itertools.islice(paths_to(obj, transformers_inside.reads_files), 1):
+        warnings.warn(
+            f"{path} reads weights from files at each call: they are not stored, and only nodes "
+            f"with these files can call the model; load it without disk offload before put",
+            NoValuesWarning,
+            stacklevel=2,
+        )
 
 
 class Anchored(Shared):

@@ -230,13 +230,14 @@ def _writing(path: str) -> Iterator[Any]:
             with system.transaction, system.open(name, "wb") as file:
                 yield file
             return
-        folder, name = os.path.split(os.path.abspath(path))
+        target = os.path.realpath(path)  # a link stays one
+        folder, name = os.path.split(target)
         with open(os.path.join(folder, f".{name}.{uuid.uuid4().hex}"), "xb") as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
+                os.replace(file.name, target)
             except BaseException:
                 os.unlink(file.name)
                 raise
