@@ -1,7 +1,7 @@
 """Calls as tasks, by pytest-benchmark: `pytest benches/bench_call.py --benchmark-only`.
 
-What a call costs, beside what it cannot do without: an empty task, and a forward at home.
-`report.py` has the ways take turns, which a busy machine needs.
+A call is compared with the sum of an empty task and a forward in the caller. In `report.py` the
+ways take turns, which a busy machine needs.
 """
 
 import math
@@ -36,7 +36,7 @@ def forward(model, kwargs):
 
 
 TASK = Way("an empty task", lambda case, block, plain: ray.get(empty.remote()))
-HOME = Way("a forward at home", lambda case, block, plain: case.run())
+HOME = Way("a forward in the caller", lambda case, block, plain: case.run())
 CALL = Way(
     "call_model",
     lambda case, block, plain: ray.get(call_model.remote(block, case.args, case.kwargs)),
@@ -54,7 +54,7 @@ WAYS = (TASK, HOME, CALL, LOADING, PLAIN)
 
 @contextmanager
 def arguments():
-    """What every way takes; threads at home as in a task of one CPU."""
+    """Give what every way takes; the caller has the threads of a task of one CPU."""
     case, threads = bert_base(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -334,22 +334,31 @@ def from_disk():
     header = ["", "warm, ms", "x pread", "cold, ms", "x best", "private memory"]
     return section(
         "From disk",
-        "Files on a disk, into pages of the store written to before. Warm, they are in the page "
-        "cache; cold, the kernel has been told to forget them. *pread* is two threads that read "
-        "them into memory in huge pages and do nothing else; *best* is eight threads, the better "
-        "of buffered and direct. Private memory: by how much RssAnon of the process grew at most.",
-        "The put alone, by ray_zerocopy; cold, the files leave the page cache once more after the "
-        "loader, which reads a part of them:",
+        "Files on a disk, read into pages of the store that were written to before. *Warm*: the "
+        "files are in the page cache. *Cold*: they were evicted from it. *pread*: two threads read "
+        "them into huge pages and do nothing else. *best*: eight threads do, buffered or direct, "
+        "whichever is faster. *Private memory*: the peak growth of RssAnon in the process.",
+        "`put` and `restore` alone. Cold, the files are evicted again after the loader, which "
+        "reads a part of them:",
         table(header, ours),
-        "Llama in bfloat16, 755 MiB in three files, to a reference: loader and put, warm and cold:",
+        "Loader and put together, for a Llama in bfloat16, 755 MiB in three files:",
         table(header, rivals),
-        "What a loader converts, warm, each time in a new process: `rzc.build(from_pretrained, "
-        "path)`, beside the loader alone and `rzc.put` of what it gives; the node's free memory "
-        "such as it has had a moment before, or as found: some that it must ask its host for. "
-        "Memory that `build` takes at most, as parts of the model: private, and all of the node's "
-        "beside the block.",
+        "Loaders that convert, warm, each time in a new process: `rzc.build(from_pretrained, "
+        "path)`, compared with the loader alone, and with the loader followed by `rzc.put`. Memory "
+        "*had before* and *as found*: see the first section. The last two columns are the peak "
+        "memory of `build` as a share of the model: private memory, and all memory of the node "
+        "next to the block.",
         table(
-            ["", "memory", "loader, ms", "put, ms", "build, ms", "x loader", "private", "node"],
+            [
+                "",
+                "memory",
+                "loader, ms",
+                "loader + put, ms",
+                "build, ms",
+                "x loader",
+                "private",
+                "node",
+            ],
             built,
         ),
     )

@@ -38,17 +38,19 @@ def heading():
     rivals = ", ".join(f"{name} {version(name)}" for name in ("zerocopy", "safetensors"))
     return f"""# Benchmarks
 
-Written by `make bench` (`python benches/report.py`), not by hand. What a section compares is of one
-run; with `--only`, sections are of different ones.
+`make bench` (`python benches/report.py`) writes this page. Compare figures only within a
+section: a section is one run, and `--only` replaces single sections.
 
 - Machine: {cpu()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / GIB:.0f} GiB,
   Linux {platform.release()}; load average {os.getloadavg()[0]:.1f} at the end of the run.
 - Python {platform.python_version()}, {packages}; rivals: {rivals}.
-- Rivals take turns in one process, in shuffled order; figures are medians. What takes more than
-  eight times as long as the fastest sits out four rounds of five.
-- **The floor** is the least that Ray and torch ask for. To publish: `ray.put` of one ready flat
-  array of the model's bytes. To load: `ray.get` of it and one `Parameter` over `torch.from_numpy`
-  for each tensor, with no model around them.
+- Rivals take turns in one process, in shuffled order. Figures are medians. A rival that takes more
+  than eight times as long as the fastest runs in one round of five.
+- **Ray** is `ray.put`. **Ray's flag** is the same with `RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1`.
+  **zerocopy** is IBM's package.
+- **The floor** is the least work that Ray and torch allow. Publish: `ray.put` of one flat array of
+  the model's bytes. Load: `ray.get` of it and one `Parameter` over `torch.from_numpy` for each
+  tensor, without a model around them.
 - The files of `torch.load` and safetensors lie in `/dev/shm`; each publish writes a new one.
 """
 

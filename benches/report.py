@@ -98,7 +98,7 @@ def print_calls(seconds):
 
 
 def to_parts(seconds, name):
-    """How a way of calling compares to the sum of an empty task and a forward at home."""
+    """How a way of calling compares with the sum of an empty task and a forward in the caller."""
     return median(seconds[name]) / (median(seconds[TASK.name]) + median(seconds[HOME.name]))
 
 
@@ -190,9 +190,9 @@ def first_publish():
         rows += [[bold(name), kind, *figures(seconds, name)] for name in seconds]
     return section(
         "The first publish",
-        "BERT-base into parts of the store that nobody has written to: the kernel finds and clears "
-        "the pages on the way. The node's free memory such as it has had a moment before, or as "
-        "found: some that it must ask its host for.",
+        "BERT-base into a part of the store that nobody has written to: the kernel allocates and "
+        "clears the pages on the way. *Had before*: a process has just freed as much memory. *As "
+        "found*: the virtual machine must get some of the memory from its host.",
         table(["", "memory", "publish, ms", "x floor"], rows),
     )
 
@@ -223,8 +223,8 @@ def models():
     }
     return section(
         "Load and publish",
-        "A warm worker loads; a process that has just built the model publishes, into pages of the "
-        "store written to before.",
+        "Load: in a warm worker. Publish: from a process that has just built the model, into pages "
+        "of the store that were written to before.",
         *(step(subject_table, worker, name, *each) for name, each in seconds.items()),
     )
 
@@ -236,8 +236,8 @@ def layouts_in_memory():
     rows = [[bold(name), *figures(together, name), *figures(scattered, name)] for name in together]
     return section(
         "Publish from memory in pieces",
-        "44 storages of 9 MiB: side by side, as in a process that has just made a model, or with "
-        "holes between them. Ray copies one large buffer faster than many.",
+        "44 storages of 9 MiB: adjacent, as in a process that has just made a model, or with gaps "
+        "between them. Ray copies one large buffer faster than many small ones.",
         table(["", "together, ms", "x floor", "scattered, ms", "x floor"], rows),
     )
 
@@ -251,9 +251,10 @@ def plain_way():
             [name, bold(rival), *figures(load, rival), *figures(publish, rival)] for rival in load
         ]
     return section(
-        "The plain way",
-        "What a torch before 2.10, without DLPack's exchange API, and a Ray whose inside is not "
-        "known get: views by `torch.from_numpy`, blocks by `ray.put`.",
+        "The portable path",
+        "The code path for torch before 2.10, which lacks DLPack's exchange API, and for Ray "
+        "versions with unknown internals: `torch.from_numpy` makes the views, and `ray.put` writes "
+        "the block.",
         table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
     )
 
@@ -306,11 +307,11 @@ def over_tensors():
     }
     return section(
         "Load over tensors",
-        "What one more costs, in microseconds: a tensor in a module that is there anyway, a module "
-        "without tensors, a `Linear(16, 16)` with its weight and bias. Slopes of straight lines "
-        f"through {', '.join(f'{count:,}' for count in counts)} of them, of Linears half as many; "
-        f"ours are lines to r² = {', '.join(straightness)}, bent where the last load's memory went "
-        "back to the kernel and page faults fetch it again.",
+        "The load time that one more of these adds, in microseconds: a tensor in an existing "
+        "module, a module without tensors, a `Linear(16, 16)` with weight and bias. Each figure is "
+        f"the slope of a line through {', '.join(f'{count:,}' for count in counts)} of them, half "
+        f"as many Linears. For ray_zerocopy r² is {', '.join(straightness)}: the line bends where "
+        "memory of the last load went back to the kernel and page faults fetch it again.",
         table(["", *(f"{unit}, µs" for unit in shapes)], rows),
         plot(
             "load_over_tensors",
@@ -344,7 +345,8 @@ def over_bytes():
     ]
     return section(
         "Publish over bytes",
-        "A row of `Linear(1024, 1024)`, 4 MiB each; milliseconds, and the speed at the largest.",
+        "Models of several `Linear(1024, 1024)`, 4 MiB each: milliseconds, and the speed at the "
+        "largest size.",
         table(["", *subjects.ROWS, "GiB/s"], rows),
         plot(
             "publish_over_bytes",
@@ -363,7 +365,7 @@ def publish_memory():
     ]
     return section(
         "Memory while publishing",
-        "BERT-base: the most by which private memory (RssAnon) of the publishing process grew.",
+        "BERT-base: the peak growth of private memory (RssAnon) in the publishing process.",
         table(["", "MiB", "of the model"], rows),
     )
 
@@ -381,9 +383,9 @@ def memory():
     ]
     return section(
         "Memory over workers",
-        "104 of `Linear(1024, 1024)`, 416 MiB, every weight read once: by how much the unique set "
-        "size of each worker grew, in MiB. A file that a single worker maps is unique to it; the "
-        "store's pages are the driver's too.",
+        "Workers load a model of 416 MiB (104 `Linear(1024, 1024)`) and read every weight once: "
+        "the growth of each worker's unique set size, in MiB. If only one worker maps a file, the "
+        "file's pages are unique to it. The driver maps the store's pages, too.",
         table(["", *(f"{count} workers" if count > 1 else "1 worker" for count in counts)], rows),
         plot(
             "memory_over_workers",
@@ -406,8 +408,8 @@ def memory_over_models():
     ]
     return section(
         "Memory over models",
-        "Two workers have a model and have read every weight: by how much the unique set size of "
-        "each grew, in MiB. The Python objects of a model are each worker's own.",
+        "Two workers load a model and read every weight: the growth of each worker's unique set "
+        "size, in MiB. Each worker has its own Python objects for the modules.",
         table(header, rows),
     )
 
@@ -443,10 +445,10 @@ def fresh_worker():
     firsts = {name: first_outputs(name) for name in names}
     return section(
         "A fresh worker",
-        "From having the reference to the first output, each time in a new process: the load, the "
-        "load with the first forward (7 tokens, one thread), beside a later forward of the same "
-        f"process; by how much its page table grew. Medians of {MIN_ROUNDS}. Where a copy was "
-        "there before the clock started, what is lost is torch's first time, not the weights'.",
+        "A new process loads and runs a model once: the load, the load with the first forward (7 "
+        "tokens, one thread), a later forward, and the growth of the page table. Medians of "
+        f"{MIN_ROUNDS} processes. In the last row the copy is loaded before the clock starts: the "
+        "rest is what torch itself needs for a first forward.",
         *(f"### {name}\n\n{firsts_table(told)}" for name, told in firsts.items()),
         bars(
             "fresh_worker",
@@ -523,8 +525,8 @@ def running():
     ]
     return section(
         "Running",
-        "A model that has run before, on the shared block and on copies in the same process's own "
-        "memory, in turns: a Llama decodes one token after the other, BERT encodes 7.",
+        "The speed of a warm model on the shared block and on private copies in the same process, "
+        "in turns. Llama decodes token by token, BERT encodes 7 tokens.",
         table(["", *(runner.name for runner in RUNNERS), "x a private copy"], rows),
         bars(
             "running",
@@ -546,10 +548,10 @@ def eight_workers():
             rows.append([bold(rival.name), *eight_times(rival)])
     return section(
         "8 GiB, 8 workers",
-        "Parts of 64 MiB, bfloat16, into a store never written to; every worker reads every byte. "
-        "Load, memory of its own and page table are a worker's, the median of eight.",
+        "A bfloat16 model in tensors of 64 MiB, in a store that was never written to. Every worker "
+        "reads every byte. Load, unique memory and page table are medians over the eight workers.",
         table(
-            ["", "load, ms", "memory of its own, MiB", "page table, MiB", "node, GiB"],
+            ["", "load, ms", "unique memory, MiB", "page table, MiB", "node, GiB"],
             rows,
         ),
     )
@@ -579,8 +581,9 @@ def calls():
     ]
     return section(
         "A call as a task",
-        "BERT-base, two sequences of 7 tokens, one thread: beside the sum of what a call cannot do "
-        "without, an empty task and a forward in the caller's own process.",
+        "BERT-base, two sequences of 7 tokens, one thread. The last column compares with the sum "
+        "of the two parts that every call has: an empty task, and a forward in the caller's "
+        "process.",
         table(["", "ms", "x both parts"], rows),
     )
 
@@ -592,8 +595,8 @@ def traits():
         for trait, models_and_law in TRAITS.items()
     ]
     return section(
-        "What comes back as it went in",
-        "Tried with one small model a row.",
+        "What comes back unchanged",
+        "Tried with one small model per row.",
         table(["", *(rival.name for rival in contenders)], rows),
         "\n".join(f"- {rival.name} loses {rival.loses}." for rival in CONTENDERS),
     )
@@ -626,11 +629,11 @@ def followers():
         rows.append([f"{count} in {processes} processes", *cells])
     return section(
         "Followers",
-        "A publish of 32 MiB: from when `publish` returns until half of the followers, and all of "
-        "them, answer with the new weights; what the catalog computes for each of them. "
-        f"`live()` takes {1e6 * time_live():.2f} µs while nothing changes. A follower of one name "
-        f"sends {asked} bytes each 15 to 30 seconds and after a change, of which {told} bytes "
-        "tell it.",
+        "A version of 32 MiB is published: the time from the return of `publish` until half of the "
+        "followers, and all of them, answer with the new weights, and the catalog's CPU time for "
+        f"each of them. `live()` takes {1e6 * time_live():.2f} µs while nothing changes. A "
+        f"follower of one name sends {asked} bytes every 15 to 30 seconds and after a change; the "
+        f"answer that reports a change has {told} bytes.",
         table(["", "half, ms", "all, ms", "followers a second", "catalog, µs each"], rows),
     )
 
@@ -642,8 +645,8 @@ def prefetching():
     ]
     return section(
         "To five nodes",
-        f"A block of {mib(NBYTES)} MiB from one node to four others, all on this machine: what it "
-        "takes, and MiB that leave each node, as Ray counts them.",
+        f"A block of {mib(NBYTES)} MiB goes from one node to four others, all on this machine: the "
+        "time, and the MiB that each node sends, as Ray counts them.",
         table(["", "ms", *(f"sender {place}" for place in range(1, 6))], rows),
     )
 

@@ -83,7 +83,7 @@ class Floor(Rival):
 
 class Ours(Rival):
     name = "ray_zerocopy"
-    loses = "nothing known that pickle keeps"
+    loses = "nothing that pickle keeps, as far as known"
     needs = ("ray_zerocopy",)
 
     def publish(self, ready):
@@ -107,7 +107,7 @@ class NotPrefaulted(Ours):
 class PlainWay(Ours):
     """As with a torch before 2.10, and a Ray whose inside nobody knows."""
 
-    name = "ray_zerocopy, the plain way"
+    name = "ray_zerocopy, portable path"
 
     def publish(self, ready):
         with plain_way():
@@ -133,7 +133,7 @@ def plain_way():
 
 class PlainRay(Rival):
     name = "Ray"
-    loses = "memory (each worker has a copy of its own), shared storages"
+    loses = "memory (each worker has a private copy) and shared storages"
 
     def publish(self, ready):
         return ray.put(ready)
@@ -150,7 +150,7 @@ class RayFlag(Rival):
     """
 
     name = "Ray's flag"
-    loses = "isolation, strides, shared storages"
+    loses = "isolation, strides and shared storages"
     needs = ("ray._private.tensor_serialization_utils",)
 
     def publish(self, ready):
@@ -179,7 +179,7 @@ class ZeroCopy(Rival):
     """IBM's package of 2022, `pip install zerocopy`."""
 
     name = "zerocopy"
-    loses = "isolation, ties, shared storages, autograd, flags; has no bfloat16"
+    loses = "isolation, ties, shared storages, autograd and flags, and refuses bfloat16"
     needs = ("zerocopy",)
 
     def publish(self, ready):
@@ -197,7 +197,7 @@ class ZeroCopy(Rival):
 
 class TorchMmap(Rival):
     name = "torch.load(mmap)"
-    loses = "reach: a file on this node, that someone must place and remove"
+    loses = "other nodes: someone must place the file on each node, and remove it"
 
     def publish(self, ready):
         path = new_file(".pt")
@@ -218,7 +218,7 @@ class Safetensors(Rival):
     """
 
     name = "safetensors"
-    loses = "reach (a file on this node), ties, strides, shared storages"
+    loses = "other nodes (a file, too), ties, strides and shared storages"
     needs = ("safetensors.torch",)
 
     def publish(self, ready):
