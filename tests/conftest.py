@@ -1,12 +1,12 @@
-"""One small Ray for the whole run, workers in it that tests share, and the ways of making views."""
+"""One small Ray for the whole run, actors in it, and the ways of making views."""
 
 import os
 from pathlib import Path
 
 import pytest
 import ray
+import rays
 import torch
-from hosts import Guest, Host
 from ways import WAYS, made_by
 
 # Workers import what tests define by name, so they need this folder on their path, too.
@@ -21,41 +21,29 @@ torch.set_num_threads(1)  # as in Ray's workers: how a sum is split decides its 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A Ray of four logical CPUs and a store of 700 MB."""
-    ray.init(
-        address="local",  # and not whichever cluster the machine has
-        num_cpus=4,
-        object_store_memory=700_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    """A Ray of four logical CPUs and a store of 700 MB; its address."""
+    cluster = rays.started(num_cpus=4, object_store_memory=700_000_000)
     try:
-        yield
+        ray.init(cluster.address, log_to_driver=False)
+        yield cluster.address
     finally:
         ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def hosts(cluster):
-    """The workers that serve all tests, as many as one of them has needed so far."""
-    return []
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def start(hosts):
-    """Put objects into workers: `start(Reader, 2)` gives two, gone at the end of the file."""
-    guests = []
+def start(cluster):
+    """Start actors: `start(Actor, 2)` gives two, gone at the end of the file."""
+    actors = []
 
     def start(cls, count=1):
-        while len(hosts) < count:
-            hosts.append(ray.remote(Host).options(num_cpus=0).remote())
-        new = [Guest(host, cls) for host in hosts[:count]]
-        guests.extend(new)
+        new = [ray.remote(cls).options(num_cpus=0).remote() for _ in range(count)]
+        actors.extend(new)
         return new
 
     yield start
-    for guest in guests:
-        guest.leave()
+    for actor in actors:
+        ray.kill(actor)
 
 
 @pytest.fixture(params=WAYS)

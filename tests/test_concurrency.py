@@ -137,17 +137,18 @@ def test_the_last_tensor_goes_on_a_foreign_thread(cluster):
     wait_until_gone(address)
 
 
-def test_an_interpreter_ends_while_its_threads_are_at_work():
-    @run
+def test_an_interpreter_ends_while_its_threads_are_at_work(cluster):
     def leave():
         import ray
         import ray_zerocopy as rzc
         import torch
         from ray_zerocopy.calls.cache import Cache
 
-        ray.init("local", num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
+        ray.init()
         ref = ray.put(rzc.Shared(torch.zeros(2**24)))
         kept = [rzc.get(ref) for _ in range(2)]
         cache = Cache()
         with cache.use(ref) as used:
             kept.append(used)
+
+    run(leave, address=cluster)

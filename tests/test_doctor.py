@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import ray
-from fresh import run
 from ray_zerocopy.operate import doctor
 
 
@@ -69,26 +68,6 @@ def test_huge_pages_that_the_kernel_refuses_are_named(cluster):
     (finding,) = ray.get(refused.remote())
     assert not finding.good
     assert finding.found
-
-
-def test_a_store_without_room_is_named():
-    def scenario():
-        import numpy as np
-        import ray
-        from ray_zerocopy.operate import doctor
-
-        ray.init(
-            address="local", num_cpus=1, object_store_memory=100 << 20, include_dashboard=False
-        )
-        held = ray.put(np.ones(70 << 20, np.uint8))
-        array = ray.get(held)  # pinned: it cannot be spilled
-        found = {finding.check: finding for finding in doctor._round_trip()}
-        assert not found["store"].good, found["store"]
-        assert "larger" in found["store"].mend
-        assert len(array) == 70 << 20
-        ray.shutdown()
-
-    run(scenario)
 
 
 def test_a_node_that_does_not_answer_is_told(cluster):

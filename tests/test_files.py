@@ -5,7 +5,6 @@ import re
 import warnings
 from contextlib import nullcontext
 
-import fresh
 import numpy as np
 import pytest
 import ray
@@ -141,32 +140,6 @@ def test_a_file_that_is_gone_is_read_as_it_was_mapped(store, tmp_path, event):
         (tmp_path / "new").rename(tmp_path / "weights")
     loaded = ray.get(rzc.put(tensors))
     assert torch.equal(torch.stack([loaded[f"{row:02}"] for row in range(ROWS)]), content())
-
-
-def test_who_may_not_open_it_again_has_it_from_memory():
-    def without_capabilities():
-        import tempfile
-        from pathlib import Path
-
-        import ray
-        import ray_zerocopy as rzc
-        import torch
-
-        folder = tempfile.TemporaryDirectory()
-        path = Path(folder.name) / "weights"
-        content = torch.randn(1 << 20)
-        content.numpy().tofile(path)
-        storage = torch.UntypedStorage.from_file(str(path), False, content.nbytes)
-        mapped = torch.tensor([]).set_(storage)
-        path.unlink()
-        ray.init(
-            address="local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False
-        )
-        assert torch.equal(ray.get(rzc.put(mapped)), content)
-        ray.shutdown()
-        folder.cleanup()
-
-    fresh.run(without_capabilities, unprivileged=True)
 
 
 def test_a_file_that_shrank_is_an_error_and_leaves_nothing(store, tmp_path):

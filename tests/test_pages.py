@@ -97,13 +97,14 @@ def test_threads_end_with_the_pages_and_small_blocks_have_none():
 
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
 
         def threads():
             names = Path("/proc/self/task").glob("*/comm")
             return sum(name.read_text() == "rzc.prefault\n" for name in names)
 
-        ray.init("local", num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
+        rays.connect(num_cpus=1, object_store_memory=200 * 2**20)
         small = rzc.put(torch.zeros(2**19 - 1000))
         kept = [ray.get(small) for _ in range(10)]
         assert threads() == 0
@@ -179,13 +180,14 @@ def test_where_the_kernel_refuses_all_is_as_before():
 
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
         from ray_zerocopy import _core
 
         set_thp_disable = 41
         assert ctypes.CDLL(None).prctl(set_thp_disable, 1, 0, 0, 0) == 0
         assert "PR_SET_THP_DISABLE" in _core.huge_pages_obstacle()
-        ray.init("local", num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
+        rays.connect(num_cpus=1, object_store_memory=200 * 2**20)
         source = torch.arange(5 * 2**20)
         for ref in (rzc.put(source), ray.put(rzc.Shared(source))):
             info = rzc.inspect(ref)

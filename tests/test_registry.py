@@ -17,7 +17,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from exact import assert_exact
-from fresh import run
+from fresh import execute, run
 from models import DIFFICULT, large, simple
 from ray_zerocopy.registry import catalog, client, follower, publication
 from ray_zerocopy.store import references
@@ -621,13 +621,7 @@ def other_job(code, *args, env=None):
     address = ray.get_runtime_context().gcs_address
     how = {"log_to_driver": False, **(env or {})}
     head = f"import ray, sys, ray_zerocopy as rzc; ray.init({address!r}, **{how!r})\n"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", head + code, *args],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    return execute(head + code, *args)
 
 
 def test_a_version_outlives_its_publisher(name):

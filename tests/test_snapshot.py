@@ -15,6 +15,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from exact import assert_exact
+from fresh import execute
 from models import DIFFICULT
 from ray_zerocopy import _core
 from ray_zerocopy.store import ray_inside
@@ -51,20 +52,14 @@ def path(cluster, model, tmp_path):
 
 
 def test_restored_in_another_process_and_store(cluster, model, path):
-    code = f"""
-        import ray, ray_zerocopy as rzc, torch
-        ray.init(address="local", num_cpus=1, object_store_memory=100_000_000,
-                 include_dashboard=False, log_to_driver=False)
-        print(ray.get(rzc.restore({str(path)!r}))["long"].view(torch.int32).sum().item())
+    code = """
+        import sys, ray, ray_zerocopy as rzc, rays, torch
+        rays.connect(num_cpus=1, object_store_memory=100_000_000)
+        print(ray.get(rzc.restore(sys.argv[1]))["long"].view(torch.int32).sum().item())
         ray.shutdown()
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = execute(code, path)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) == model["long"].view(torch.int32).sum().item()
 
 

@@ -73,47 +73,17 @@ def test_a_shared_storage_is_laid_out_once(cluster):
 # --- where a block may lie ------------------------------------------------------------------------
 
 
-def test_fetched_from_another_node():
-    @run
-    def fetch():
-        import ray
-        import ray_zerocopy as rzc
-        import torch
-        from ray.cluster_utils import Cluster
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-
-        cluster = Cluster()
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-        ray.init(address=cluster.address)
-        model = torch.randn(20, 2**18)
-        ref = rzc.put({"weight": model})
-        mine = ray.get_runtime_context().get_node_id()  # until Ray 2.52 any of the two
-        (other,) = {node["NodeID"] for node in ray.nodes()} - {mine}
-
-        @ray.remote(scheduling_strategy=On(other, soft=False))
-        def elsewhere(loaded, refs):
-            return loaded["weight"], rzc.inspect(refs[0])
-
-        loaded, there = ray.get(elsewhere.remote(ref, [ref]))
-        here = rzc.inspect(ref)
-        assert torch.equal(loaded, model)
-        assert (here.where, there.where, there.held) == ("store", "store", "private")
-        assert here.inode != there.inode
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def test_a_store_in_another_directory_is_no_disk():
     def elsewhere():
         import tempfile
 
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
 
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            ray.init("local", num_cpus=1, object_store_memory=2**27, _plasma_directory=folder)
+            rays.connect(num_cpus=1, object_store_memory=2**27, plasma_directory=folder)
             info = rzc.inspect(rzc.put(torch.randn(10, 2**18)))
             assert info.file.startswith(folder)
             assert (info.where, info.held) == ("store", "private")
@@ -131,37 +101,6 @@ def test_importing_everything_imports_no_face():
         assert not {"ray.serve", "ray.data"} & set(sys.modules)
 
     run(importing)
-
-
-def test_private_pages_for_the_ordinary_user():
-    """Who may not open the kernel's link finds the store among the raylet's files."""
-
-    def unprivileged():
-        from pathlib import Path
-
-        import ray
-        import ray_zerocopy as rzc
-        import torch
-
-        status = Path("/proc/self/status").read_text()
-        capabilities = int(status.split("CapEff:")[1].split()[0], 16)
-        assert capabilities & (1 << 21 | 1 << 40) == 0
-        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
-        model = torch.randn(10, 2**18)
-        ref = rzc.put(model)
-        info = rzc.inspect(ref)
-        assert (info.held, info.where) == ("private", "store"), info
-        ray.get(ref).zero_()
-        assert torch.equal(ray.get(ref), model)
-
-        @ray.remote
-        def held(refs):
-            return rzc.inspect(refs[0]).held
-
-        assert ray.get(held.remote([ref])) == "private"
-        ray.shutdown()
-
-    run(unprivileged, unprivileged=True)
 
 
 # --- how long it lives ----------------------------------------------------------------------------
@@ -190,13 +129,14 @@ def test_a_second_store_in_one_process_is_not_mistaken_for_the_first():
     def put_twice():
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
 
         assert not ray.is_initialized()
         assert torch.equal(rzc.get(rzc.put(torch.ones(2**20))), torch.ones(2**20))
         assert ray.is_initialized()
         ray.shutdown()
-        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        rays.connect(num_cpus=1, object_store_memory=100 * 2**20)
         ref = rzc.put(torch.zeros(2**20))
         assert rzc.inspect(ref).held == "private"
         assert torch.equal(ray.get(ref), torch.zeros(2**20))
@@ -294,28 +234,7 @@ def test_an_unknown_isolation_is_refused(cluster):
         rzc.get(rzc.put(simple().model), isolation="mine")
 
 
-def test_a_store_too_small_says_how_many_bytes_it_takes():
-    @run
-    def put():
-        import os
-
-        import pytest
-        import ray
-        import ray_zerocopy as rzc
-        import torch
-
-        os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # noqa: SIM112  no disk for it
-        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
-        with pytest.raises(
-            rzc.StoreFullError, match=r"419,4\d\d,\d\d\d bytes.*object_store_memory"
-        ):
-            rzc.put(torch.zeros(100, 2**20))
-        assert torch.equal(ray.get(rzc.put(torch.ones(5))), torch.ones(5))
-        ray.shutdown()
-
-
-def test_ray_client_is_told_what_to_do_instead():
-    @run
+def test_ray_client_is_told_what_to_do_instead(cluster):
     def client():
         import socket
 
@@ -327,7 +246,7 @@ def test_ray_client_is_told_what_to_do_instead():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ray.init("local", num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        ray.init()
         serving = server.serve("127.0.0.1", port)
         ray.util.connect(f"127.0.0.1:{port}")
         with pytest.raises(rzc.ClientError, match="inside a task or actor"):
@@ -337,6 +256,8 @@ def test_ray_client_is_told_what_to_do_instead():
         ray.util.disconnect()
         serving.stop(0)
         ray.shutdown()
+
+    run(client, address=cluster)
 
 
 # --- the cyclic collector -------------------------------------------------------------------------

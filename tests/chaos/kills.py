@@ -19,6 +19,7 @@ from pathlib import Path
 
 import ray
 import ray_zerocopy as rzc
+import rays
 import torch
 from exact import assert_exact
 from fresh import tell
@@ -81,14 +82,7 @@ class Kills:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.address = ray.init(
-            "local",
-            num_cpus=1,
-            object_store_memory=STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        ).address_info["gcs_address"]
+        self.address = rays.connect(num_cpus=1, object_store_memory=STORE).address
         self.folder = tempfile.mkdtemp()
         self.source = model()
         self.ref = rzc.put(self.source)

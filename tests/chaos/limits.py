@@ -5,6 +5,7 @@ Run by `test_limits.py` in an interpreter of its own, which has mounts and limit
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import resource
@@ -15,12 +16,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import ray_zerocopy as rzc
 import torch
 from fresh import tell
 from ray_zerocopy import metrics
+from ray_zerocopy.operate import doctor
 
 MIB = 2**20
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -30,6 +33,7 @@ TAKEN = Path("/dev/shm/taken")
 
 
 def start(store_nbytes):
+    """Start a Ray as any user does, whose workers have the limits of this process."""
     ray.init(
         "local",
         num_cpus=1,
@@ -38,6 +42,26 @@ def start(store_nbytes):
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+@functools.cache
+def restart_without_privileges_and_disk():
+    """For good: they are those of root to open the kernel's links to mapped files."""
+    ray.shutdown()
+    drop_privileges()
+    os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # noqa: SIM112
+    start(100 * MIB)
+
+
+def drop_privileges():
+    sys_admin, checkpoint_restore, drop_from_bounding_set, version = 21, 40, 24, 0x20080522
+    header, sets = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    assert LIBC.capget(header, sets) == 0
+    for capability in (sys_admin, checkpoint_restore):
+        assert LIBC.prctl(drop_from_bounding_set, capability, 0, 0, 0) == 0
+        for index in range(3):  # effective, permitted, inheritable; then their upper halves
+            sets[index + 3 * (capability // 32)] &= ~(1 << capability % 32)
+    assert LIBC.capset(header, sets) == 0
 
 
 def assert_whole(ref, held="private", model=MODEL):
@@ -334,6 +358,48 @@ def shared_memory_is_smaller_than_the_store():
         assert rzc.inspect(ref).where == "disk"
 
 
+# --- a Ray without privileges and disk ------------------------------------------------------------
+
+
+def no_privileges():
+    """Pages are private through the raylet's files, and a mapped file is read from memory."""
+    with tempfile.NamedTemporaryFile() as file:  # without a name, only its link leads to it
+        MODEL.numpy().tofile(file.name)
+        storage = torch.UntypedStorage.from_file(file.name, False, MODEL.nbytes)
+    restart_without_privileges_and_disk()
+    start, end = storage.data_ptr(), storage.data_ptr() + MODEL.nbytes
+    with pytest.raises(PermissionError):
+        os.open(f"/proc/self/map_files/{start:x}-{end:x}", os.O_RDONLY)
+    assert torch.equal(ray.get(rzc.put(torch.tensor([]).set_(storage))), MODEL)
+
+    @ray.remote
+    def written(refs):
+        ray.get(refs[0]).zero_()
+        return rzc.inspect(refs[0]).held
+
+    ref = rzc.put(MODEL)
+    assert ray.get(written.remote([ref])) == "private"
+    ray.get(ref).zero_()
+    assert_whole(ref)
+
+
+def store_too_small():
+    restart_without_privileges_and_disk()
+    with pytest.raises(rzc.StoreFullError, match=r"419,4\d\d,\d\d\d bytes.*object_store_memory"):
+        rzc.put(torch.zeros(100, MIB))
+    assert_whole(rzc.put(MODEL))
+
+
+def store_full_of_what_is_used():
+    """The doctor finds it, and says to have a larger one."""
+    restart_without_privileges_and_disk()
+    held = ray.get(ray.put(np.ones(70 * MIB, np.uint8)))
+    (finding,) = (each for each in doctor._round_trip() if each.check == "store")
+    assert not finding.good
+    assert "larger" in finding.mend
+    assert len(held) == 70 * MIB  # in use: it cannot be spilled
+
+
 ROWS = {
     row.__name__: row
     for row in (
@@ -349,6 +415,9 @@ ROWS = {
         no_memory_for_huge_pages,
         spilled_in_the_middle_of_loads,
         shared_memory_is_smaller_than_the_store,
+        no_privileges,
+        store_too_small,
+        store_full_of_what_is_used,
     )
 }
 

@@ -20,6 +20,7 @@ import time
 import pytest
 import ray
 import ray_zerocopy as rzc
+import rays
 import torch
 from fresh import tell
 from ray._private.internal_api import node_stats
@@ -79,6 +80,12 @@ class Reader:
     def forget(self):
         self.views.clear()
 
+    def inspect(self, refs):
+        return rzc.inspect(refs[0])
+
+    def value(self, refs):
+        return value_of(ray.get(refs[0]))
+
     def load(self, name, number=None):
         return value_of(rzc.load(name, version=number, timeout=SOON_S))
 
@@ -89,14 +96,15 @@ class Stage:
     def __init__(self):
         self.cluster = Cluster()
         self.nodes, self.readers = [], {}
-        head = self._start(include_dashboard=False, _system_config=QUICK)
+        head = self._start(_system_config=QUICK)
         ray.init(self.cluster.address, log_to_driver=False, logging_level="ERROR")
         self.read_on(head)
         self.add_node()
         self.add_node(disk=False)
 
     def _start(self, **options):
-        node = self.cluster.add_node(num_cpus=1, object_store_memory=STORE, **options)
+        how = rays.node(num_cpus=1, object_store_memory=STORE, **options)
+        node = self.cluster.add_node(**how)
         self.nodes.append(node)
         return node
 
@@ -167,6 +175,49 @@ def refused(error, told, action):
     """The action ends with an error of ours that says what to do."""
     with pytest.raises(error, match=told):
         action()
+
+
+# --- before anything is lost ----------------------------------------------------------------------
+
+
+def nothing_starts_before_the_first_publish(stage):
+    assert rzc.published() == rzc.versions("a") == []
+    refused(rzc.UnknownVersionError, "nothing is published", lambda: rzc.load("a"))
+    assert ray.util.list_named_actors(all_namespaces=True) == []
+
+
+def actors_start_on_the_head(stage):
+    """Ray puts an actor without resources anywhere. Then they go where the rows need them."""
+    rzc.publish("first", filled(1))
+    for name in ("catalog", "owner"):
+        actor = ray.get_actor(name, catalog.NAMESPACE)
+        assert runs_on(actor) == ray.get_runtime_context().get_node_id()
+        ray.kill(actor)
+    until(lambda: not ray.util.list_named_actors(all_namespaces=True))
+    place(stage.nodes[1])
+    rzc.retire("first")
+
+
+def fetched_from_another_node(stage):
+    ref = rzc.put(filled(1))
+    here, there = rzc.inspect(ref), stage.on(stage.nodes[1], "inspect", [ref])
+    assert (here.where, there.where, there.held) == ("store", "store", "private")
+    assert here.inode != there.inode
+    assert stage.on(stage.nodes[1], "value", [ref]) == 1
+
+
+def sent_to_every_node_but_one_without_room(stage):
+    small = stage.cluster.add_node(**rays.node(num_cpus=1, object_store_memory=80 * 2**20))
+    ref = rzc.put(torch.ones(24 * 2**20))  # 96 MiB
+    seconds = rzc.prefetch(ref)
+    assert set(seconds) == {node.node_id for node in (*stage.nodes, small)}
+    assert [node for node, took in seconds.items() if took is None] == [small.node_id]
+    have = set(ray.experimental.get_object_locations([ref])[ref]["node_ids"])
+    assert have == {node.node_id for node in stage.nodes}
+    assert max(seconds[node] for node in have) > 0
+    assert set(rzc.prefetch(ref, sorted(have)).values()) == {0.0}
+    assert bool((ray.get(ref) == 1).all())
+    stage.cluster.remove_node(small)
 
 
 # --- the rows -------------------------------------------------------------------------------------
@@ -326,6 +377,10 @@ def owners_node_lost_then_another(stage):
 ROWS = {
     row.__name__: row
     for row in (
+        nothing_starts_before_the_first_publish,
+        actors_start_on_the_head,
+        fetched_from_another_node,
+        sent_to_every_node_but_one_without_room,
         driver_dead,
         store_without_room,
         publisher_killed,
@@ -345,7 +400,6 @@ ROWS = {
 
 def main():
     stage = Stage()
-    place(stage.nodes[1])
     tell({name: functools.partial(row, stage) for name, row in ROWS.items()}, ROWS)
     ray.shutdown()
     stage.cluster.shutdown()
