@@ -32,6 +32,26 @@ def changed(change):
     return digest(change(model) or model)
 
 
+def scripted(*strides):
+    """A script whose class is made anew, and has another number in TorchScript each time."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.Sequential(*(nn.Conv1d(1, 1, 1, stride=stride) for stride in strides))
+
+        def forward(self, x):
+            return self.convs(x)
+
+    torch.manual_seed(0)
+    return torch.jit.script(Net())
+
+
+def test_a_script_has_one_digest_whatever_was_scripted_before():
+    assert digest(scripted(1, 2)) == digest(scripted(1, 2))
+    assert digest(scripted(1, 2)) != digest(scripted(2, 1))
+
+
 # --- the same in every process --------------------------------------------------------------------
 
 

@@ -251,8 +251,9 @@ def test_ray_client_is_told_what_to_do_instead(cluster):
         ray.util.connect(f"127.0.0.1:{port}")
         with pytest.raises(rzc.ClientError, match="inside a task or actor"):
             rzc.put([1])
-        with pytest.raises(rzc.ClientError):
-            rzc.get(None)
+        for asked in (rzc.get, rzc.prefetch, rzc.inspect):
+            with pytest.raises(rzc.ClientError):
+                asked(None)
         ray.util.disconnect()
         serving.stop(0)
         ray.shutdown()

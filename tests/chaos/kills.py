@@ -90,7 +90,7 @@ class Kills:
         rzc.save(self.ref, f"{self.folder}/model.rzc")
         self.done = collections.Counter()
         self.kill("load")  # what Ray opens for the first worker stays open
-        self.before = self.state()
+        self.before = self.state() | {"threads": 0}  # that of the load may still be there
 
     def kill(self, what):
         worker = ray.remote(Worker).options(num_cpus=0).remote([self.ref], self.folder)

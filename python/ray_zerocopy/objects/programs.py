@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import types
 import zipfile
 from collections.abc import Iterator
@@ -220,19 +221,36 @@ def plain(archive: bytes) -> bytes:
     """Give what counts of an archive: the same for equal programs in every process.
 
     TorchScript writes constants in the order of a set, and after all else a hash of all that was
-    written; its debug information names files. Other archives count as they are. (torch 2.15)
+    written; its debug information names files; types of one name have numbers in the order in which
+    the process made them. Other archives count as they are. (torch 2.15)
     """
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         names = [name for name in file.namelist() if not name.endswith(_COUNTS_FOR_NOTHING)]
         if not any("/code/" in name for name in names):
             return archive
         members = {name: file.read(name) for name in names}
-    return b"".join(
-        name.encode() + b"\n" + (_in_order(code) if name.endswith(".py") else code)
-        for name, code in members.items()
-    )
+    data, code = [], []
+    for name, text in members.items():
+        scope = name.partition("/code/")[2].removesuffix(".py").replace("/", ".").encode()
+        if scope:
+            code.append(_DEFINED.sub(rb"\1 %b.\2" % scope, _in_order(text)))
+        else:
+            data.append(name.encode() + b"\n" + _GLOBAL.sub(rb"\1.\2\n", text))
+    known: dict[bytes, dict[bytes, int]] = {}
+
+    def numbered(found: re.Match[bytes]) -> bytes:
+        bare = _NUMBER.sub(b"", found[0])
+        same = known.setdefault(bare, {})
+        return b"%b#%d" % (bare, same.setdefault(found[0], len(same)))
+
+    data, code = ([_TYPE.sub(numbered, text) for text in texts] for texts in (data, code))
+    return b"".join((*data, *sorted(code)))
 
 
+_DEFINED = re.compile(rb"^(class|def) (\w+)", re.M)
+_GLOBAL = re.compile(rb"c(__torch__[\w.]*)\n(\w+)\n")
+_TYPE = re.compile(rb"__torch__(?:\.\w+)*")
+_NUMBER = re.compile(rb"\.___torch_mangle_\d+")
 _COUNTS_FOR_NOTHING = ("/serialization_id", ".debug_pkl")
 
 

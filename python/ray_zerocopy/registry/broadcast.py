@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_zerocopy.errors import LostVersionError
 from ray_zerocopy.registry.publication import find
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
+from ray_zerocopy.store.references import refuse_client
 
 # A transfer that takes this many times as long as the median so far no longer counts, and goes on.
 _SLOW = 3.0
@@ -54,6 +55,7 @@ def prefetch(
         LostVersionError: no node has the block.
 
     """
+    refuse_client()
     ref = _reference(ref_or_name, timeout)
     stores = {
         node["NodeID"]: node["Resources"].get("object_store_memory", 0)
