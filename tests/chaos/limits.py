@@ -405,12 +405,12 @@ ROWS = {
     for row in (
         no_file_descriptor,
         thousands_of_loads_held,
-        no_room_for_what_was_dropped,
         no_address_space,
         another_user,
         no_proc,
         shared_memory_is_read_only,
         shared_memory_is_full,  # before any row has the store take as much
+        no_room_for_what_was_dropped,
         no_thread,
         no_memory_for_huge_pages,
         spilled_in_the_middle_of_loads,

@@ -265,7 +265,7 @@ def a_make_that_hangs():
 
 
 def at_a_limit(name):
-    rzc.load(name)  # all imports and connections are there
+    loaded = rzc.load(name)  # all imports and connections are there
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), limits[1]))
@@ -275,6 +275,7 @@ def at_a_limit(name):
         return type(error).__name__, str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        del loaded  # not before: what is unmapped meanwhile makes room
 
 
 def of_other_bytes(name):
