@@ -1,10 +1,11 @@
 """The site: Sphinx with Furo and MyST. `make docs` builds it, warnings as errors.
 
-Sphinx rather than mkdocs-material: the reference is made from docstrings, an unknown name or link
-is an error (`-n -W`), and mkdocs-material only mends bugs since the end of 2025.
+Sphinx rather than mkdocs-material: Sphinx builds the reference from docstrings and fails on an
+unknown name or link (`-n -W`). mkdocs-material gets only bug fixes since the end of 2025.
 """
 
 import ray_zerocopy
+from sphinx.ext.napoleon import GoogleDocstring
 
 project = "ray-zerocopy"
 author = "the ray-zerocopy authors"
@@ -30,13 +31,14 @@ html_css_files = ["site.css"]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
 napoleon_custom_sections = [("Returns", "params_style")]
+# Annotations give the types of attributes: napoleon takes what precedes a colon for the type.
+GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))
 
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
 
 nitpicky = True
-# Other projects' names are set in type and not linked: the build asks nothing of the network.
+# Names of other projects are not linked, so that the build needs no network.
 nitpick_ignore_regex = [(r"py:.*", r"(?!ray_zerocopy).*|.*\._.*")]
 linkcheck_ignore = [r"https?://(localhost|127\.0\.0\.1).*"]
