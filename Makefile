@@ -28,8 +28,8 @@ test: build
 	$(BIN)/python -m zipfile -e target/portable/*.whl target/portable
 	PYTHONPATH=$(abspath target/portable) $(BIN)/pytest tests/portable.py
 
-# The head lost, for which Debian has redis-server; KILLS of publishers and readers; the catalog
-# killed at each step of each change; ten minutes of faults at random, the same with the same SEED.
+# Lose the head node (needs redis-server), kill publishers and readers KILLS times, kill the catalog
+# at each step of each change, then MINUTES of random faults: the same SEED gives the same ones.
 KILLS ?= 100
 MINUTES ?= 10
 SEED ?= 0
@@ -41,26 +41,26 @@ chaos: build
 	$(BIN)/python -W ignore tests/chaos/steps.py
 	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
 
-# CASES of each law of table, header, snapshot, layout and view, and of what torch makes of them.
+# CASES random inputs for each law of tables, headers, snapshots, layouts and views.
 CASES ?= 1000000
 
 fuzz: build
 	PROPTEST_CASES=$(CASES) cargo test --profile fuzz --lib -- format:: io::
 	CASES=$(CASES) SEED=$(SEED) $(BIN)/pytest -s tests/test_fuzz.py
 
-# The core under AddressSanitizer, which a stable compiler has for those who ask.
+# The tests of the Rust core under AddressSanitizer. RUSTC_BOOTSTRAP allows -Z on a stable compiler.
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
 sanitize:
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --lib --target $(HOST) \
 		--target-dir target/sanitized
 
-# The suite on pairs of torch and Ray, in environments of their own: 6 GB and 5 minutes a pair. All
-# of them, or PAIRS="2.6/2.43 2.8/2.48"; some want another Python on the PATH.
+# The suite on pairs of torch and Ray, each in its own environment: 6 GB and 5 minutes a pair. All
+# pairs, or PAIRS="2.6/2.43 2.8/2.48". Some need another Python on the PATH.
 matrix: wheel
 	$(BIN)/python tests/matrix.py dist/*_x86_64.whl $(PAIRS)
 
-# One bench embeds Python: it runs where there is a library of it to link.
+# One bench embeds Python: it runs only if libpython is installed.
 LIBPYTHON = $(shell $(BIN)/python -c "from sysconfig import get_config_var as var; \
 	print(var('LIBDIR') + '/' + var('LDLIBRARY'))")
 
@@ -71,12 +71,12 @@ bench: build
 	$(BIN)/pytest benches --benchmark-only
 	$(BIN)/python benches/report.py
 
-# The site, warnings as errors: unknown names and broken links within it are such.
+# The site. Warnings are errors: unknown names and broken internal links are warnings.
 docs: build
 	$(BIN)/pip install --quiet --editable ".[docs]" --no-build-isolation
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
 
-# Everything that Python needs, once; then the extension, whenever Rust changes.
+# The Python environment, once. Then the extension, whenever Rust changes.
 build: $(BIN)/.installed
 	$(BIN)/maturin develop --release --quiet
 
@@ -86,7 +86,7 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# For glibc 2.17 and later: zig links against the symbols that it had.
+# For glibc 2.17 and later: zig links against the symbols of 2.17.
 wheel: $(BIN)/.installed
 	rustup target add x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu
 	for arch in x86_64 aarch64; do $(BIN)/maturin build --release --zig --out dist \

@@ -1,4 +1,4 @@
-"""Actors that each hold the same model, and the memory of one.
+"""Actors that share one model, and the private memory of each.
 
 Run it with `python examples/actors.py`.
 """
@@ -34,7 +34,7 @@ def private_memory():
 
 def main():
     model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(16)])
-    wrapper = ModelWrapper.from_model(model)  # the weights travel once, into the store
+    wrapper = ModelWrapper.from_model(model)  # stores the weights once
     workers = [Worker.remote(wrapper) for _ in range(2)]  # the wrapper is a few hundred bytes
 
     batches = torch.randn(6, 32, 1024)

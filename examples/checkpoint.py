@@ -1,4 +1,4 @@
-"""A checkpoint: from its file into the store, to a snapshot, and back at the disk's speed.
+"""Put a checkpoint into the store, save it as a snapshot, and restore it at the disk's speed.
 
 Run it with `python examples/checkpoint.py`.
 """
@@ -34,15 +34,15 @@ def main():
         checkpoint, snapshot = Path(folder, "weights.pt"), Path(folder, "model.rzc")
         torch.save(network().state_dict(), checkpoint)
 
-        # What is mapped is read from the file, and never passes through private memory.
+        # The loader maps the file: `put` reads it directly, without a copy in private memory.
         weights = rzc.put(torch.load(checkpoint, mmap=True))
         print("as it stands:", f"{rzc.inspect(weights).nbytes:,} bytes")
 
-        # What is cast lies in shared memory from the start.
+        # The loader casts: `build` puts the result into shared memory from the start.
         ref = rzc.build(load_half, checkpoint)
         print("cast:", f"{rzc.inspect(ref).nbytes:,} bytes, {rzc.inspect(ref).dtypes}")
 
-        # The cast is done once: a snapshot is the block as a file.
+        # A snapshot is the block as a file, so the cast is done only once.
         rzc.save(ref, snapshot)
         print(rzc.inspect(snapshot, verify=True))
         restored = rzc.restore(snapshot)

@@ -11,7 +11,7 @@ from ray_zerocopy.data import map_batches
 
 
 class Classifier:
-    """The plain way, where a class of one's own is wanted: a reference, and `rzc.get`."""
+    """A class of your own: it takes the reference and calls `rzc.get`."""
 
     def __init__(self, ref):
         self.model = rzc.get(ref)
@@ -30,13 +30,13 @@ def main():
     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
     rows = ray.data.from_numpy(np.random.default_rng(0).random((400, 16), np.float32))
 
-    # In one line: the model's outputs become columns beside the others.
+    # In one line: the model's outputs become new columns.
     found = map_batches(
         rows, model, actors=2, batch_size=50, num_cpus=0.5, postprocess=classes
     ).to_pandas()
     print(f"{len(found)} rows, by class: {found['class'].value_counts().to_dict()}")
 
-    # The same by hand.
+    # The same with your own class.
     by_hand = rows.map_batches(
         Classifier,
         fn_constructor_kwargs={"ref": rzc.put(model)},

@@ -1,8 +1,8 @@
-"""A Hugging Face pipeline, shared as it is: model, tokenizer and all the rest.
+"""Share a whole Hugging Face pipeline: model, tokenizer and everything else.
 
-Run it with `python examples/hf_text_classification.py`. So that nothing is downloaded, the
-pipeline is a tiny BERT of random weights; `transformers.pipeline("text-classification")` goes the
-same ways.
+Run it with `python examples/hf_text_classification.py`. The pipeline is a tiny BERT
+with random weights, so that nothing is downloaded. `transformers.pipeline("text-classification")`
+works the same way.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ def main():
     pipeline = classifier()
     wrapper = ModelWrapper.from_model(pipeline)
 
-    # Ray Data: the pipeline takes lists of texts and gives a dict for each.
+    # Ray Data: the pipeline takes a list of texts and returns one dict per text.
     rows = ray.data.from_items([{"text": text} for text in TEXTS])
     scored = map_batches(
         rows,
@@ -54,8 +54,8 @@ def main():
     for text, (label, score) in found.items():
         print(f"{text:15} {label} {score:.2f}")
 
-    # Tasks: the model runs there, the tokenizer here, where the pipeline asks for the signature of
-    # its model's `forward`.
+    # Tasks: the model runs in the task, the tokenizer here. The pipeline reads the signature of
+    # its model's `forward` here, too.
     fast = ModelWrapper.for_tasks(pipeline, method_names=["forward"])
     for text, expected in zip(TEXTS[:4], pipeline(TEXTS[:4]), strict=True):
         for label, score in (fast(text)[0].values(), found[text]):

@@ -1,4 +1,4 @@
-"""LoRA adapters, trained side by side on one frozen base: the base once, adapters one each.
+"""Train LoRA adapters on one frozen base: trainers share the base and own their adapters.
 
 Run it with `python examples/lora.py`.
 """
@@ -12,7 +12,7 @@ WIDTH, RANK, CLASSES = 1024, 8, 4
 
 
 class Adapted(torch.nn.Module):
-    """A frozen linear layer and a trainable correction of low rank (arXiv:2106.09685)."""
+    """A frozen linear layer plus a trainable low-rank correction (arXiv:2106.09685)."""
 
     def __init__(self, base):
         super().__init__()
@@ -26,7 +26,7 @@ class Adapted(torch.nn.Module):
 
 @ray.remote(num_cpus=1)
 class Trainer:
-    """Learns a task of its own; its optimizer knows of nothing but the adapters."""
+    """Learns its own task; the optimizer has only the adapters."""
 
     def __init__(self, refs, seed):
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""Three models in one Ray Data pass: images are encoded, classified, and doubtful ones redone.
+"""Three models in one Ray Data pass: encode images, classify them, and recheck doubtful ones.
 
-The images are drawn on the spot: discs, squares and crosses, in noise. Run it with
+The example draws its images: discs, squares and crosses, with noise. Run it with
 `python examples/pipeline.py`.
 """
 
@@ -28,7 +28,7 @@ def draw(row):
 
 
 class Recognizer(torch.nn.Module):
-    """An encoder, a quick classifier on top, and a careful one for what leaves that in doubt."""
+    """An encoder, a fast classifier, and a careful one for images that the first is unsure of."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Published models: a name in the cluster, versions under it, and users that follow it.
+"""Publish a model under a name, follow it, and replace its weights while replicas run.
 
 Run it with `python examples/registry.py`.
 """
@@ -22,13 +22,13 @@ def linear(weight):
 
 @ray.remote(num_cpus=0)
 class User:
-    """Answers with the current version, whichever that is."""
+    """Answers with the current version."""
 
     def __init__(self, live):
         self.live = live
 
     def predict(self, x):
-        model = self.live()  # once a request: a look at an attribute
+        model = self.live()  # once per request: an attribute read
         return self.live.version.number, model(torch.tensor(x)).item()
 
 
@@ -38,7 +38,7 @@ def wait_for(user, number):
 
 
 def serve_under_load():
-    """Replicas that follow the name answer every request while its versions change."""
+    """Send requests to replicas while versions change: every request is answered."""
     replicas = rzc.serve.app(
         rzc.follow("examples/linear"), num_replicas=2, ray_actor_options={"num_cpus": 0.1}
     )
@@ -56,19 +56,19 @@ def serve_under_load():
 
 
 def main():
-    # The cluster calls `make`, and can call it again: the version heals.
+    # The cluster calls `make`, and calls it again if the block is lost.
     version = rzc.publish("examples/linear", make=lambda: linear(1.0))
     print(f"published {version.name} {version.number}, heals: {version.heals}")
 
     user = User.remote(rzc.follow("examples/linear"))
     print("version, answer:", ray.get(user.predict.remote([1.0, 2.0])))
 
-    # New weights reach whoever follows; nobody is restarted.
+    # Followers get the new weights without a restart.
     number = rzc.publish("examples/linear", make=lambda: linear(2.0)).number
     wait_for(user, number)
     print("version, answer:", ray.get(user.predict.remote([1.0, 2.0])))
 
-    # Back, in one step: the last two versions are kept.
+    # Go back in one step: the cluster keeps the last two versions.
     rzc.promote("examples/linear", version.number)
     wait_for(user, version.number)
     print("version, answer:", ray.get(user.predict.remote([1.0, 2.0])))

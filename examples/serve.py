@@ -1,4 +1,4 @@
-"""Ray Serve: replicas that share one model, new weights, and many models in one replica.
+"""Ray Serve: share one model among replicas, replace its weights, serve many models per replica.
 
 Run it with `python examples/serve.py`.
 """
@@ -18,7 +18,7 @@ LIGHT = {"ray_actor_options": {"num_cpus": 0.1}}
 
 @serve.deployment(**LIGHT)
 class ManyModels:
-    """The way with a class of one's own: `Loading` lets one model load beside another."""
+    """A class of your own: with `Loading`, several models load at the same time."""
 
     def __init__(self, refs):
         self.refs = refs
@@ -52,12 +52,12 @@ def main():
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     url = f"http://127.0.0.1:{port}"
 
-    # Two replicas over one block; then new weights, without a moment of silence.
+    # Two replicas share one block. Then replace the weights without downtime.
     for weight in (1.0, 2.0):
         serve.run(app(linear(weight), num_replicas=2, **LIGHT), name="one", route_prefix="/one")
         print(f"weights {weight}:", post(f"{url}/one", {"x": [[1.0, 2.0], [3.0, 4.0]]}))
 
-    # One replica, many models: each is loaded when first asked for.
+    # One replica serves many models, and loads each at its first request.
     refs = {name: rzc.put(linear(weight)) for name, weight in {"a": 3.0, "b": 4.0}.items()}
     serve.run(ManyModels.bind(refs), name="many", route_prefix="/many")
     for name in refs:

@@ -1,4 +1,4 @@
-"""Calls of a model as Ray tasks: one model in the store, as many calls at a time as there are CPUs.
+"""Run a model in Ray tasks: one model in the store, as many calls at once as there are CPUs.
 
 Run it with `python examples/tasks.py`.
 """
@@ -24,7 +24,7 @@ class Scorer(torch.nn.Module):
 
 
 class Pipeline:
-    """A model and what comes before and after it."""
+    """A model with preprocessing and postprocessing."""
 
     def __init__(self):
         self.model, self.threshold = Scorer(), 0.5
@@ -37,14 +37,14 @@ def main():
     pipeline, batches = Pipeline(), torch.randn(8, 32, 64)
     fast = ModelWrapper.for_tasks(pipeline, method_names=["process"])
 
-    # The pipeline's own code, unchanged: each call of its model waits for a task.
+    # The pipeline's code is unchanged: each call of its model runs as a task.
     assert torch.equal(fast(batches[0]), pipeline(batches[0]))
 
-    # Many calls at a time: `.remote` gives references.
+    # Many calls at once: `.remote` returns references.
     scores = ray.get([fast.model.remote(batch) for batch in batches])
     print(f"{sum(map(len, scores))} rows scored, mean {torch.cat(scores).mean():.3f}")
 
-    # Methods besides `__call__`, once they are named.
+    # Other methods than `__call__`, named in `method_names`.
     print(f"here is process {os.getpid()}, the model ran in {fast.model.process()}")
 
 
