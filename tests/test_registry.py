@@ -4,6 +4,7 @@ import asyncio
 import gc
 import pickle
 import random
+import re
 import threading
 import time
 import weakref
@@ -17,6 +18,7 @@ import torch
 from exact import assert_exact
 from fresh import execute, run
 from models import DIFFICULT, large, simple
+from ray._private.internal_api import memory_summary
 from ray_zerocopy.registry import catalog, client, follower, publication
 from ray_zerocopy.store import references
 from ray_zerocopy.store.envelope import Parts, in_place, reading
@@ -411,14 +413,14 @@ def test_many_names_are_followed_in_one_call(name):
 
 
 def test_a_follower_of_two_names_asks_once_and_waits(name, monkeypatch):
-    """A new question ends the one before, whose answer is no reason to ask again."""
+    """What it has heard is no reason to ask again."""
 
     def counted(*args):
         asked.append(args)
-        return wait(*args)
+        return hear(*args)
 
-    asked, wait = [], follower.Follower._wait
-    monkeypatch.setattr(follower.Follower, "_wait", counted)
+    asked, hear = [], follower.Follower._hear
+    monkeypatch.setattr(follower.Follower, "_hear", counted)
     names = [f"{name}/{index}" for index in range(2)]
     for each in names:
         rzc.publish(each, filled(1))
@@ -540,17 +542,68 @@ def test_a_version_that_does_not_load_is_tried_again(name, monkeypatch):
     assert failed
 
 
+class Follows:
+    """A follower in a worker."""
+
+    def follow(self, name):
+        self.live = rzc.follow(name)
+
+    def value(self):
+        return value_of(self.live())
+
+    def forget(self):
+        del self.live
+        gc.collect()
+
+
+def test_publishing_in_a_row_keeps_memory_bounded(name, start):
+    """A store holds what is kept, what is being published, and what followers use: no queue.
+
+    What nobody needs is Ray's to drop at once, and leaves the store within a second.
+    """
+
+    def used():
+        return int(re.search(r"usage (\d+) MiB", memory_summary(address, stats_only=True))[1])
+
+    gc.collect()
+    address = ray.get_runtime_context().gcs_address
+    size, most, over = 2048, [], threading.Event()  # 16 MiB a version
+    before = used()
+
+    def watch():
+        while not over.wait(0.05):
+            most.append(used() - before)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    rzc.publish(name, filled(0, size), keep=1)
+    followers = start(Follows, 2)
+    ray.get([each.follow.remote(name) for each in followers])
+    for value in range(1, 6):
+        time.sleep(1.2)
+        rzc.publish(name, filled(value, size), keep=1)
+    until(lambda: ray.get([each.value.remote() for each in followers]) == [5, 5])
+    over.set()
+    watching.join()
+    current, put, copied, before_it = 1, 1, 1, 2
+    assert max(most) <= 16 * (current + put + copied + before_it) + 1
+    until(lambda: used() - before <= 17)
+    rzc.retire(name)
+    ray.get([each.forget.remote() for each in followers])
+    until(lambda: used() - before <= 1)
+
+
 def test_a_follower_survives_whatever_is_raised(name, monkeypatch):
-    def once(self, seen):
-        monkeypatch.setattr(follower.Follower, "_wait", real)
+    def once(self):
+        monkeypatch.setattr(follower.Follower, "_hear", real)
         raise KeyError("nobody expects this")
 
-    real = follower.Follower._wait
+    real = follower.Follower._hear
     rzc.publish(name, filled(1))
     live = rzc.follow(name)
-    monkeypatch.setattr(follower.Follower, "_wait", once)
+    monkeypatch.setattr(follower.Follower, "_hear", once)
     follower._FOLLOWER.wake()
-    until(lambda: follower.Follower._wait is real)
+    until(lambda: follower.Follower._hear is real)
     rzc.publish(name, filled(2))
     until(lambda: value_of(live()) == 2)
 

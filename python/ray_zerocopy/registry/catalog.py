@@ -14,7 +14,7 @@
 
 Every change is written to the manifest before anyone hears of it (`manifest`). What is staged is
 not: a catalog that dies forgets it, and the publisher, who tells again every two seconds what it
-wants, tells the next one. Followers wait in `polls`.
+wants, tells the next one. Followers wait in `promises`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ray_zerocopy.errors import CatalogError, UnknownVersionError
 from ray_zerocopy.registry.healing import Healing
 from ray_zerocopy.registry.manifest import Manifest
 from ray_zerocopy.registry.owner import Made, Owner, cause_of
-from ray_zerocopy.registry.polls import Polls
+from ray_zerocopy.registry.promises import Promises, Told
 from ray_zerocopy.registry.records import Kept, Plan, Record, Version
 from ray_zerocopy.store.ray_inside import address_of
 
@@ -45,7 +45,7 @@ ACTOR = {
     "num_cpus": 0,
     "resources": {"node:__internal_head__": 0.001},  # without that node there is no cluster
     "max_restarts": -1,
-    "max_concurrency": 100_000,  # every follower of the cluster waits in one call
+    "max_concurrency": 100_000,  # each name that is followed waits in one call
 }
 START_S = 300.0  # of two processes, for a node that has other things to do
 LEASE_S = 15.0
@@ -85,7 +85,8 @@ class Catalog:
         self._staged: dict[str, _Staged] = {}  # by token
         self._owner = ray.remote(Owner).options(name="owner", **ACTOR).remote()
         self._healing = Healing(self._manifest, self._owner, self._staged.keys)
-        self._polls = Polls(self._current)
+        me = ray.get_runtime_context().current_actor
+        self._promises = Promises(self._current, me)
         self._files: dict[str, str] = {}  # tokens by the file that is being replaced
         self._up: asyncio.Task[None] | None = None
         self._leases: set[asyncio.Task[None]] = set()
@@ -105,7 +106,8 @@ class Catalog:
     def _written(self, name: str, before: Record, after: Record) -> None:
         """Tell others of a change that is written."""
         self._healing.changed(name, before, after)
-        self._polls.wake(name)
+        if before.number != after.number:
+            self._promises.keep(name)
         _count(name, after)
 
     # --- publishing ---------------------------------------------------------------------------
@@ -278,17 +280,19 @@ class Catalog:
         await self._ready()
         return self._names()
 
-    async def changes(
-        self, follower: str, seen: dict[str, int], wait_s: float
-    ) -> dict[str, Version]:
-        """Wait until a name's current version has another number than `seen`."""
+    async def follow(self, follower: str, names: list[str]) -> dict[str, Told]:
+        """Tell a process what the names that it follows stand for, and what to wait for."""
         await self._ready()
-        return await self._polls.wait(follower, seen, wait_s)
+        return self._promises.follow(follower, names)
+
+    async def turn(self, turn: int) -> Told | None:
+        """Wait until a name stands for another version: the catalog's own call to itself."""
+        return await self._promises.turn(turn)
 
     async def state(self) -> dict[str, Any]:
         """Tell of everything in plain values: names, their versions, followers, rebuilds."""
         await self._ready()
-        followers = self._polls.followers()
+        followers = self._promises.followers()
         names = {
             name: {
                 "current": record.number,
@@ -301,7 +305,7 @@ class Catalog:
             for name, record in list(self._manifest.records.items())
         }
         rebuilds = dict(self._healing.rebuilds)
-        return {"names": names, "processes": self._polls.processes, "rebuilds": rebuilds}
+        return {"names": names, "processes": self._promises.processes, "rebuilds": rebuilds}
 
     # --- moving -------------------------------------------------------------------------------
 

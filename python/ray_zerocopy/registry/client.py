@@ -17,7 +17,7 @@ from ray_zerocopy.errors import CatalogError, RayZeroCopyError, UnknownVersionEr
 from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.catalog import NAMESPACE, START_S
 from ray_zerocopy.store import references
-from ray_zerocopy.store.ray_inside import outside_of_jobs
+from ray_zerocopy.store.ray_inside import cluster, outside_of_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,18 @@ def running(name: str) -> None:
 
 
 def catalog() -> Any:
-    """Give the handle of the catalog; raises `ValueError` where there is none."""
-    return ray.get_actor("catalog", NAMESPACE)
+    """Give the handle of the catalog; raises `ValueError` where there is none.
+
+    It is looked for once in a connection: to find an actor by its name is a message to the GCS.
+    """
+    global _found
+    here = f"{cluster()} {ray.get_runtime_context().get_worker_id()}"
+    if _found is None or _found[0] != here:
+        _found = here, ray.get_actor("catalog", NAMESPACE)
+    return _found[1]
+
+
+_found: tuple[str, Any] | None = None  # a connection and its catalog
 
 
 def start(seconds: float = 2 * START_S) -> None:
@@ -96,12 +106,18 @@ def ask(method: str, *args: Any, seconds: float = ANSWER_S) -> Any:
         except ray.exceptions.GetTimeoutError:
             raise CatalogError(f"the catalog took more than {seconds:.3g} s to {method}") from None
         except (ray.exceptions.RayActorError, ValueError) as error:
+            _forget()
             if time.monotonic() > ends_s:
                 told = f"the catalog is not there to {method}, for {seconds:.3g} s: {error}"
                 raise CatalogError(told) from error
             time.sleep(random.uniform(0.1, 0.3))
         except ray.exceptions.RayTaskError as error:
             raise CatalogError(f"the catalog could not {method}: {error.cause}") from error
+
+
+def _forget() -> None:
+    global _found
+    _found = None
 
 
 def tell(method: str, *args: Any) -> None:

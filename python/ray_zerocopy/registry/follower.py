@@ -1,6 +1,6 @@
 """A model that changes by itself: what a name stands for now, in a process that uses it.
 
-catalog ═ one long poll a process ═▶ Follower ─ another number ─▶ a thread loads it ─▶ live()
+catalog ═ a promise a name ═▶ Follower ─ another version ─▶ a thread loads it ─▶ live()
 
 `live()` is an attribute read. Models that a caller already holds stay valid, with all their pages,
 for as long as they like.
@@ -20,7 +20,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -30,13 +30,13 @@ from ray_zerocopy.calls.replacement import StandsForModel
 from ray_zerocopy.errors import CatalogError
 from ray_zerocopy.pickled import named
 from ray_zerocopy.registry import client
+from ray_zerocopy.registry.promises import BEAT_S, Told
 from ray_zerocopy.registry.publication import find, load_version
 from ray_zerocopy.registry.records import Version
-from ray_zerocopy.store.ray_inside import before_leaving, cluster
+from ray_zerocopy.store.ray_inside import before_leaving, cluster, reference_at
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 30.0
 _LEAVING_S = 2.0  # for what is being loaded when the process leaves
 _AGAIN_S = (0.2, 1.0)
 
@@ -118,10 +118,10 @@ class Live(StandsForModel):
             try:
                 self._swap(version)
             except Exception as error:  # whatever it is, the old version serves on
-                number = version.number
-                logger.warning("%r stays, version %d does not load: %s", self, number, error)
-                version = None  # a thread that sleeps holds no reference
-                self._tell_again(number)
+                number, version = version.number, None  # a thread that sleeps holds no reference
+                if self._next is None:  # else that one is current, and this one may be retired
+                    logger.warning("%r stays, version %d does not load: %s", self, number, error)
+                    self._tell_again(number)
 
     def _take(self) -> Version | None:
         """Give what to load next; None ends the thread."""
@@ -171,15 +171,25 @@ def follow(name: str, **how: Any) -> Live:
     return followed
 
 
+@dataclass
+class _Waiting:
+    """For what a name stands for next."""
+
+    turn: int
+    promise: Future[Told | None]
+
+
 class Follower:
-    """Waits at the catalog for all that this process follows, in one call."""
+    """Waits for all that this process follows, in one thread."""
 
     def __init__(self) -> None:
         self._id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._lives: weakref.WeakSet[Live] = weakref.WeakSet()
         self._woken = threading.Event()
-        self._answer: Future[dict[str, Version]] | None = None
+        self._asked: Future[dict[str, Told]] | None = None
+        self._waiting: dict[str, _Waiting] = {}  # by name
+        self._due_s = 0.0
         self._thread: threading.Thread | None = None
         self._leaves = False
 
@@ -189,11 +199,12 @@ class Follower:
             self._lives.add(followed)
             if self._thread is None:
                 before_leaving(self.leave)
+                self._due_s = 0.0
                 self._thread = _in_thread("follow", self._run)
         self.wake()
 
     def wake(self) -> None:
-        """Ask the catalog anew: what is followed, or seen, is not as it was."""
+        """Look anew: there is an answer, or what is followed, or seen, is not as it was."""
         self._woken.set()
 
     def leave(self) -> None:
@@ -213,9 +224,12 @@ class Follower:
     def _run(self) -> None:
         while (seen := self._seen()) is not None:
             try:
-                self._offer(self._wait(seen))
+                self._ask(seen)
+                self._woken.wait(max(0.0, self._due_s - time.monotonic()))
+                self._hear()
             except Exception as error:  # whatever it is, the next answer may be another
                 logger.debug("asking the catalog again: %s", error)
+                self._forget()
                 self._woken.wait(random.uniform(*_AGAIN_S))
 
     def _seen(self) -> dict[str, int] | None:
@@ -227,31 +241,56 @@ class Follower:
                 number = seen.setdefault(followed.name, followed.seen)
                 seen[followed.name] = number if number == followed.seen else 0
             if self._leaves or not seen or not ray.is_initialized():
+                self._forget()
                 self._thread = None
                 return None
             return seen
 
-    def _wait(self, seen: dict[str, int]) -> dict[str, Version]:
-        """Wait at the catalog, until something changes or another name is followed."""
-        poll = client.catalog().changes.remote(self._id, seen, random.uniform(_POLL_S / 2, _POLL_S))
-        self._answer = answer = poll.future()
-        answer.add_done_callback(self._answered)
-        self._woken.wait(2 * _POLL_S)
-        self._answer = None
-        return answer.result() if answer.done() else {}
+    def _forget(self) -> None:
+        """Hold no reference, and ask anew."""
+        self._asked, self._due_s = None, 0.0
+        self._waiting.clear()
 
-    def _answered(self, answer: Future[Any]) -> None:
-        """End the wait for this answer; the catalog ends older ones itself, and nobody waits."""
-        if answer is self._answer:
-            self._woken.set()
+    def _ask(self, seen: dict[str, int]) -> None:
+        """Ask the catalog what there is, where that is not known, and every half minute."""
+        known = {name for name, number in seen.items() if number and name in self._waiting}
+        late = time.monotonic() >= self._due_s
+        if late or (self._asked is None and known != seen.keys()):
+            self._asked = self._future(client.catalog().follow.remote(self._id, list(seen)))
+            self._due_s = time.monotonic() + random.uniform(BEAT_S / 2, BEAT_S)
 
-    def _offer(self, changed: dict[str, Version]) -> None:
+    def _future(self, ref: ray.ObjectRef) -> Future[Any]:
+        """Wait for an object, which wakes the thread."""
+        future: Future[Any] = ref.future()
+        future.add_done_callback(lambda _: self.wake())
+        return future
+
+    def _hear(self) -> None:
+        """Take what has arrived, and offer the versions."""
+        if self._asked is not None and self._asked.done():
+            told, self._asked = self._asked.result(), None
+            for name, each in told.items():
+                self._offer(name, each)
+        for name, waiting in list(self._waiting.items()):
+            if waiting.promise.done():
+                del self._waiting[name]
+                if (kept := waiting.promise.result()) is not None:
+                    self._offer(name, kept)
+
+    def _offer(self, name: str, told: Told) -> None:
+        """Offer a version, and wait for the next one, unless more is known already."""
+        turn, version, place, (promise,) = told
+        waiting = self._waiting.get(name)
+        if waiting is None or waiting.turn < turn:
+            self._waiting[name] = _Waiting(turn, self._future(promise))
+        elif waiting.turn > turn:
+            return
         with self._lock:
-            lives = list(self._lives)
+            lives = [each for each in self._lives if each.name == name]
         for followed in lives:
-            version = changed.get(followed.name)
-            if version is not None and version.number != followed.seen and not self._leaves:
-                followed.offer(version)
+            if version.number != followed.seen and not self._leaves:
+                ref = None if place is None else reference_at(place)
+                followed.offer(replace(version, ref=ref))
 
 
 def _in_thread(what: str, function: Callable[..., None], *args: Any) -> threading.Thread:
