@@ -118,6 +118,9 @@ pub enum Error {
         /// What stands at the head of the block.
         found: u64,
     },
+    /// A block that a variant does not mean.
+    #[error("the base's block is another than the variant was stored with")]
+    OtherBase,
     /// A span whose bytes are not those that were written.
     #[error(
         "span {span} ({tensor}; bytes {start} to {end} of the block) is damaged: \

@@ -37,6 +37,7 @@ def given(path):
     return {
         "torch": torch,
         "model": case.model,
+        "fine_tuned": case.model,
         "path": path,
         "pipeline": Pipeline(),
         "x": x,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_zerocopy import requirements  # noqa: F401 - first: it refuses an old torch or Ray
 from ray_zerocopy.errors import (
+    BaseLostError,
     BlockError,
     CatalogError,
     ClientError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from ray_zerocopy.wrappers import JITModelWrapper, ModelWrapper
 
 __all__ = [
+    "BaseLostError",
     "BlockError",
     "CallModel",
     "CatalogError",

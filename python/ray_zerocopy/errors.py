@@ -33,6 +33,10 @@ class BlockError(RayZeroCopyError, ValueError):
     """Bytes are wrong: a block, table or snapshot is damaged, truncated or another object's."""
 
 
+class BaseLostError(RayZeroCopyError):
+    """The object that has tensors of a variant is gone: lost, or its process has ended."""
+
+
 class ResourceError(RayZeroCopyError):
     """A limit of this process or machine: memory, descriptors, threads, mappings. It is named."""
 

@@ -30,7 +30,7 @@ pub fn xxh3_of(numbers: &[u64]) -> u64 {
 }
 
 /// The checksums of spans of these lengths, from those of all their chunks in order.
-fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<u64> {
+pub fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<u64> {
     let of_span = |nbytes: usize| {
         let (own, rest) = chunks.split_at(nbytes.div_ceil(CHUNK));
         chunks = rest;

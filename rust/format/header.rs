@@ -55,6 +55,12 @@ pub fn check_header(start: &[u8], fingerprint: u64) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a block that has another header than was meant: another table, or other bytes.
+pub fn check_same(start: &[u8], header: &[u8]) -> Result<()> {
+    let found = start.get(..HEADER_NBYTES as usize);
+    if found == Some(header) { Ok(()) } else { Err(Error::OtherBase) }
+}
+
 /// The checksums at the start of a block, which need not be there whole; refuses those that have
 /// changed, or a header that has.
 pub fn checksums(table: &Table, fingerprint: u64, start: &[u8]) -> Result<Vec<u64>> {

@@ -40,6 +40,13 @@ impl Table {
         Ok(table)
     }
 
+    /// The table of other views over the spans of the same block.
+    pub fn with(&self, views: Vec<View>) -> Result<Table> {
+        let table = Table { nbytes: self.nbytes, spans: self.spans.clone(), views };
+        table.validate()?;
+        Ok(table)
+    }
+
     /// The table as bytes; the inverse of [`Table::decode`].
     pub fn encode(&self) -> Vec<u8> {
         let dimensions: usize = self.views.iter().map(|view| view.shape.len()).sum();
@@ -242,6 +249,14 @@ mod tests {
         #[test]
         fn decode_is_the_inverse_of_encode(table in tables()) {
             prop_assert_eq!(Table::decode(&table.encode()), Ok(table));
+        }
+
+        #[test]
+        fn views_over_anothers_spans_are_refused_or_safe(table in tables(), other in tables()) {
+            if let Ok(variant) = table.with(other.views) {
+                prop_assert!(is_safe(&variant));
+                prop_assert_eq!(variant.spans, table.spans);
+            }
         }
 
         #[test]

@@ -157,7 +157,7 @@ unsafe fn fill_part(sources: &[(u64, Source)], part: Part<'_>, slot: &mut [u8]) 
 
 /// The sources that have bytes of a range of the target: each with which bytes of the target it fills
 /// there, and by which of its own.
-fn within(
+pub fn within(
     sources: &[(u64, Source)],
     range: Range<usize>,
 ) -> impl Iterator<Item = (&Source, Range<usize>, Range<usize>)> {

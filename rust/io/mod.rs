@@ -19,6 +19,9 @@ pub mod part;
 pub mod fill;
 
 #[allow(unsafe_code)] // reads the model's storages by address
+pub mod twins;
+
+#[allow(unsafe_code)] // reads the model's storages by address
 pub mod block;
 
 #[allow(unsafe_code)] // maps what it has leased

@@ -54,8 +54,11 @@ impl Block {
     /// An anchored block is one buffer that is only the block's header: the rest follows it in the
     /// memory that the buffer keeps, as `Gather.write` has left it. The connection is that of Ray, if
     /// it has lent the buffers.
+    ///
+    /// A variant of the block's object brings the header of the block that it means, and a table of its
+    /// own views over the same spans.
     #[new]
-    #[pyo3(signature = (table, buffers, isolation, anchored=false, connection=None))]
+    #[pyo3(signature = (table, buffers, isolation, anchored=false, connection=None, variant=None))]
     fn new(
         py: Python<'_>,
         table: &Bound<'_, PyBytes>,
@@ -63,6 +66,7 @@ impl Block {
         isolation: &str,
         anchored: bool,
         connection: Option<Py<Connection>>,
+        variant: Option<(Bound<'_, PyBytes>, Bound<'_, PyBytes>)>,
     ) -> PyResult<Block> {
         if !matches!(isolation, "private" | "shared" | "copy") {
             let message = format!("isolation is 'private', 'shared' or 'copy', not {isolation:?}");
@@ -85,6 +89,13 @@ impl Block {
         }
         let contiguous = block::is_contiguous(&pieces, table.nbytes)?;
         header::check_header(first, fingerprint)?;
+        let table = match variant {
+            Some((header, views)) => {
+                header::check_same(first, header.as_bytes())?;
+                table.with(Table::decode(views.as_bytes())?.views)?
+            }
+            None => table,
+        };
         let whole = Region { address: first.as_ptr().addr(), nbytes: table.nbytes as usize };
         let backing = store::backing(whole);
         // no buffer says how much follows an anchor: all of it lies in one file, or it must be
@@ -170,7 +181,7 @@ impl Block {
 
     /// The checksum of each span, as it was written.
     #[getter]
-    fn checksums(&self) -> PyResult<Vec<u64>> {
+    pub(super) fn checksums(&self) -> PyResult<Vec<u64>> {
         // SAFETY: the pages live; whoever writes into them is to be found out.
         let block = unsafe { self.pages.region().bytes() };
         Ok(header::checksums(&self.table, self.fingerprint, block)?)
@@ -253,6 +264,16 @@ impl Block {
 }
 
 impl Block {
+    /// Its spans, and the views over them.
+    pub(super) fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Where it lies in this process.
+    pub(super) fn region(&self) -> Region {
+        self.pages.region()
+    }
+
     /// A block over pages of a file.
     pub(super) fn over(
         pages: Pages,

@@ -11,16 +11,19 @@ use pyo3::types::PyBytes;
 use pyo3::{IntoPyObjectExt, ffi};
 
 use crate::error::Error;
-use crate::format::layout::{Layout, used};
+use crate::format::layout::{Layout, Span, used};
 use crate::format::table::{Table, fingerprint};
+use crate::format::view::View;
 use crate::io::block;
 use crate::io::fill;
 use crate::io::source::{self, Source};
+use crate::io::twins::Storages;
 use crate::memory::aliases::Aliases;
 use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::memory::sole::Sole;
 use crate::python::arena::Arena;
+use crate::python::block::Block;
 use crate::python::buffer;
 use crate::python::errors::PublishError;
 use crate::python::release::Release;
@@ -81,10 +84,105 @@ impl Gather {
             _ => owners.into_py_any(py),
         });
         let owners = owners.collect::<PyResult<_>>()?;
-        let layout = Layout::plan(storages.iter().map(|storage| storage.nbytes as u64))?;
-        let table = Table::new(&layout, views)?.encode();
-        let table = PyBytes::new(py, &table).unbind();
-        Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
+        Gather::of(py, storages, owners, views)
+    }
+
+    /// What lies in blocks, to be written as one. Each view has a number, none twice, by which it is
+    /// ordered.
+    #[staticmethod]
+    fn of_blocks(py: Python<'_>, blocks: Vec<(Bound<'_, Block>, Vec<usize>)>) -> PyResult<Gather> {
+        let (mut storages, mut owners) = (Vec::new(), Vec::new());
+        let mut ordered = vec![None; blocks.iter().map(|(_, numbers)| numbers.len()).sum()];
+        for (block, numbers) in blocks {
+            let table = block.get().table();
+            let Region { address, .. } = block.get().region();
+            if numbers.len() != table.views.len() {
+                return Err(NUMBERS.into());
+            }
+            let mut places = vec![None; table.spans.len()];
+            for (view, number) in table.views.iter().zip(numbers) {
+                let place = *places[view.span].get_or_insert_with(|| {
+                    let Span { offset, nbytes } = table.spans[view.span];
+                    let (address, nbytes) = (address + offset as usize, nbytes as usize);
+                    storages.push(Region { address, nbytes });
+                    owners.push(block.clone().into_any().unbind());
+                    storages.len() - 1
+                });
+                let at = ordered.get_mut(number).filter(|at| at.is_none()).ok_or(NUMBERS)?;
+                *at = Some(View { span: place, ..view.clone() });
+            }
+        }
+        let views = ordered.into_iter().collect::<Option<_>>().ok_or(NUMBERS)?;
+        Gather::of(py, storages, owners, views)
+    }
+
+    /// Leaves out storages whose bytes lie in a span of one of these blocks, each span for one of them.
+    ///
+    /// Gives what is left and the numbers of its views; for each block the table of the views that lie
+    /// there, and their numbers. A block is not used that has less than a sixteenth of the bytes, of which
+    /// less than half is found.
+    #[allow(clippy::type_complexity)]
+    fn without(
+        &self,
+        py: Python<'_>,
+        blocks: Vec<Bound<'_, Block>>,
+    ) -> PyResult<(Gather, Vec<usize>, Vec<(Py<PyBytes>, Vec<usize>)>)> {
+        let views = Table::decode(self.table.as_bytes(py))?.views;
+        let mut spans = Vec::new();
+        let mut sums = Vec::new();
+        for (number, block) in blocks.iter().enumerate() {
+            let (table, Region { address, .. }) = (block.get().table(), block.get().region());
+            let span = |(index, span): (usize, &Span)| {
+                let (address, nbytes) = (address + span.offset as usize, span.nbytes as usize);
+                (number, index, Region { address, nbytes })
+            };
+            spans.extend(table.spans.iter().enumerate().map(span));
+            sums.extend(block.get().checksums()?);
+        }
+        let found = py.detach(|| {
+            // SAFETY: the blocks are held, and nobody writes what lies in the store.
+            let there = spans.iter().map(|(_, _, region)| unsafe { region.bytes() });
+            // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
+            // published is the caller's part, as with any pickle.
+            unsafe { Storages::of(&self.storages).find(&there.collect::<Vec<_>>(), &sums) }
+        });
+        let mut found = found.map_err(refused)?;
+        let nbytes = |block: usize| -> usize {
+            let there = found.iter().flatten().map(|&span| &spans[span]);
+            there.filter(|(other, ..)| *other == block).map(|(_, _, region)| region.nbytes).sum()
+        };
+        let all: usize = self.storages.iter().map(|storage| storage.nbytes).sum();
+        let pays = |(number, block): (usize, &Bound<'_, Block>)| {
+            let there = nbytes(number);
+            there > 0 && (there * 16 >= all || there * 2 >= block.get().region().nbytes)
+        };
+        let used: Vec<_> = blocks.iter().enumerate().map(pays).collect();
+        found.iter_mut().for_each(|span| *span = span.filter(|&span| used[spans[span].0]));
+        let mut places = vec![0; found.len()];
+        let (mut storages, mut owners) = (Vec::new(), Vec::new());
+        for (index, owner) in lock(&self.owners).iter().enumerate() {
+            if found[index].is_none() {
+                places[index] = storages.len();
+                storages.push(self.storages[index]);
+                owners.push(owner.clone_ref(py));
+            }
+        }
+        let mut own = (Vec::new(), Vec::new());
+        let mut there = vec![(Vec::new(), Vec::new()); blocks.len()];
+        for (number, view) in views.into_iter().enumerate() {
+            let ((views, numbers), span) = match found[view.span] {
+                None => (&mut own, places[view.span]),
+                Some(found) => (&mut there[spans[found].0], spans[found].1),
+            };
+            views.push(View { span, ..view });
+            numbers.push(number);
+        }
+        let tables = blocks.iter().zip(there).map(|(block, (views, numbers))| {
+            let table = block.get().table().with(views)?.encode();
+            Ok((PyBytes::new(py, &table).unbind(), numbers))
+        });
+        let tables = tables.collect::<PyResult<_>>()?;
+        Ok((Gather::of(py, storages, owners, own.0)?, own.1, tables))
     }
 
     /// The block as buffers in order: the small storages packed, the large ones where they are.
@@ -144,14 +242,35 @@ impl Gather {
             // `release` until they are filled in.
             unsafe { block::write(sources, &self.layout, fingerprint, target, filled) }
         })
-        .map_err(|error| match error {
-            Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
-            _ => error.into(),
-        })
+        .map_err(refused)
     }
 }
 
+/// What a file that cannot be read is to one who puts what lies there.
+fn refused(error: Error) -> PyErr {
+    match error {
+        Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
+        _ => error.into(),
+    }
+}
+
+/// Said of numbers that nobody gave.
+const NUMBERS: Error = Error::Corrupt { what: "the numbers of the tensors of a variant" };
+
 impl Gather {
+    /// Plans the block of storages, which their owners keep, and of views over them.
+    fn of(
+        py: Python<'_>,
+        storages: Vec<Region>,
+        owners: Vec<Py<PyAny>>,
+        views: Vec<View>,
+    ) -> PyResult<Gather> {
+        let layout = Layout::plan(storages.iter().map(|storage| storage.nbytes as u64))?;
+        let table = Table::new(&layout, views)?.encode();
+        let table = PyBytes::new(py, &table).unbind();
+        Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
+    }
+
     /// Who has each storage besides this. The lot that one lies in takes the place of its owner.
     fn holders(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Holder>> {
         let torch = Torch::get(py)?;

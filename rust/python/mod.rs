@@ -24,9 +24,6 @@ mod arena;
 mod release;
 
 #[cfg(feature = "python")]
-mod gather;
-
-#[cfg(feature = "python")]
 mod loan;
 
 #[cfg(feature = "python")]
@@ -34,6 +31,9 @@ mod connection;
 
 #[cfg(feature = "python")]
 mod block;
+
+#[cfg(feature = "python")]
+mod gather;
 
 #[cfg(feature = "python")]
 mod collector;

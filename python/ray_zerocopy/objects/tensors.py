@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -119,6 +120,26 @@ def buffers_over(block: _core.Block, buffers: list[int]) -> list[memoryview]:
     if block.held == "shared":
         memory = memory.toreadonly()
     return [memory[start:end] for start, end in block.ranges(buffers)]
+
+
+def over_blocks(
+    blocks: Sequence[tuple[_core.Block, Sequence[int]]],
+    buffers: list[int],
+    device: torch.device | str | None = None,
+) -> tuple[list[torch.Tensor | None], list[memoryview]]:
+    """Do the same for views in several blocks, each with the numbers of its own."""
+    if len(blocks) == 1:
+        block, _ = blocks[0]
+        return over(block, buffers, device), buffers_over(block, buffers)
+    made: list[torch.Tensor | None] = [None] * sum(len(numbers) for _, numbers in blocks)
+    known, bytes_of = set(buffers), {}
+    for block, numbers in blocks:
+        own = [index for index, number in enumerate(numbers) if number in known]
+        for number, tensor in zip(numbers, over(block, own, device), strict=True):
+            made[number] = tensor
+        for index, memory in zip(own, buffers_over(block, own), strict=True):
+            bytes_of[numbers[index]] = memory
+    return made, [bytes_of[number] for number in buffers]
 
 
 def _from_numpy(block: _core.Block, buffers: list[int]) -> list[torch.Tensor | None]:

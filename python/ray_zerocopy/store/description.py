@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ray_zerocopy import _core
 from ray_zerocopy.objects import tensors
@@ -35,7 +36,7 @@ class Info:
     """Those of them that are data which each load copies: what an object's `__getstate__` has
     packed into `bytes`, as skorch does with its weights."""
     spans: list[tuple[int, int]]
-    """Offset and bytes of each storage in the block."""
+    """Offset and bytes of each storage in its block."""
     checksums: list[int]
     """The XXH3 of each as it was written."""
     tensors: list[TensorInfo]
@@ -61,6 +62,10 @@ class Info:
     """What `ways()` tells of this process."""
     verified: bool = False
     """Whether every byte was compared with the checksums."""
+    base_nbytes: int = 0
+    """Bytes of a variant's storages that lie in blocks of its bases."""
+    blocks: list[int] = field(default_factory=list)
+    """Of each storage of a variant the block: 0 is its own, 1 that of its first base."""
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -73,7 +78,8 @@ class Info:
         unshared = f", {self.unshared_nbytes:,} of them copied by each load"
         copied = unshared if self.unshared_nbytes else ""
         lines = [
-            f"{len(self.tensors)} tensors ({dtypes}) over {len(self.spans)} storages",
+            f"{len(self.tensors)} tensors ({dtypes}) over {len(self.spans)} storages"
+            + (f", {self.base_nbytes:,} bytes of them in its base" if self.base_nbytes else ""),
             f"block of {self.nbytes:,} bytes, {self.padding:,} of them padding; "
             f"skeleton of {self.skeleton_nbytes:,}{copied}",
             f"in {self.where}" + (f": {self.file} at byte {self.offset:,}" if self.file else ""),
@@ -101,20 +107,39 @@ def ways() -> dict[str, str]:
     return {"views": tensors.way, "put": ray_inside.way, "enable": enabled}
 
 
-def describe(block: _core.Block, skeleton: bytes, verify: bool = False) -> Info:
-    """Tell of a block as this process holds it; `verify` raises `BlockError` on damage."""
+def describe(
+    blocks: Sequence[tuple[_core.Block, Sequence[int]]], skeleton: bytes, verify: bool = False
+) -> Info:
+    """Tell of blocks as this process holds them, an object's own and those of its bases.
+
+    `verify` raises `BlockError` on damage.
+    """
     if verify:
-        block.verify()
-    nbytes = memoryview(block).nbytes
+        for block, _ in blocks:
+            block.verify()
+    block = blocks[0][0]
+    nbytes, own_nbytes = memoryview(block).nbytes, sum(nbytes for _, nbytes in block.spans)
     file, inode, offset = block.source or (None, None, None)
+    spans, sums, of, tensors = list(block.spans), list(block.checksums), [0] * len(block.spans), {}
+    for number, tensor in zip(blocks[0][1], _tensors(block), strict=True):
+        tensors[number] = tensor
+    for index, (base, numbers) in enumerate(blocks[1:], 1):
+        its_spans, its_sums, places = base.spans, base.checksums, {}
+        for number, tensor in zip(numbers, _tensors(base), strict=True):
+            if tensor.span not in places:
+                places[tensor.span] = len(spans)
+                spans.append(its_spans[tensor.span])
+                sums.append(its_sums[tensor.span])
+                of.append(index)
+            tensors[number] = replace(tensor, span=places[tensor.span])
     return Info(
         nbytes=nbytes,
-        padding=nbytes - sum(nbytes for _, nbytes in block.spans),
+        padding=nbytes - own_nbytes,
         skeleton_nbytes=len(skeleton),
         unshared_nbytes=unshared_nbytes(skeleton),
-        spans=block.spans,
-        checksums=block.checksums,
-        tensors=_tensors(block),
+        spans=spans,
+        checksums=sums,
+        tensors=[tensors[number] for number in range(len(tensors))],
         where=_where(file),
         file=file,
         inode=inode,
@@ -124,6 +149,8 @@ def describe(block: _core.Block, skeleton: bytes, verify: bool = False) -> Info:
         fallback=block.fallback,
         ways=ways(),
         verified=verify,
+        base_nbytes=sum(nbytes for _, nbytes in spans) - own_nbytes,
+        blocks=of if len(blocks) > 1 else [],
     )
 
 

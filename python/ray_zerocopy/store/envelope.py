@@ -1,6 +1,10 @@
 """How an object travels through Ray: as its skeleton, its table and its block.
 
 object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` ─ a reader ─▶ object, or less
+
+A variant has some of its tensors in blocks of other objects, its bases:
+
+variant ─ `Shared` pickles ─▶ skeleton, table, block; for each base: reference, header, table
 """
 
 from __future__ import annotations
@@ -10,16 +14,24 @@ import itertools
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import ray
 import torch
 
 from ray_zerocopy import _core, metrics
-from ray_zerocopy.errors import IsolationWarning, NoValuesWarning, PublishError, VersionError
+from ray_zerocopy.errors import (
+    BaseLostError,
+    IsolationWarning,
+    NotABlockError,
+    NoValuesWarning,
+    PublishError,
+    VersionError,
+)
 from ray_zerocopy.objects import programs, tensors, torch_inside, transformers_inside
 from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to, way_out
 from ray_zerocopy.objects.skeleton import join, split
@@ -31,14 +43,20 @@ from ray_zerocopy.store.description import Info, describe
 Isolation = Literal["private", "shared", "copy"]
 
 
+# Of a variant: the reference of a base, the header of its block, the table of the tensors that lie
+# there, over the spans of that block, and their numbers.
+Base = tuple[ray.ObjectRef, bytes, bytes, list[int]]
+
+
 class Shared:
     """An object that pickles as skeleton, table and block; unpickling gives the object itself.
 
     `put` wraps in it. A task may return one, so that Ray can make the block again from lineage.
     """
 
-    def __init__(self, obj: object) -> None:
+    def __init__(self, obj: object, bases: Sequence[ray.ObjectRef] = ()) -> None:
         self.obj = obj
+        self.bases = bases
         self.nbytes = 0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -46,7 +64,10 @@ class Shared:
             with quiet_collector():
                 parts = split(self.obj)
                 block = _core.Gather(parts.sources)
+                block, numbers, bases = _without(block, self.bases)
                 anchored, buffers = self._buffers(block)
+        except (BaseLostError, NotABlockError):
+            raise
         except Exception as error:
             if can_be_published(self.obj):  # what was raised is none of its own: by a signal, say
                 raise
@@ -58,7 +79,7 @@ class Shared:
             _warn_of_meta(self.obj)
         self.nbytes = len(parts.skeleton) + block.nbytes
         segments = buffers if protocol >= 5 else [buffer.raw().tobytes() for buffer in buffers]
-        head = Parts(parts.skeleton, parts.buffers, block.table, [], anchored)
+        head = Parts(parts.skeleton, parts.buffers, block.table, [], anchored, numbers, bases)
         return _reduced(head, segments)
 
     def _buffers(self, block: _core.Gather) -> tuple[bool, list[pickle.PickleBuffer]]:
@@ -107,7 +128,8 @@ class Parts:
 
     None of its classes need to be importable, and nothing is copied: the segments, one after the
     other and each at a multiple of 64 bytes, are the block where it lies. With `anchored` the only
-    one is where the block is to start, as for `Anchored`.
+    one is where the block is to start, as for `Anchored`. The block of a variant has the tensors
+    with these `numbers`; its `bases` have the others.
     """
 
     def __init__(
@@ -117,12 +139,16 @@ class Parts:
         table: bytes,
         segments: list[Any],
         anchored: bool = False,
+        numbers: Sequence[int] = (),
+        bases: Sequence[Base] = (),
     ) -> None:
         self.skeleton = skeleton
         self.buffers = buffers
         self.table = table
         self.segments = [memoryview(segment).cast("B") for segment in segments]
         self.anchored = anchored
+        self.numbers = numbers
+        self.bases = bases
         self.nbytes = sum(segment.nbytes for segment in self.segments)
 
     @classmethod
@@ -151,18 +177,79 @@ class Parts:
         return _core.digest(*parts, programs.plain)
 
 
-def open_block(parts: Parts, isolation: Isolation) -> _core.Block:
-    """Map the block of a stored object.
+def open_block(
+    parts: Parts, isolation: Isolation, variant: tuple[bytes, bytes] | None = None
+) -> _core.Block:
+    """Map the block of a stored object; of a base, as the `variant` with its header and table does.
 
     Raises `BlockError` where the segments are not the block of this table, and warns with
     `IsolationWarning` where private pages were asked for and shared ones are all there is.
     """
     connection = ray_inside.connection()
-    block = _core.Block(parts.table, parts.segments, isolation, parts.anchored, connection)
+    block = _core.Block(parts.table, parts.segments, isolation, parts.anchored, connection, variant)
     if block.held == "shared" and isolation == "private":
         message = f"{block.fallback}: a write into these weights changes every process on the node"
         warnings.warn(message, IsolationWarning, stacklevel=2)
     return block
+
+
+# Where the tensors of an object lie: blocks, each with the numbers of its tensors.
+Placed = list[tuple[_core.Block, Sequence[int]]]
+
+
+def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
+    """Map the block of a stored object, and those of its bases; raises `BaseLostError`, too."""
+    own = open_block(parts, isolation)
+    if not parts.bases:
+        return [(own, range(len(own.views)))]
+    refs = [ref for ref, *_ in parts.bases]
+    others = [
+        (open_block(base, isolation, (header, table)), numbers)
+        for (_, header, table, numbers), base in zip(parts.bases, fetch(refs), strict=True)
+    ]
+    return [(own, parts.numbers), *others]
+
+
+def _without(
+    whole: _core.Gather, refs: Sequence[ray.ObjectRef]
+) -> tuple[_core.Gather, Sequence[int], Sequence[Base]]:
+    """Leave out what lies in these objects, or in their bases: a load maps each block once."""
+    if not refs:
+        return whole, (), ()
+    stored = dict(zip(refs, fetch(refs), strict=True))
+    further = {ref for parts in stored.values() for ref, *_ in parts.bases} - stored.keys()
+    stored.update(zip(further, fetch(list(further)), strict=True))
+    blocks = [open_block(parts, "shared") for parts in stored.values()]
+    own, numbers, tables = whole.without(blocks)
+    bases = [
+        (ref, bytes(memoryview(block)[: _core.HEADER_NBYTES]), table, there)
+        for ref, block, (table, there) in zip(stored, blocks, tables, strict=True)
+        if there
+    ]
+    return (own, numbers, bases) if bases else (whole, (), ())
+
+
+def fetch(refs: Sequence[ray.ObjectRef]) -> list[Parts]:
+    """Get stored objects as their parts, of which nothing is opened.
+
+    Raises:
+        BaseLostError: one of them is gone.
+        NotABlockError: one of them does not come from `put`.
+
+    """
+    try:
+        with reading(lambda parts: parts):
+            found: list[Parts] = ray.get(list(refs))
+    except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError) as error:
+        raise BaseLostError(
+            f"a base of this variant is gone ({type(error).__name__}): put it again, and what was "
+            f"put with it; a base lives no longer than the process that has put it, or its version"
+        ) from error
+    for ref, parts in zip(refs, found, strict=True):
+        if not isinstance(parts, Parts):
+            kind = type(parts).__name__
+            raise NotABlockError(f"{ref} holds a {kind}, not what ray_zerocopy.put stores")
+    return found
 
 
 Reader = Callable[[Parts], Any]
@@ -174,7 +261,11 @@ def anchor(parts: Parts) -> memoryview:
 
 
 def in_place(parts: Parts) -> Parts:
-    """Read the parts, the block where it lies in the store."""
+    """Read the parts, the block where it lies in the store; that of a variant is made whole."""
+    if parts.bases:
+        block = _core.Gather.of_blocks(open_blocks(parts, "shared"))
+        segments = [memoryview(segment) for segment in block.segments()]
+        return Parts(parts.skeleton, parts.buffers, block.table, segments)
     whole = open_block(parts, "shared")
     return Parts(parts.skeleton, parts.buffers, parts.table, [whole])
 
@@ -187,8 +278,7 @@ class Inspecting:
 
     def __call__(self, parts: Parts) -> Info:
         """Describe a stored object."""
-        block = open_block(parts, "private")
-        return describe(block, parts.skeleton, self.verify)
+        return describe(open_blocks(parts, "private"), parts.skeleton, self.verify)
 
 
 @dataclass(frozen=True)
@@ -203,23 +293,27 @@ class Loading:
         """Map the block, and join the object over it."""
         start = time.perf_counter()
         cycles.look()
-        block = open_block(parts, self.isolation)
-        return self.join(block, parts.skeleton, parts.buffers, start)
+        blocks = open_blocks(parts, self.isolation)
+        return self.join(blocks, parts.skeleton, parts.buffers, start)
 
-    def join(self, block: _core.Block, skeleton: bytes, views: list[int], start: float) -> Any:
-        """Join an object over its block; `views` are its buffers, its load began at `start`."""
+    def join(self, blocks: Placed, skeleton: bytes, views: list[int], start: float) -> Any:
+        """Join an object over its blocks; `views` are its buffers, its load began at `start`."""
         if self.prefault and self.device is not None:  # the copy is to find the pages filled in
-            block.prefault()
+            _prefault(blocks)
         with quiet_collector():
-            over = tensors.over(block, views, self.device)
-            buffers = tensors.buffers_over(block, views)
+            over, buffers = tensors.over_blocks(blocks, views, self.device)
             made = partial(join, skeleton, over, buffers, self.device)
             loaded, modules = _core.noting_modules(made)
         if self.prefault:  # joining reads none: beside it, a thread only holds it up
-            block.prefault()
-        metrics.loaded(block, self.isolation, time.perf_counter() - start)
+            _prefault(blocks)
+        metrics.loaded(blocks[0][0], self.isolation, time.perf_counter() - start)
         cycles.watch(loaded, modules)
         return loaded
+
+
+def _prefault(blocks: Placed) -> None:
+    for block, _ in blocks:
+        block.prefault()
 
 
 _AS_RAY_GET = Loading()
@@ -237,17 +331,19 @@ def reading(reader: Reader) -> Iterator[None]:
 
 
 _HEAD = ("skeleton", "buffers", "table", "anchored")
+_OF_A_VARIANT = ("numbers", "bases")
 
 
 def _reduced(parts: Parts, segments: list[Any]) -> Any:
     """Reduce a stored object to what `load` takes; the head may grow."""
-    return load, ({name: getattr(parts, name) for name in _HEAD}, *segments)
+    names = _HEAD + _OF_A_VARIANT if parts.bases else _HEAD
+    return load, ({name: getattr(parts, name) for name in names}, *segments)
 
 
 @named
 def load(head: dict[str, Any], *segments: Any) -> Any:
     """Unpickle what `put` stored, as the reader of this context wants it."""
-    if unknown := sorted(head.keys() - set(_HEAD)):
+    if unknown := sorted(head.keys() - set(_HEAD + _OF_A_VARIANT)):
         raise VersionError(
             f"this object was stored by a newer ray_zerocopy, with {unknown}: upgrade here"
         )

@@ -81,4 +81,6 @@ def open(  # noqa: A001 - the package's name for it
             IsolationWarning,
             stacklevel=2,
         )
-    return Loading(isolation, prefault, device).join(block, head.skeleton, head.buffers, start)
+    return Loading(isolation, prefault, device).join(
+        [(block, ())], head.skeleton, head.buffers, start
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,7 +41,9 @@ from ray_zerocopy.store.envelope import (
 from ray_zerocopy.store.loader import following
 
 
-def put(obj: object) -> ray.ObjectRef:
+def put(
+    obj: object, *, base: ray.ObjectRef | Sequence[ray.ObjectRef] | None = None
+) -> ray.ObjectRef:
     """Store an object once, its tensors as one block, and give an ordinary `ray.ObjectRef`.
 
     `obj` is a module, a pipeline, a dict or list of models: any picklable graph with tensors
@@ -52,7 +54,15 @@ def put(obj: object) -> ray.ObjectRef:
     Nobody may write its tensors meanwhile. Gradients and tensors' hooks stay behind, as with
     pickle. The block lives as long as the reference, or anything loaded from it.
 
+    Args:
+        obj: what to store.
+        base: objects that `put` has stored, such as the backbone of a model with another head. What
+            has the same bytes there is not stored again; it is found by its bytes, and may come
+            from another process or checkpoint. The new object keeps its bases in the store.
+
     Raises:
+        BaseLostError: a base is gone.
+        NotABlockError: a base does not come from `put`.
         PublishError: a part of `obj` does not pickle; the message gives the path to it.
         StoreFullError: the store has no room; the message gives the bytes it takes.
         ClientError: this is a Ray Client, with no object store on its side.
@@ -63,7 +73,16 @@ def put(obj: object) -> ray.ObjectRef:
 
     """
     refuse_client()
-    return _publish(Anchored(obj))
+    return _publish(Anchored(obj, bases_of(base)))
+
+
+def bases_of(base: ray.ObjectRef | Sequence[ray.ObjectRef] | None) -> list[ray.ObjectRef]:
+    """Give the bases of a variant as a list; raises `TypeError` for what is no reference."""
+    refs = [] if base is None else [base] if isinstance(base, ray.ObjectRef) else list(base)
+    for ref in refs:
+        if not isinstance(ref, ray.ObjectRef):
+            raise TypeError(f"base is an ObjectRef that put gave, or a list of such, not {ref!r}")
+    return refs
 
 
 def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
@@ -101,7 +120,7 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
         if placed is None:
             metrics.record("rzc_fallbacks", 1, "ray.put")
             metrics.record("rzc_published_bytes", shared.nbytes)
-            return ray.put(Shared(shared.obj))
+            return ray.put(Shared(shared.obj, shared.bases))
     if arena is not None:
         dropped, shared.obj = cycles.traces(shared.obj), None
         cycles.collect(dropped)

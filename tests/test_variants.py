@@ -1,0 +1,284 @@
+"""A variant is what was put, wherever its tensors lie, and stores only what its bases lack."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import time
+
+import numpy as np
+import pytest
+import ray
+import ray_zerocopy as rzc
+import torch
+from exact import assert_exact
+from fresh import run
+from models import ARCHITECTURES, DIFFICULT, LAYOUTS, simple
+from ray_zerocopy import _core
+from ray_zerocopy.objects.skeleton import split
+from safetensors.torch import load_file, save_file
+from test_invoke import store_usage
+from torch import nn
+from ways import WAYS, made_by
+
+SOURCES = {
+    **{name: lambda factory=factory: factory().model for name, factory in DIFFICULT.items()},
+    **{f"layout-{name}": factory for name, factory in LAYOUTS.items()},
+    **{f"hf-{name}": lambda f=f: f().model for name, f in ARCHITECTURES.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def unrelated(cluster):
+    torch.manual_seed(1)
+    return rzc.put([simple().model, torch.zeros(99, 32), torch.randn(32), np.zeros(7)])
+
+
+def change_one(obj):
+    """Change a byte of a tensor; whether there was one."""
+    for tensor in split(obj).sources.tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+            storage = tensor.untyped_storage()
+            at = tensor.storage_offset() * tensor.element_size()
+            storage[at] = (storage[at] + 1) % 256
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_variant_is_what_was_put(name, unrelated):
+    whole = SOURCES[name]()
+    base = rzc.put(whole)
+    changed = SOURCES[name]()
+    assert_exact(changed, ray.get(rzc.put(changed, base=unrelated)))
+    assert_exact(changed, ray.get(rzc.put(changed, base=[unrelated, base])))
+    if change_one(changed):
+        ref = rzc.put(changed, base=base)
+        for way in WAYS:
+            with made_by(way):
+                assert_exact(changed, ray.get(ref))
+        assert_exact(changed, rzc.get(ref, isolation="copy"))
+    assert_exact(whole, ray.get(base))
+
+
+def backbone():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)), nn.LayerNorm(256))
+
+
+def with_head(seed=0, trunk=None):
+    torch.manual_seed(100 + seed)
+    return nn.Sequential(nn.Linear(256, 4), trunk or backbone())
+
+
+@pytest.fixture
+def base(cluster):
+    return rzc.put(backbone())
+
+
+def test_twenty_heads_take_little_more_than_their_backbone(base):
+    heads = [with_head(seed) for seed in range(20)]
+    refs = [rzc.put(head, base=base) for head in heads]
+    whole, own = rzc.inspect(base).nbytes, sum(rzc.inspect(ref).nbytes for ref in refs)
+    assert own < 20 * (heads[0][0].weight.nbytes + 4096)
+    assert whole + own < 1.2 * whole
+    for head, ref in zip(heads, refs, strict=True):
+        assert_exact(head, ray.get(ref))
+        info = rzc.inspect(ref, verify=True)
+        assert info.base_nbytes == sum(tensor.nbytes for tensor in head[1].parameters())
+        assert f"{info.base_nbytes:,} bytes of them in its base" in str(info)
+
+
+def test_a_write_stays_with_its_object(base):
+    ref = rzc.put(with_head(), base=base)
+    one, other = ray.get(ref), ray.get(ref)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(1)
+    assert_exact(with_head(), other)
+    assert_exact(with_head(), ray.get(ref))
+    assert_exact(backbone(), ray.get(base))
+
+
+def test_storages_that_are_equal_stay_apart(cluster):
+    base = rzc.put({"a": torch.zeros(5000), "b": torch.ones(5000)})
+    tied = torch.ones(5000)
+    source = {"x": torch.zeros(5000), "y": torch.zeros(5000), "z": tied, "part of z": tied[7:]}
+    ref = rzc.put(source, base=base)
+    assert rzc.inspect(ref).blocks.count(1) == 2
+    loaded = ray.get(ref)
+    assert_exact(source, loaded)
+    loaded["x"][0], loaded["z"][9] = 1, 7
+    assert loaded["y"][0] == 0
+    assert loaded["part of z"][2] == 7
+
+
+def test_a_chain_is_resolved_when_it_is_put(base):
+    model = backbone()
+    last, kept = base, [base]
+    for step in range(10):
+        model.add_module(f"step {step}", nn.Linear(256, 64))
+        last = rzc.put(model, base=last)
+        kept.append(last)
+    info = rzc.inspect(last)
+    assert info.nbytes < 2 * 256 * 64 * 4
+    assert sorted(set(info.blocks)) == list(range(11))
+    assert_exact(model, ray.get(last))
+
+
+def test_a_variant_keeps_its_base_and_lets_it_go(cluster):
+    gc.collect()
+    trunk, before = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))), store_usage()
+    base = rzc.put(trunk)
+    refs = [rzc.put(nn.Sequential(nn.Linear(2048, 2), trunk), base=base) for _ in range(2)]
+    del base
+    loaded = ray.get(refs.pop())
+    assert torch.equal(loaded[1][3].weight, trunk[3].weight)
+    refs.clear()
+    assert torch.equal(loaded[1][3].weight, trunk[3].weight)
+    assert store_usage() >= before + 64
+    del loaded
+    deadline = time.monotonic() + 60
+    while store_usage() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+class Worker:
+    def outputs(self, model, x):
+        return model(x)
+
+    def put(self):
+        return [rzc.put(backbone())]
+
+
+class Coroutines:
+    async def outputs(self, refs, x):
+        models = await asyncio.gather(*map(rzc.aio.get, refs))
+        return [model(x) for model in models]
+
+
+def test_a_variant_is_an_argument_of_tasks_and_actors(cluster):
+    head, base = with_head(), rzc.put(backbone())
+    head = nn.Sequential(head[1], head[0])
+    x, ref = torch.randn(3, 256), rzc.put(head, base=base)
+    task = ray.remote(num_cpus=0)(lambda model, x: model(x))
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    coroutines = ray.remote(Coroutines).options(num_cpus=0).remote()
+    outputs = ray.get([task.remote(ref, x) for _ in range(4)])
+    outputs.append(ray.get(worker.outputs.remote(ref, x)))
+    outputs += ray.get(coroutines.outputs.remote([ref] * 4, x))
+    assert all(torch.equal(output, head(x)) for output in outputs)
+
+
+def test_a_snapshot_of_a_variant_is_whole(base, tmp_path):
+    ref = rzc.put(with_head(), base=base)
+    rzc.save(ref, tmp_path / "head.rzc")
+    assert_exact(with_head(), rzc.open(tmp_path / "head.rzc"))
+    restored = rzc.restore(tmp_path / "head.rzc")
+    assert rzc.inspect(restored).base_nbytes == 0
+    again = rzc.put(rzc.open(tmp_path / "head.rzc"), base=base)
+    assert rzc.inspect(again).base_nbytes > 0
+    for each in (restored, again):
+        assert_exact(with_head(), ray.get(each))
+
+
+def test_what_finds_little_has_no_base(cluster):
+    base = rzc.put({"one": torch.ones(10), "other": torch.randn(1000)})
+    info = rzc.inspect(rzc.put([torch.ones(10), torch.randn(5000)], base=base))
+    assert (info.base_nbytes, info.blocks) == (0, [])
+
+
+def test_a_base_that_is_gone_is_told(cluster):
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    (base,) = ray.get(worker.put.remote())
+    ref = rzc.put(with_head(), base=base)
+    held = [ray.get(ref)]
+    ray.kill(worker)
+    assert_exact(with_head(), held.pop())  # which keeps the base in the store
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(rzc.BaseLostError):
+        while time.monotonic() < deadline:
+            rzc.get(ref)
+    with pytest.raises(rzc.BaseLostError, match="put it again"):
+        rzc.get(ref)
+    with pytest.raises(rzc.BaseLostError, match="put it again"):
+        rzc.put(with_head(), base=base)
+
+
+def test_a_file_that_shrank_is_an_error(cluster, tmp_path):
+    """Not SIGBUS, as to compare it by its mapping would be."""
+    path, weights = tmp_path / "weights", torch.randn(2**20)
+    save_file({"weights": weights, "more": weights + 1}, path)
+    base = rzc.put({"weights": weights, "more": weights + 1})
+    mapped = load_file(path)
+    assert rzc.inspect(rzc.put(mapped, base=base)).base_nbytes == 2 * weights.nbytes
+    mapped["more"][5] = 7  # a page of this process's own, between pages of the file
+    ref = rzc.put(mapped, base=base)
+    assert rzc.inspect(ref).base_nbytes == weights.nbytes
+    assert_exact(mapped, ray.get(ref))
+    os.truncate(path, 10_000)
+    with pytest.raises(rzc.PublishError, match="cannot be read: it has 10000 bytes now"):
+        rzc.put(mapped, base=base)
+
+
+def test_a_node_that_has_only_the_base_fetches_the_variant_and_another_both():
+    @run
+    def on_three_nodes():
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+        from ray.cluster_utils import Cluster
+
+        small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args=small)
+        for name in ("one", "other"):
+            cluster.add_node(resources={name: 1}, **small)
+        ray.init(cluster.address)
+        trunk = torch.arange(2**22, dtype=torch.float32)
+        base = rzc.put(trunk)
+        total = ray.remote(lambda weights: float(weights.double().sum()))
+        expected = float(trunk.double().sum())
+        assert ray.get(total.options(resources={"one": 1}).remote(base)) == expected
+        ref = rzc.put({"trunk": trunk, "head": torch.ones(9)}, base=base)
+        assert rzc.inspect(ref).nbytes < 10_000
+        del base
+        read = ray.remote(lambda model: float(model["trunk"].double().sum() + model["head"].sum()))
+        for name in ("one", "other"):
+            assert ray.get(read.options(resources={name: 1}).remote(ref)) == expected + 9
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_what_is_no_base_is_refused(cluster, base):
+    with pytest.raises(rzc.NotABlockError, match="holds a dict"):
+        rzc.put(with_head(), base=ray.put({}))
+    with pytest.raises(TypeError, match="an ObjectRef that put gave"):
+        rzc.put(with_head(), base=backbone())
+
+
+def of_one_block(obj):
+    """Table and block of an object."""
+    _, (head, *segments) = rzc.Shared(obj).__reduce_ex__(5)
+    return head["table"], [bytes(segment) for segment in segments]
+
+
+def test_another_base_is_refused():
+    """It has the same table: other bytes, which its header tells."""
+    (table, meant), (_, other) = (of_one_block(torch.full((9,), value)) for value in (1.0, 2.0))
+    _core.Block(table, meant, "copy", variant=(meant[0][:64], table))
+    with pytest.raises(rzc.BlockError, match="another than the variant was stored with"):
+        _core.Block(table, other, "copy", variant=(meant[0][:64], table))
+
+
+def test_views_beyond_the_base_are_refused():
+    small, large = (of_one_block(torch.zeros(count)) for count in (9, 10))
+    with pytest.raises(rzc.BlockError, match="view ends at byte 40, its span has 36"):
+        _core.Block(small[0], small[1], "copy", variant=(small[1][0][:64], large[0]))
+
+
+@pytest.mark.parametrize("numbers", [[0, 0], [0, 2], [1], []])
+def test_numbers_that_nobody_gave_are_refused(numbers):
+    block = _core.Block(*of_one_block([torch.zeros(9), torch.ones(9)]), "copy")
+    with pytest.raises(rzc.BlockError, match="the numbers of the tensors"):
+        _core.Gather.of_blocks([(block, numbers)])
