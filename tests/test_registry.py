@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import os
 import pickle
 import random
 import re
+import signal
 import threading
 import time
 import weakref
@@ -20,7 +22,7 @@ from fresh import execute, run
 from models import DIFFICULT, large, simple
 from ray._private.internal_api import memory_summary
 from ray_zerocopy.registry import catalog, client, follower, publication
-from ray_zerocopy.store import references
+from ray_zerocopy.store import ray_inside, references
 from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
 
@@ -339,6 +341,58 @@ def test_a_slow_write_holds_up_nobody_else(name):
     assert publishing.result().number == 2
 
 
+def test_an_object_is_written_once_where_the_owner_has_room(name, monkeypatch):
+    """By its publisher, and copied by nobody: what it publishes is never in the store twice."""
+
+    def counted(*args):
+        (written,) = [write(*args)]
+        writes.append(written)
+        return written
+
+    write, writes = references.write, []
+    monkeypatch.setattr(references, "write", counted)
+    monkeypatch.setattr(references, "put", None)
+    model = large().model
+    version = rzc.publish(name, model)
+    assert version.digest == writes[0].digest()
+    assert len(writes) == 1
+    assert_exact(model, rzc.load(name))
+    assert rzc.inspect(version.ref, verify=True).nbytes == version.nbytes
+
+
+@pytest.mark.parametrize("obstacle", ["another-Ray", "other-memory", "spilled"])
+def test_without_room_an_object_is_copied(name, monkeypatch, obstacle):
+    model = large().model
+    digest = Parts.of(model).digest()
+    if obstacle == "another-Ray":
+        monkeypatch.setattr(ray_inside, "way", "ray.put")
+    elif obstacle == "other-memory":
+        monkeypatch.setattr(ray_inside, "room_in", lambda *args: None)
+    else:
+        monkeypatch.setattr(ray_inside, "is_spilled", lambda ref: True)
+    version = rzc.publish(name, model)
+    assert version.digest == digest
+    assert_exact(model, rzc.load(name))
+    assert [v.state for v in rzc.versions(name)] == ["live"]
+
+
+def test_an_owner_that_is_killed_before_the_object_is_written_has_it_written_again(
+    name, monkeypatch
+):
+    def killed_before(*args):
+        monkeypatch.setattr(references, "write", write)
+        owner = ray.get_actor("owner", catalog.NAMESPACE)
+        os.kill(ray.get(owner.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        time.sleep(1)  # until that is noticed
+        return write(*args)
+
+    write = references.write
+    monkeypatch.setattr(references, "write", killed_before)
+    model = large().model
+    assert rzc.publish(name, model).number == 1
+    assert_exact(model, rzc.load(name))
+
+
 def test_memory_comes_back(name):
     def used():
         gc.collect()
@@ -585,8 +639,8 @@ def test_publishing_in_a_row_keeps_memory_bounded(name, start):
     until(lambda: ray.get([each.value.remote() for each in followers]) == [5, 5])
     over.set()
     watching.join()
-    current, put, copied, before_it = 1, 1, 1, 2
-    assert max(most) <= 16 * (current + put + copied + before_it) + 1
+    current, written, before_it = 1, 1, 2
+    assert max(most) <= 16 * (current + written + before_it) + 1
     until(lambda: used() - before <= 17)
     rzc.retire(name)
     ray.get([each.forget.remote() for each in followers])

@@ -32,7 +32,7 @@ from ray_zerocopy import metrics
 from ray_zerocopy.errors import CatalogError, UnknownVersionError
 from ray_zerocopy.registry.healing import Healing
 from ray_zerocopy.registry.manifest import Manifest
-from ray_zerocopy.registry.owner import Made, Owner, cause_of
+from ray_zerocopy.registry.owner import Draft, Made, Owner, cause_of
 from ray_zerocopy.registry.promises import Promises, Told
 from ray_zerocopy.registry.records import Kept, Plan, Record, Version
 from ray_zerocopy.store.ray_inside import address_of
@@ -50,6 +50,7 @@ ACTOR = {
 START_S = 300.0  # of two processes, for a node that has other things to do
 LEASE_S = 15.0
 _AGAIN_S = 0.2
+_WRITTEN_A_SECOND = 1e8  # bytes, of a publisher that has other things to do
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ class Wanted:
     plan: Plan
     keep: int
     digest: str | None
-    """Of an object that is stored already; None for what has to be made."""
+    """Of an object that is stored or written already; None for what has to be made."""
+    draft: Draft | None = None
+    """An object that its publisher writes where there is room for it."""
+    written: tuple[ray.ObjectRef, ...] = ()
+    """Where it is written."""
 
 
 @dataclass
@@ -72,9 +77,15 @@ class _Staged:
     since_s: float
     asked_s: float
 
+    @property
+    def lease_s(self) -> float:
+        """How long its publisher may be silent: while it writes, for its bytes."""
+        draft = self.wanted.draft
+        return LEASE_S + (draft.nbytes / _WRITTEN_A_SECOND if draft else 0)
+
 
 class _RestageError(Exception):
-    """What was equal to the current version, and not stored, is so no more."""
+    """What was equal to the current version and not stored, or held by an owner, is so no more."""
 
 
 class Catalog:
@@ -114,12 +125,13 @@ class Catalog:
 
     async def publish(
         self, wanted: Wanted, copied: list[ray.ObjectRef], wait_s: float
-    ) -> Version | None:
+    ) -> Version | Made | None:
         """Have something published: give its version, or None while it is being made.
 
         To be called again until it gives one: it is the same publication, also to a catalog that
         has started meanwhile, and to ask is to say that the publisher lives. What equals the
-        current version is not stored: that one is given. `copied` refers to an object.
+        current version is not stored: that one is given. `copied` refers to an object. Of a draft
+        this gives where to write it, unless it is written there.
 
         Raises what `Owner.make` does, and `CatalogError` where the record cannot be written.
         """
@@ -136,9 +148,17 @@ class Catalog:
         if not staged.making.done() or staged.making.cancelled():
             return None
         try:
-            return await self._commit(staged, staged.making.result())
+            made = staged.making.result()
+            if made.ref is not None and made.incarnation != self._healing.incarnation:
+                raise _RestageError
+            if (draft := wanted.draft) is not None:
+                if wanted.written != (made.ref,):
+                    return made
+                made = Made(draft.nbytes, wanted.digest or "", made.ref)
+            return await self._commit(staged, made)
         except (ray.exceptions.RayActorError, _RestageError):
             self._staged.pop(wanted.token, None)
+            await asyncio.sleep(min(wait_s, _AGAIN_S))
             return None
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
@@ -154,6 +174,9 @@ class Catalog:
 
     async def _made(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> Made:
         name, token, plan, digest = wanted.name, wanted.token, wanted.plan, wanted.digest
+        if wanted.draft is not None:
+            room: Made = await self._owner.reserve.remote(token, name, plan, wanted.draft)
+            return room
         if digest is None:
             made: Made = await self._owner.make.remote(token, name, plan, None)
             return made
@@ -215,7 +238,7 @@ class Catalog:
 
     async def _abandon_when_deserted(self, name: str, token: str) -> None:
         while (staged := self._staged.get(token)) is not None:
-            if time.monotonic() - staged.asked_s > LEASE_S:
+            if time.monotonic() - staged.asked_s > staged.lease_s:
                 with contextlib.suppress(CatalogError):  # tried again
                     await self.abandon(name, token)
             await asyncio.sleep(LEASE_S / 4)

@@ -44,7 +44,7 @@ class Healing:
         self._manifest = manifest
         self._owner = owner
         self._staged = staged
-        self._incarnation = ""
+        self.incarnation = ""  # of the owner, if it is known to live
         self._blocks: dict[str, ray.ObjectRef] = {}
         self._making: dict[Key, asyncio.Task[None]] = {}
         self._checking: dict[tuple[str, str], asyncio.Task[bool]] = {}
@@ -90,7 +90,7 @@ class Healing:
 
     async def _ask_owner(self) -> list[str]:
         """Have the blocks that the owner holds, and no others; give all that it knows of."""
-        self._incarnation, held = await self._ask("held")
+        self.incarnation, held = await self._ask("held")
         live = self._live_blocks()
         self._blocks = {block: ref for block, ref in held.items() if ref and block in live}
         self._restore()
@@ -102,6 +102,7 @@ class Healing:
             try:
                 return await getattr(self._owner, method).remote(*args)
             except ray.exceptions.RayActorError:
+                self.incarnation = ""
                 await asyncio.sleep(_AGAIN_S)
 
     async def _drop_unclaimed(self, held: list[str], lease_s: float) -> None:
@@ -111,7 +112,7 @@ class Healing:
     async def _watch(self) -> None:
         """Notice that the owner died: wait at it."""
         while True:
-            if not await self._ask("watch", self._incarnation, _WATCH_S):
+            if not await self._ask("watch", self.incarnation, _WATCH_S):
                 await self._ask_owner()
 
     def _live_blocks(self) -> set[str]:

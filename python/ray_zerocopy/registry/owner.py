@@ -1,7 +1,8 @@
 """Who owns the blocks of published versions: an actor that outlives drivers, and holds no bytes.
 
     Owner ═ a task, max_retries=-1 ═▶ make, or read ──▶ block, owned by the Owner
-    Owner ═ a Copier of the node ═══▶ copy an object ─▶ block, owned by the Owner
+    Owner ═ a Copier of the node ═══▶ room, which the publisher fills ─▶ block, owned by the Owner
+                                ╰══▶ copy what is stored ─▶ the same
 
 What heals is what a task returned, so that Ray makes it again where the node that held it is lost.
 Whoever makes it again compares it with the digest in the manifest: a version never changes. A copy
@@ -14,6 +15,7 @@ still being made ends that, whatever it waits for.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import time
 import uuid
@@ -40,7 +42,7 @@ from ray_zerocopy.registry.records import Plan
 from ray_zerocopy.store import inspection, references, snapshot
 from ray_zerocopy.store.envelope import Parts, references_in, without_values
 from ray_zerocopy.store.loader import following
-from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located, with_room
 
 # What Ray raises where an object is lost for good; others, of what a model itself does, are not.
 LOSSES = (
@@ -68,6 +70,19 @@ class Made:
     digest: str
     ref: ray.ObjectRef | None
     """None where the name's current version is equal: nothing was stored."""
+    incarnation: str = ""
+    """Of the owner that holds it."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An object that its publisher writes itself, once, where the owner has made room for it."""
+
+    skeleton: bytes
+    buffers: list[int]
+    table: bytes
+    nbytes: int
+    """Of its block."""
 
 
 class Owner:
@@ -115,7 +130,20 @@ class Owner:
         self, token: str, name: str, plan: Plan, digest: str, copied: list[ray.ObjectRef]
     ) -> Made:
         """Have an object's block copied on its node, and hold the copy; as `make` otherwise."""
-        made: Made = await self._once(token, lambda: self._copy(name, plan, digest, copied))
+
+        def copy(copier: Any) -> Any:
+            return copier.copy.remote(copied, plan.seconds)
+
+        made: Made = await self._once(token, lambda: self._at_node(name, plan, copy))
+        return dataclasses.replace(made, digest=digest)
+
+    async def reserve(self, token: str, name: str, plan: Plan, draft: Draft) -> Made:
+        """Have room for an object on its node, and hold it; `nbytes` is all of that. As `make`."""
+
+        def reserve(copier: Any) -> Any:
+            return copier.reserve.remote(draft)
+
+        made: Made = await self._once(token, lambda: self._at_node(name, plan, reserve))
         return made
 
     async def rescue(
@@ -171,17 +199,18 @@ class Owner:
             raise CatalogError(f"{name!r} was not made in {plan.seconds:g} s") from None
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
-        return Made(nbytes, found, block if stored else None)
+        return Made(nbytes, found, block if stored else None, self._incarnation)
 
-    async def _copy(self, name: str, plan: Plan, digest: str, copied: list[ray.ObjectRef]) -> Made:
+    async def _at_node(self, name: str, plan: Plan, ask: Callable[[Any], Any]) -> Made:
         # soft, Ray puts actors anywhere
         there = NodeAffinitySchedulingStrategy(plan.node, soft=False)
         copier = self._let_go(plan.node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
         leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, plan.node)
         self._copiers[plan.node] = copier, leaving
-        block, nbytes = copier.copy.remote(copied, plan.seconds)
+        block, nbytes = ask(copier)
         try:
-            return Made(await asyncio.wait_for(nbytes, plan.seconds), digest, block)
+            nbytes = await asyncio.wait_for(nbytes, plan.seconds)
+            return Made(nbytes, "", block, self._incarnation)
         except TimeoutError:
             raise CatalogError(f"{name!r} was not copied in {plan.seconds:g} s") from None
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
@@ -253,7 +282,7 @@ async def _answer(nbytes: ray.ObjectRef) -> int | None:
 
 @ray.remote(num_cpus=0, max_concurrency=8)
 class Copier:
-    """Copies objects on its node, a few at a time.
+    """Makes room for objects on its node, or copies them, a few at a time.
 
     As a task it would cost a new worker each time, seconds of imports: Ray ends the idle workers of
     a job that is over, as the owner's is.
@@ -264,6 +293,13 @@ class Copier:
         """Give a block like the one referred to, and its bytes."""
         parts = references.parts_of(copied[0], timeout=seconds)
         return parts, parts.nbytes
+
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
+    def reserve(self, draft: Draft) -> Any:
+        """Give an object whose block is to be written, and its bytes."""
+        start = bytes(_core.HEADER_NBYTES)
+        parts = Parts(draft.skeleton, draft.buffers, draft.table, [start], anchored=True)
+        return with_room(parts, draft.nbytes)
 
 
 # A process of its own for each: what torch counts in one, as TorchScript's names, starts anew.

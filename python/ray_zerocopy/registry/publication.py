@@ -1,18 +1,18 @@
 """To publish a model under a name, and to load it by that.
 
-publish ─ put, or a plan ─▶ catalog: made? ─▶ live and current
+publish ─ an object, or a plan ─▶ catalog: room, made? ─▶ written ─▶ live and current
 load ─ find ─▶ version ─▶ get(version.ref) ─ cannot be loaded ─▶ lost, or another trouble?
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,10 +28,12 @@ from ray_zerocopy.errors import (
 )
 from ray_zerocopy.registry import client
 from ray_zerocopy.registry.catalog import Wanted
-from ray_zerocopy.registry.owner import LOSSES, complete
+from ray_zerocopy.registry.owner import LOSSES, Draft, Made, complete
 from ray_zerocopy.registry.records import Plan, Version
-from ray_zerocopy.store import references
+from ray_zerocopy.store import ray_inside, references
 from ray_zerocopy.store import snapshot as snapshots
+from ray_zerocopy.store.envelope import Anchored, Parts
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _MAKE_NBYTES = 2**20
@@ -101,26 +103,51 @@ def publish(
     ends_s, token = time.monotonic() + timeout, uuid.uuid4().hex
     client.start(timeout)
     node = ray.get_runtime_context().get_node_id()
-    copied: list[ray.ObjectRef] = []
-    digest = None
+    wanted = Wanted(name, token, Plan("object", node, seconds=timeout), keep, None)
     if make is not None:
         plan = Plan("make", node, make=_pickled(make), seconds=timeout)
-    elif path is not None:
+        return _publish(replace(wanted, plan=plan), ends_s)
+    if path is not None:
         plan = Plan("path", node, files=(snapshots.absolute(path),), seconds=timeout)
-    elif snapshot is not None:
+        return _publish(replace(wanted, plan=plan), ends_s)
+    if snapshot is not None:
         target = snapshots.absolute(snapshot)
         plan = Plan("object", node, files=(f"{target}.{token}", target), seconds=timeout)
         snapshots.save(obj, plan.files[0])
-    else:
-        plan = Plan("object", node, seconds=timeout)
-        copied = [obj if isinstance(obj, ray.ObjectRef) else references.put(obj)]
-        parts = references.parts_of(copied[0])
-        complete(parts, f"what is published as {name!r}", None if obj is copied[0] else obj)
-        digest = parts.digest()
-    return _publish(Wanted(name, token, plan, keep, digest), copied, ends_s)
+        return _publish(replace(wanted, plan=plan), ends_s)
+    what = f"what is published as {name!r}"
+    if not isinstance(obj, ray.ObjectRef):
+        with contextlib.suppress(_NoRoomError):
+            return _write(wanted, obj, what, ends_s)
+        wanted = replace(wanted, token=uuid.uuid4().hex)
+    copied = obj if isinstance(obj, ray.ObjectRef) else references.put(obj)
+    parts = references.parts_of(copied)
+    complete(parts, what, None if obj is copied else obj)
+    return _publish(replace(wanted, digest=parts.digest()), ends_s, [copied])
 
 
-def _publish(wanted: Wanted, copied: list[ray.ObjectRef], ends_s: float) -> Version:
+class _NoRoomError(Exception):
+    """Nobody can make room for this object, so it is to be copied."""
+
+
+def _write(wanted: Wanted, obj: Any, what: str, ends_s: float) -> Version:
+    """Publish an object by writing it once, where the owner makes room for it."""
+    shared = Anchored(obj)
+    parts = Parts.of(shared)
+    complete(parts, what, obj)
+    nbytes = shared.block.nbytes
+    if ray_inside.way != "room" or nbytes < INLINE_NBYTES:
+        raise _NoRoomError
+    wanted = replace(wanted, draft=Draft(parts.skeleton, parts.buffers, parts.table, nbytes))
+    return _publish(wanted, ends_s, shared=shared)
+
+
+def _publish(
+    wanted: Wanted,
+    ends_s: float,
+    copied: Sequence[ray.ObjectRef] = (),
+    shared: Anchored | None = None,
+) -> Version:
     """Ask until it is published; a snapshot that was saved on the way is then where it belongs."""
     version: Version | None = None
     files = wanted.plan.files
@@ -130,7 +157,11 @@ def _publish(wanted: Wanted, copied: list[ray.ObjectRef], ends_s: float) -> Vers
             if left_s <= 0:
                 seconds = wanted.plan.seconds
                 raise CatalogError(f"{wanted.name!r} was not published in {seconds:.3g} s")
-            version = client.ask("publish", wanted, copied, min(left_s, _WAIT_S))
+            answer = client.ask("publish", wanted, list(copied), min(left_s, _WAIT_S))
+            if isinstance(answer, Made) and shared is not None:
+                wanted = _written(wanted, shared, answer)
+            else:
+                version = answer
     except BaseException:
         _give_up(wanted)
         raise
@@ -139,6 +170,15 @@ def _publish(wanted: Wanted, copied: list[ray.ObjectRef], ends_s: float) -> Vers
     if files:
         client.tell("placed", wanted.token)
     return version
+
+
+def _written(wanted: Wanted, shared: Anchored, room: Made) -> Wanted:
+    """Write an object where there is room for it, and say so."""
+    assert room.ref is not None
+    parts = references.write(shared, room.ref, room.nbytes)
+    if parts is None:
+        raise _NoRoomError
+    return replace(wanted, digest=parts.digest(), written=(room.ref,))
 
 
 def _give_up(wanted: Wanted) -> None:
@@ -228,7 +268,7 @@ def _load(
 def _is_lost(version: Version, ends_s: float) -> bool:
     """Ask whether a version that could not be loaded here is lost, and wait for the answer."""
     node = ray.get_runtime_context().get_node_id()
-    version = dataclasses.replace(version, ref=None)
+    version = replace(version, ref=None)
     while (left_s := ends_s - time.monotonic()) > 0:
         answer = client.ask("broken", version, node, min(left_s, _WAIT_S))
         if answer is not None:

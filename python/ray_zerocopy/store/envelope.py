@@ -153,10 +153,13 @@ class Parts:
 
     @classmethod
     def of(cls, obj: object) -> Parts:
-        """Take apart an object that is not stored yet; raises `PublishError` as `put` does."""
-        _, (head, *segments) = Shared(obj).__reduce_ex__(5)
-        raw = [segment.raw() for segment in segments]
-        return cls(head["skeleton"], head["buffers"], head["table"], raw)
+        """Take apart an object that is not stored yet; raises `PublishError` as `put` does.
+
+        Of one that is `Anchored` its block is not among them: that is to be written.
+        """
+        shared = obj if isinstance(obj, Shared) else Shared(obj)
+        _, (head, *segments) = shared.__reduce_ex__(5)
+        return cls(segments=[segment.raw() for segment in segments], **head)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         segments = [pickle.PickleBuffer(segment) for segment in self.segments]

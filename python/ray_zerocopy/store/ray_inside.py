@@ -81,15 +81,59 @@ def put(
     try:
         roomy = _Roomy(serialized, nbytes())
         ref = ray_worker.put_object.__func__(_Storing(ray_worker), roomy)
-        stored = ray_worker.core_worker.get_objects([ref], -1)
-        memory = memoryview(stored[0][0])
+        stored, memory = _memory_of(ref)
     except (AttributeError, TypeError):
         way = "ray.put"
         return None
-    if memory.readonly or memory.nbytes != roomy.total_bytes:
+    return _room(ref, roomy.total_bytes, stored, memory, reading, held)
+
+
+def with_room(obj: object, nbytes: int) -> tuple[Any, int]:
+    """Give what a task returns for an object in memory that is `nbytes` longer, and all its bytes.
+
+    Whoever has the reference first writes there, by `room_in`.
+    """
+    context = worker.global_worker.get_serialization_context()
+    if "serialize" not in vars(context):
+        serialize = context.serialize
+        context.serialize = lambda value: (
+            value.roomy if isinstance(value, _Returned) else serialize(value)
+        )
+    roomy = _Roomy(context.serialize(obj), nbytes)
+    return _Returned(roomy), roomy.total_bytes
+
+
+def room_in(
+    ref: ray.ObjectRef, nbytes: int, reading: AbstractContextManager[None] = _AS_IT_IS
+) -> Room | None:
+    """Map what a task has returned `with_room`, of so many bytes in all; None if it is not so."""
+    held = connection()
+    if way != "room" or not held.kept:
+        return None
+    try:
+        stored, memory = _memory_of(ref)
+    except (AttributeError, TypeError):
+        return None
+    return _room(ref, nbytes, stored, memory, reading, held)
+
+
+def _memory_of(ref: ray.ObjectRef) -> tuple[Any, memoryview]:
+    stored = worker.global_worker.core_worker.get_objects([ref], -1)
+    return stored, memoryview(stored[0][0])
+
+
+def _room(
+    ref: ray.ObjectRef,
+    nbytes: int,
+    stored: Any,
+    memory: memoryview,
+    reading: AbstractContextManager[None],
+    held: _core.Connection,
+) -> Room | None:
+    if memory.readonly or memory.nbytes != nbytes:
         return None  # never write where another object may lie
     with reading:
-        (loaded,) = ray_worker.deserialize_objects(stored, [ref])
+        (loaded,) = worker.global_worker.deserialize_objects(stored, [ref])
     return Room(ref, loaded, memory, held)
 
 
@@ -105,13 +149,21 @@ def connection() -> _core.Connection:
 class _Roomy(RawSerializedObject):  # type: ignore[misc]
     """What Ray has serialized, and more bytes than that, which it will not write."""
 
-    metadata = contained_object_refs = total_bytes = None  # in place of the base's properties
+    metadata: Any = None  # in place of the base's properties
+    contained_object_refs: Any = None
+    total_bytes: Any = None
 
     def __init__(self, serialized: Any, nbytes: int) -> None:
         super().__init__(serialized.to_bytes())
         self.metadata = serialized.metadata
         self.contained_object_refs = serialized.contained_object_refs
         self.total_bytes = serialized.total_bytes + nbytes
+
+
+class _Returned(NamedTuple):
+    """What a task returns, serialized already."""
+
+    roomy: _Roomy
 
 
 class _Storing:
@@ -205,6 +257,11 @@ def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
     """Give the ids of the nodes that have an object, and its bytes; 0 where nobody knows."""
     found = get_object_locations([ref], int(timeout * 1000) if timeout >= 0 else -1)[ref]
     return list(found["node_ids"]), found["object_size"] or 0
+
+
+def is_spilled(ref: ray.ObjectRef) -> bool:
+    """Whether Ray has written an object to disk."""
+    return bool(get_object_locations([ref])[ref].get("did_spill"))
 
 
 # --- the cluster ----------------------------------------------------------------------------------

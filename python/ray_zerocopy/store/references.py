@@ -130,6 +130,19 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
     return placed.ref
 
 
+def write(shared: Anchored, ref: ray.ObjectRef, nbytes: int) -> Parts | None:
+    """Write the block of an object where another process has made room for it, and give its parts.
+
+    The room is of so many bytes in all. None where it is not, or may not be written.
+    """
+    placed = ray_inside.room_in(ref, nbytes, reading(anchor))
+    if placed is None:
+        return None
+    warn_if_on_disk(placed.start, shared.nbytes, type(shared.obj).__name__)
+    shared.block.write(placed.start, placed.memory)
+    return None if ray_inside.is_spilled(ref) else parts_of(ref)  # what is on disk was not written
+
+
 def get(
     ref: Any,
     *,
