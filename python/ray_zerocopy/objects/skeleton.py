@@ -74,11 +74,20 @@ def join(
 
     What torch makes of them, as sparse tensors, lies where they do, on `device` or on the CPU, and
     is no inference tensor either, whatever mode the caller is in.
+
+    Raises `ModuleNotFoundError` where the module of a class is not installed.
     """
     unpickler = _Joiner(io.BytesIO(skeleton), buffers=buffers)
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
     with torch.inference_mode(False), torch_inside.default_device(device or "cpu"):
-        return unpickler.load()
+        try:
+            return unpickler.load()
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{error}, which a class of this object needs: install it here, ship it with "
+                f"runtime_env, or store the object after ray.cloudpickle.register_pickle_by_value",
+                name=error.name,
+            ) from error
 
 
 def unshared_nbytes(skeleton: bytes) -> int:

@@ -257,12 +257,12 @@ def check_device(device: torch.device | str | None) -> None:
 
 
 def _ray_get(ref: Any, timeout: float | None) -> Any:
-    """`ray.get`, with our own errors as themselves rather than wrapped in Ray's."""
+    """`ray.get`, with our errors and what is not installed as themselves, not wrapped in Ray's."""
     try:
         return ray.get(ref, timeout=timeout)
     except ray.exceptions.RaySystemError as error:
         cause = ray_inside.cause_of(error)
-        if isinstance(cause, RayZeroCopyError):
+        if isinstance(cause, RayZeroCopyError | ModuleNotFoundError):
             raise cause from error
         raise
 
