@@ -356,7 +356,7 @@ def _publish(name: str, **how: Any) -> Shown:
     known = {version.number for version in rzc.versions(name)}
     version, seconds = _timed(lambda: rzc.publish(name, **how))
     if version.number in known:
-        return _shown(version, f"{_named(version)} has these bytes already: nothing to publish")
+        return _shown(version, f"{_named(version)} has these bytes already")
     return _shown(version, f"{_named(version)}: {_mib(version.nbytes)} MiB in {seconds:.1f} s")
 
 
