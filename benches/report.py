@@ -42,6 +42,7 @@ from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times 
 from prefetching import NBYTES, time_sending  # noqa: E402
 from rivals import CONTENDERS, Floor, NotPrefaulted, Ours, PlainRay, PlainWay, RayFlag  # noqa: E402
 from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
+from variants import COUNTS, memory_of_node, times_of_variant  # noqa: E402
 
 PAGE = ROOT / "BENCHMARKS.md"
 FLOOR, OURS = Floor.name, Ours.name
@@ -151,7 +152,7 @@ def sections(only=None):
             [models, plain_way, over_tensors, calls, over_bytes, layouts_in_memory],
         ),
         (6 * GIB, [], [fresh_worker, running]),
-        (3 * GIB, [], [from_disk, publish_memory, memory, memory_over_models]),
+        (3 * GIB, [], [from_disk, publish_memory, memory, memory_over_models, variants]),
         (1 * GIB, [traits, importing, followers], []),
     )
     for nbytes, *each in stores:
@@ -411,6 +412,40 @@ def memory_over_models():
         "Two workers load a model and read every weight: the growth of each worker's unique set "
         "size, in MiB. Each worker has its own Python objects for the modules.",
         table(header, rows),
+    )
+
+
+def variants():
+    model = subjects.build("BERT-base")
+    totals = memory_of_node(model)
+    rows = [
+        [bold(name), *(mib(total) for total in each)]
+        for name, each in sorted(totals.items(), reverse=True)
+    ]
+    backbone_and = [f"{count} variants" if count > 1 else "1 variant" for count in COUNTS]
+    lines = {
+        name: (COUNTS, [total / GIB for total in each]) for name, each in sorted(totals.items())
+    }
+    seconds = times_of_variant(model)
+    timed_rows = [
+        [verb, *(ms(seconds[verb, how]) for how in ("whole", "over its base"))]
+        for verb in ("put", "load")
+    ]
+    return section(
+        "Variants",
+        "BERT-base and variants with another pooler each, put with `base=`: bytes of them in the "
+        "store of a node, in MiB. Ray stores each whole.",
+        table(["", *backbone_and], rows),
+        plot(
+            "memory_over_variants",
+            lines,
+            "variants",
+            "memory, GiB",
+            "Memory of a node over variants",
+            log=False,
+        ),
+        "A variant put, and loaded in this process, in milliseconds:",
+        table(["", "whole", "over its base"], timed_rows),
     )
 
 
