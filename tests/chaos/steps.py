@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import promises
 from promises import FOLDER, SOON_S, actor, filled, generations, until, value_of
 from ray_zerocopy.registry.catalog import LEASE_S, Wanted
+from ray_zerocopy.registry.owner import Draft, Made
 from ray_zerocopy.registry.records import Plan
+from ray_zerocopy.store.envelope import Anchored, Parts
 
 SIZE = 300  # 360 kB: in the store
 
@@ -119,14 +122,32 @@ class Change:
 
 
 class PublishAnObject(Change):
+    """That its publisher writes."""
+
+    def begin(self):
+        shared = Anchored(filled(3, SIZE))
+        parts = Parts.of(shared)
+        draft = Draft(parts.skeleton, parts.buffers, parts.table, shared.block.nbytes)
+        plan = Plan("object", ray.get_runtime_context().get_node_id())
+        wanted = Wanted(self.name, uuid.uuid4().hex, plan, 2, None, draft)
+        room = told("publish", wanted, [], SOON_S)
+        if not isinstance(room, Made):
+            return room
+        digest = rzc.store.references.write(shared, room.ref, room.nbytes).digest()
+        how = {"digest": digest, "written": (room.ref,), "incarnation": room.incarnation}
+        answer = told("publish", replace(wanted, **how), [], SOON_S)
+        return RuntimeError("to be written again") if isinstance(answer, Made) else answer
+
+    def again(self):
+        rzc.publish(self.name, filled(3, SIZE), keep=2)
+
+
+class CopyAnObject(PublishAnObject):
     def begin(self):
         node = ray.get_runtime_context().get_node_id()
         ref, plan = rzc.put(filled(3, SIZE)), Plan("object", node)
         digest = rzc.store.references.parts_of(ref).digest()
         return told("publish", Wanted(self.name, uuid.uuid4().hex, plan, 2, digest), [ref], SOON_S)
-
-    def again(self):
-        rzc.publish(self.name, filled(3, SIZE), keep=2)
 
 
 class PublishAMake(Change):
@@ -261,6 +282,7 @@ def lose(catalog, name):
 
 CHANGES = {
     "an_object_is_published": PublishAnObject,
+    "an_object_is_copied": CopyAnObject,
     "what_is_made_is_published": PublishAMake,
     "what_is_current_heals": PublishWhatIsCurrent,
     "a_file_is_superseded": Supersede,

@@ -67,7 +67,9 @@ class Wanted:
     draft: Draft | None = None
     """An object that its publisher writes where there is room for it."""
     written: tuple[ray.ObjectRef, ...] = ()
-    """Where it is written."""
+    """Where it is written ..."""
+    incarnation: str = ""
+    """... by the owner's own answer."""
 
 
 @dataclass
@@ -174,6 +176,8 @@ class Catalog:
 
     async def _made(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> Made:
         name, token, plan, digest = wanted.name, wanted.token, wanted.plan, wanted.digest
+        if wanted.written and wanted.incarnation == self._healing.incarnation:
+            return Made(0, "", wanted.written[0], wanted.incarnation)
         if wanted.draft is not None:
             room: Made = await self._owner.reserve.remote(token, name, plan, wanted.draft)
             return room

@@ -43,18 +43,28 @@ def running(name: str) -> None:
 
 
 def catalog() -> Any:
-    """Give the handle of the catalog; raises `ValueError` where there is none.
+    """Give the handle of the catalog; raises `ValueError` where there is none."""
+    return _actor("catalog")
 
-    It is looked for once in a connection: to find an actor by its name is a message to the GCS.
-    """
-    global _found
+
+def owner() -> Any:
+    """Give the handle of the owner; raises `ValueError` where there is none."""
+    return _actor("owner")
+
+
+def _actor(name: str) -> Any:
+    """Look for an actor, once in a connection: to find it by its name is a message to the GCS."""
+    global _found, _where
     here = f"{cluster()} {ray.get_runtime_context().get_worker_id()}"
-    if _found is None or _found[0] != here:
-        _found = here, ray.get_actor("catalog", NAMESPACE)
-    return _found[1]
+    if _where != here:
+        _found, _where = {}, here
+    if name not in _found:
+        _found[name] = ray.get_actor(name, NAMESPACE)
+    return _found[name]
 
 
-_found: tuple[str, Any] | None = None  # a connection and its catalog
+_found: dict[str, Any] = {}  # by name, in this connection:
+_where: str | None = None
 
 
 def start(seconds: float = 2 * START_S) -> None:
@@ -116,8 +126,7 @@ def ask(method: str, *args: Any, seconds: float = ANSWER_S) -> Any:
 
 
 def _forget() -> None:
-    global _found
-    _found = None
+    _found.clear()
 
 
 def tell(method: str, *args: Any) -> None:

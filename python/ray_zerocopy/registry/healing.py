@@ -48,6 +48,7 @@ class Healing:
         self._blocks: dict[str, ray.ObjectRef] = {}
         self._making: dict[Key, asyncio.Task[None]] = {}
         self._checking: dict[tuple[str, str], asyncio.Task[bool]] = {}
+        self._again_as: set[str] = set()  # blocks that no record has yet
         self._starting = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.rebuilds: Counter[str] = Counter()
@@ -110,10 +111,16 @@ class Healing:
         self.drop(set(held) - self._live_blocks() - set(self._staged()))
 
     async def _watch(self) -> None:
-        """Notice that the owner died: wait at it."""
+        """Notice that the owner died, and drop what a publisher that died has left there."""
+        unclaimed: set[str] = set()
         while True:
-            if not await self._ask("watch", self.incarnation, _WATCH_S):
+            held: list[str] | None = await self._ask("watch", self.incarnation, _WATCH_S)
+            if held is None:
                 await self._ask_owner()
+                continue
+            now = set(held) - self._live_blocks() - set(self._staged()) - self._again_as
+            self.drop(unclaimed & now)
+            unclaimed = now
 
     def _live_blocks(self) -> set[str]:
         return set().union(*map(_blocks, self._manifest.records.values()))
@@ -159,6 +166,7 @@ class Healing:
         def is_as_it_was(record: Record) -> bool:
             return number in record.live and record.kept[number].block == kept.block
 
+        self._again_as.add(block)
         try:
             made = await self._made(block, kept, is_as_it_was)
             self.have(block, made)
@@ -172,6 +180,8 @@ class Healing:
         except BaseException:
             self.drop([block])
             raise
+        finally:
+            self._again_as.discard(block)
         if block not in _blocks(after):
             self.drop([block])
             return

@@ -39,10 +39,10 @@ from ray_zerocopy.errors import (
 from ray_zerocopy.objects import torch_inside
 from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.records import Plan
-from ray_zerocopy.store import inspection, references, snapshot
-from ray_zerocopy.store.envelope import Parts, references_in, without_values
+from ray_zerocopy.store import inspection, ray_inside, references, snapshot
+from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in, without_values
 from ray_zerocopy.store.loader import following
-from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located, with_room
+from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
 
 # What Ray raises where an object is lost for good; others, of what a model itself does, are not.
 LOSSES = (
@@ -84,6 +84,11 @@ class Draft:
     nbytes: int
     """Of its block."""
 
+    def parts(self) -> Parts:
+        """Give it as Ray is to store it, the block left out."""
+        start = bytes(_core.HEADER_NBYTES)
+        return Parts(self.skeleton, self.buffers, self.table, [start], anchored=True)
+
 
 class Owner:
     """Makes blocks by tasks and holds their references, by their tokens.
@@ -94,6 +99,7 @@ class Owner:
 
     def __init__(self) -> None:
         self._incarnation = uuid.uuid4().hex
+        self._node = ray.get_runtime_context().get_node_id()
         self._blocks: dict[str, asyncio.Task[Made | None]] = {}
         self._tasks: dict[str, ray.ObjectRef] = {}
         self._copiers: dict[str, tuple[Any, asyncio.TimerHandle]] = {}
@@ -104,12 +110,15 @@ class Owner:
         refs = {token: made.ref for token, made in done.items() if made is not None}
         return self._incarnation, dict.fromkeys(self._blocks) | refs
 
-    async def watch(self, incarnation: str, wait_s: float) -> bool:
-        """Wait while this is the incarnation; whether it is. Its death ends the call sooner."""
+    async def watch(self, incarnation: str, wait_s: float) -> list[str] | None:
+        """Wait while this is the incarnation, and give the tokens of what it holds; else None.
+
+        Its death ends the call sooner.
+        """
         if incarnation != self._incarnation:
-            return False
+            return None
         await asyncio.sleep(wait_s)
-        return True
+        return list(self._blocks)
 
     # --- making -------------------------------------------------------------------------------
 
@@ -138,13 +147,30 @@ class Owner:
         return dataclasses.replace(made, digest=digest)
 
     async def reserve(self, token: str, name: str, plan: Plan, draft: Draft) -> Made:
-        """Have room for an object on its node, and hold it; `nbytes` is all of that. As `make`."""
+        """Have room for an object on its node, and hold it; `nbytes` is all of that. As `make`.
+
+        On this node without asking anybody else.
+        """
 
         def reserve(copier: Any) -> Any:
             return copier.reserve.remote(draft)
 
-        made: Made = await self._once(token, lambda: self._at_node(name, plan, reserve))
+        def work() -> Coroutine[Any, Any, Made]:
+            here = plan.node == self._node and ray_inside.way == "room"
+            return self._room_here(draft) if here else self._at_node(name, plan, reserve)
+
+        made: Made = await self._once(token, work)
         return made
+
+    async def _room_here(self, draft: Draft) -> Made:
+        try:
+            with reading(anchor):
+                room = ray_inside.put(draft.parts(), lambda: draft.nbytes)
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) from error
+        if room is None:
+            raise CatalogError("this Ray has no room for others to write")
+        return Made(room.memory.nbytes, "", room.ref, self._incarnation)
 
     async def rescue(
         self, token: str, lost: list[ray.ObjectRef], digest: str, nodes: list[str]
@@ -297,9 +323,7 @@ class Copier:
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def reserve(self, draft: Draft) -> Any:
         """Give an object whose block is to be written, and its bytes."""
-        start = bytes(_core.HEADER_NBYTES)
-        parts = Parts(draft.skeleton, draft.buffers, draft.table, [start], anchored=True)
-        return with_room(parts, draft.nbytes)
+        return ray_inside.with_room(draft.parts(), draft.nbytes)
 
 
 # A process of its own for each: what torch counts in one, as TorchScript's names, starts anew.

@@ -24,6 +24,7 @@ from ray_zerocopy.errors import (
     CatalogError,
     LostVersionError,
     PublishError,
+    RayZeroCopyError,
     UnknownVersionError,
 )
 from ray_zerocopy.registry import client
@@ -37,6 +38,7 @@ from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _MAKE_NBYTES = 2**20
+_LARGE_NBYTES = 2**30  # takes seconds to write
 _WAIT_S = 2.0  # a question that takes longer is asked again
 _SLICE_S = 5.0  # of a load, after which the catalog is asked whether there is another generation
 _GENERATIONS = 3
@@ -152,6 +154,8 @@ def _publish(
     version: Version | None = None
     files = wanted.plan.files
     try:
+        if shared is not None and (room := _room(wanted, ends_s)) is not None:
+            wanted = _written(wanted, shared, room)
         while version is None:
             left_s = ends_s - time.monotonic()
             if left_s <= 0:
@@ -172,13 +176,33 @@ def _publish(
     return version
 
 
+def _room(wanted: Wanted, ends_s: float) -> Made | None:
+    """Ask the owner for room; None where it does not answer: then the catalog asks it.
+
+    The catalog hears of what is written soon when it is. What takes long it has to know before, or
+    it would drop that, as of a publisher that died.
+    """
+    assert wanted.draft is not None
+    if wanted.draft.nbytes >= _LARGE_NBYTES:
+        client.tell("publish", wanted, [], 0.0)
+    how = wanted.token, wanted.name, wanted.plan, wanted.draft
+    try:
+        room: Made = ray.get(
+            client.owner().reserve.remote(*how), timeout=max(0.0, ends_s - time.monotonic())
+        )
+    except (ray.exceptions.RayError, ValueError, RayZeroCopyError):
+        return None
+    return room
+
+
 def _written(wanted: Wanted, shared: Anchored, room: Made) -> Wanted:
     """Write an object where there is room for it, and say so."""
     assert room.ref is not None
     parts = references.write(shared, room.ref, room.nbytes)
     if parts is None:
         raise _NoRoomError
-    return replace(wanted, digest=parts.digest(), written=(room.ref,))
+    digest = parts.digest()
+    return replace(wanted, digest=digest, written=(room.ref,), incarnation=room.incarnation)
 
 
 def _give_up(wanted: Wanted) -> None:
