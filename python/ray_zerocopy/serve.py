@@ -1,8 +1,7 @@
 """Ray Serve: replicas that share one block, and replicas that each serve many models.
 
-Serve keeps what is bound to a deployment as a plain pickle, whose references Ray cannot count: a
-block stays in the store, for the replicas to come, as long as the process that published it lives,
-and no longer. Publish from a process that outlives the deployment.
+Serve keeps what is bound to a deployment as a plain pickle, whose references Ray cannot count: so
+the cluster keeps the model, for as long as a deployment has it.
 """
 
 from __future__ import annotations
@@ -13,15 +12,20 @@ import functools
 import logging
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from ray_zerocopy import requirements
 from ray_zerocopy.batches.columns import Columns, from_json, to_json
 from ray_zerocopy.batches.predictor import Predictor, split_options
-from ray_zerocopy.errors import InputError
+from ray_zerocopy.calls.replacement import StandsForModel
+from ray_zerocopy.errors import InputError, VersionError
+from ray_zerocopy.registry import deployments
+from ray_zerocopy.registry.records import Version
 from ray_zerocopy.wrappers import ModelWrapper, wrap
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,10 @@ def app(model: Any, *, max_ongoing_forwards: int = 1, **options: Any) -> serve.A
     `handle.predict.remote(batch)` takes and gives arrays, and raises `InputError`. Forwards run in
     a thread, so that a replica stays responsive. Running an application of the same name again
     replaces the weights, replica by replica.
+
+    The cluster keeps the model for as long as the application is deployed, and no longer, whatever
+    becomes of this process. What a reference refers to is copied for it: with the reference
+    dropped, the store has it once.
 
     Args:
         model: a reference from `put`, a `ModelWrapper`, or the model itself; or what `follow` gave:
@@ -52,7 +60,7 @@ def app(model: Any, *, max_ongoing_forwards: int = 1, **options: Any) -> serve.A
     """
     how, options = split_options(options)
     how["max_ongoing_forwards"] = _positive(max_ongoing_forwards)
-    return serve.deployment(Replica, **options).bind(wrap(model), **how)
+    return serve.deployment(Replica, **options).bind(keep(model), **how)
 
 
 def multiplexed(
@@ -84,8 +92,57 @@ def multiplexed(
 
     how, options = split_options(options)
     how["max_ongoing_forwards"] = _positive(max_ongoing_forwards)
-    wrapped = {name: wrap(model) for name, model in models.items()}
-    return serve.deployment(Multiplexed, **options).bind(wrapped, **how)
+    kept = {name: keep(model) for name, model in models.items()}
+    return serve.deployment(Multiplexed, **options).bind(kept, **how)
+
+
+def keep(model: Any) -> ModelWrapper:
+    """Have the cluster keep a model for as long as a deployment has it, and no longer.
+
+    For deployments of one's own; `app` and `multiplexed` do it by themselves. Bound to none, the
+    model goes two minutes after this process drops the wrapper. What is published already is bound
+    as it is. Wrappers in task mode, and all before Ray 2.46, live as long as the process that made
+    them.
+
+    Args:
+        model: as for `app`.
+
+    Raises as `publish` does.
+
+    Example:
+        >>> @serve.deployment
+        ... class Classify:
+        ...     def __init__(self, wrapper):
+        ...         self.model = wrapper.load()
+        >>> serve.run(Classify.bind(rzc.serve.keep(model)))
+
+    """
+    wrapped = wrap(model)
+    if isinstance(wrapped.ref, StandsForModel) or wrapped.mode == "task":
+        return wrapped
+    try:
+        requirements.check(requirements.PUBLISHING, requirements.VERSIONS)
+    except VersionError:
+        return wrapped
+    return _Kept(deployments.keep(wrapped.ref))
+
+
+@dataclass(frozen=True)
+class _Kept(ModelWrapper):
+    """A wrapper that pickles, where Serve binds it, as one of the same version by name."""
+
+    def _bound(self) -> ModelWrapper:
+        version: Any = self.ref
+        if not deployments.hold(version):  # no deployment had it
+            version = deployments.keep(version.ref)
+            object.__setattr__(self, "ref", version)
+        return ModelWrapper(version.handle)
+
+    def serialize(self) -> dict[str, Any]:
+        return self._bound().serialize()
+
+    def __reduce__(self) -> Any:
+        return self._bound().__reduce__()
 
 
 async def load(model: Any, **how: Any) -> Any:
@@ -149,7 +206,8 @@ class _Named:
     def __init__(
         self, models: dict[str, ModelWrapper], *, max_ongoing_forwards: int, **how: Any
     ) -> None:
-        self._models = models
+        # A replica that is being replaced still loads what its deployment no longer has.
+        self._models = {name: borrowed(model) for name, model in models.items()}
         self._how = how
         self._forwards = _Forwards(max_ongoing_forwards)
 
@@ -166,6 +224,13 @@ class _Named:
     async def predict(self, batch: Any) -> Columns:
         predictor = await (await self.predictor(serve.get_multiplexed_model_id()))
         return await self._forwards.run(predictor.predict, batch)
+
+
+def borrowed(wrapper: ModelWrapper) -> ModelWrapper:
+    """Give a wrapper that holds a reference to what the cluster keeps."""
+    if isinstance(wrapper.ref, Version):
+        return ModelWrapper(deployments.borrowed(wrapper.ref))
+    return wrapper
 
 
 class _Forwards:

@@ -30,6 +30,7 @@ class ModelWrapper:
     `fn_constructor_kwargs` and `Deployment.bind`, and through plain `pickle`. Ray counts the
     references in wrappers that it carries itself. It cannot count those in plain pickles, nor in
     `bind`'s arguments: such a pickle keeps the block until the process that published it ends.
+    `rzc.serve.keep` gives one for `bind`.
 
     Example:
         >>> wrapper = ModelWrapper.from_model(pipeline)

@@ -364,6 +364,27 @@ def cause_of(error: ray.exceptions.RaySystemError) -> BaseException | None:
     return getattr(error, "client_exc", None)
 
 
+def serve_deployments(timeout: float = 30.0) -> list[bytes]:
+    """Give what Serve's controller has of each deployment: what was bound to it lies in there.
+
+    Nothing where Serve does not run. Raises `LookupError` where a deployment is in another form.
+    """
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
+    except ValueError:
+        return []
+    found = []
+    for each in ray.get(controller.list_deployment_ids.remote(), timeout=timeout):
+        asked = controller.get_deployment_info.remote(each.name, each.app_name)
+        try:
+            found.append(ray.get(asked, timeout=timeout))
+        except KeyError:  # deleted meanwhile
+            continue
+        if each.name.encode() not in found[-1]:
+            raise LookupError(f"Serve has deployment {each.name!r} in a form that is not known")
+    return found
+
+
 class KeyValues:
     """Bytes by key in the GCS: they outlive every process of ours, and the head where it is kept.
 

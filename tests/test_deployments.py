@@ -1,0 +1,290 @@
+"""A model that Serve deploys stays as long as the deployment, and no longer; memory in store bytes.
+
+Deployed by the driver, again and again, and by the `serve` command, whose processes end.
+"""
+
+import gc
+import time
+
+import numpy as np
+import pytest
+import ray
+import ray_zerocopy as rzc
+from fresh import run
+from ray import serve
+from ray_zerocopy.serve import app, keep, multiplexed
+from test_serve import SMALL, until
+from test_serve import url as serving  # noqa: F401
+from torch import nn
+
+NBYTES = 2**24
+
+
+def heavy(value=1.0):
+    """A model of 16 MiB that gives its value."""
+    model = nn.Linear(4, 2**20, bias=False)
+    nn.init.constant_(model.weight, value / 4)
+    return model
+
+
+HEAVY = {"postprocess": lambda y: y[:, :1], **SMALL}
+
+
+def used():
+    gc.collect()
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return total["object_store_memory"] - free["object_store_memory"]
+
+
+def kept():
+    return [name for name in rzc.published() if name.startswith("serve/")]
+
+
+def value_of(handle):
+    return handle.predict.remote({"x": np.ones((1, 4), "float32")}).result()["output"].item()
+
+
+@pytest.fixture
+def keeps(serving):  # noqa: F811
+    """Wait until the store has so many models more than before."""
+    until(lambda: not kept(), 120)
+    before = used()
+
+    def keeps(count, borrowed=0):
+        until(lambda: len(kept()) == count, 120)
+        until(lambda: abs(used() - before - (count + borrowed) * NBYTES) < NBYTES / 4, 120)
+
+    yield keeps
+    keeps(0)
+
+
+def hurry():
+    """Have the keeper wait no longer for deployments of what it keeps now."""
+
+    def forget_how_long(keeper):
+        keeper._until_s = dict.fromkeys(keeper._until_s, 0.0)
+
+    ray.get(ray.get_actor("keeper", "ray_zerocopy").__ray_call__.remote(forget_how_long))
+
+
+def in_both(kind, value):
+    models = {"a": heavy(value), "b": heavy(value)}
+    return app(models["a"], **HEAVY) if kind == "app" else multiplexed(models, **HEAVY)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("app", 1), ("multiplexed", 2)])
+def test_an_application_keeps_its_models_while_it_is_deployed(kind, count, keeps):
+    for value in range(4):
+        handle = serve.run(in_both(kind, float(value)), name="heavy", route_prefix="/heavy")
+        handle = handle.options(multiplexed_model_id="b") if kind == "multiplexed" else handle
+        until(lambda: value_of(handle) == value, 120)  # noqa: B023
+    keeps(count)
+    serve.delete("heavy")
+    keeps(0)
+
+
+def test_a_reference_is_the_drivers_and_what_is_deployed_the_clusters(keeps):
+    ref = rzc.put(heavy())
+    application = app(ref, **HEAVY)
+    keeps(1, borrowed=1)
+    handle = serve.run(application, name="heavy", route_prefix="/heavy")
+    del ref, application
+    keeps(1)
+    assert value_of(handle) == 1
+    serve.delete("heavy")
+
+
+def test_an_application_is_deployed_whenever_it_is_wanted(keeps):
+    """Also where the cluster has let go of its model, while this process has not."""
+    application = app(heavy(), **HEAVY)
+    keeps(1)
+    hurry()
+    keeps(0, borrowed=1)
+    for _ in range(2):
+        handle = serve.run(application, name="heavy", route_prefix="/heavy")
+        assert value_of(handle) == 1
+        keeps(1)
+        serve.delete("heavy")
+        keeps(0, borrowed=1)
+    del application
+
+
+def test_a_model_that_is_never_deployed_goes(keeps):
+    application = app(heavy(), **HEAVY)
+    keeps(1)
+    del application
+    hurry()
+    keeps(0)
+
+
+def test_a_deployment_keeps_its_model_though_the_keeper_dies(keeps):
+    application = app(heavy(), **HEAVY)
+    handle = serve.run(application, name="heavy", route_prefix="/heavy")
+    del application
+    ray.kill(ray.get_actor("keeper", "ray_zerocopy"), no_restart=False)
+    time.sleep(10)  # of three looks
+    keeps(1)
+    assert value_of(handle) == 1
+    serve.delete("heavy")
+    keeps(0)
+
+
+def test_a_deployment_without_a_replica_keeps_its_model(keeps):
+    few = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}
+    application = app(heavy(), autoscaling_config=few, **HEAVY)
+    handle = serve.run(application, name="heavy", route_prefix="/heavy")
+    del application
+    hurry()
+    time.sleep(10)  # of three looks
+    keeps(1)
+    assert value_of(handle) == 1
+    serve.delete("heavy")
+
+
+def test_a_replica_loads_what_is_let_go_after_its_start(keeps):
+    """As one that is being replaced does, where the new one has other models."""
+    handle = serve.run(multiplexed({"a": heavy()}, **HEAVY), name="heavy", route_prefix="/heavy")
+    (name,) = kept()
+    rzc.retire(name)
+    assert value_of(handle.options(multiplexed_model_id="a")) == 1
+    serve.delete("heavy")
+
+
+@serve.deployment(**SMALL)
+class Mine:
+    def __init__(self, wrapper):
+        self.model = wrapper.load()
+
+    def __call__(self):
+        return self.model.weight[0, 0].item() * 4
+
+
+def test_a_deployment_of_ones_own_keeps_its_model(keeps):
+    handle = serve.run(Mine.bind(keep(heavy())), name="heavy", route_prefix="/heavy")
+    keeps(1)
+    assert handle.remote().result() == 1
+    serve.delete("heavy")
+
+
+def test_what_is_published_is_bound_as_it_is(keeps):
+    version = rzc.publish("bound", heavy())
+    assert keep(version).ref == version.handle
+    live = rzc.follow("bound")
+    assert keep(live).ref is live
+    assert kept() == []
+    del live, version
+    rzc.retire("bound")
+
+
+def test_what_the_serve_command_deploys_stays_as_long_as_it_is_deployed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+
+    def body():
+        import os
+        import signal
+        import socket
+        import subprocess
+        import sys
+        from pathlib import Path
+
+        import ray
+        import ray_zerocopy as rzc
+        import yaml
+        from test_serve import post, until
+
+        folder, nbytes = Path(os.environ["FOLDER"]), 2**24
+        for name, value in {"one": 1.0, "two": 2.0}.items():
+            lines = [
+                "import ray_zerocopy as rzc, torch",
+                "model = torch.nn.Linear(4, 2**20, bias=False)",
+                f"torch.nn.init.constant_(model.weight, {value})",
+                "options = {'ray_actor_options': {'num_cpus': 0.1}}",
+                "application = rzc.serve.app(model, postprocess=lambda y: y[:, :1], **options)",
+            ]
+            (folder / f"{name}.py").write_text("\n".join(lines))
+
+        def free_port():
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                return free.getsockname()[1]
+
+        os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "120"}
+        address = ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=200_000_000,
+            dashboard_port=(dashboard := free_port()),
+            log_to_driver=False,
+        ).address_info["gcs_address"]
+        os.environ["RAY_ADDRESS"] = address
+        os.environ["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+        url = f"http://127.0.0.1:{(port := free_port())}"
+
+        def serve(*arguments):
+            command = [str(Path(sys.executable).parent / "serve"), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        def used():
+            total, free = ray.cluster_resources(), ray.available_resources()
+            return total["object_store_memory"] - free["object_store_memory"]
+
+        def answers(value):
+            try:
+                return post(f"{url}/app1", {"x": [[1.0] * 4]})["output"] == [[4 * value]]
+            except OSError:
+                return False
+
+        def deploy(name):
+            """By a config that `serve build` made."""
+            serve("build", f"{name}:application", "-o", "built.yaml")
+            config = yaml.safe_load((folder / "built.yaml").read_text())
+            config |= {"http_options": {"host": "127.0.0.1", "port": port}}
+            config["proxy_location"] = "HeadOnly"
+            config["applications"][0]["route_prefix"] = "/app1"
+            (folder / "config.yaml").write_text(yaml.dump(config))
+            serve("deploy", "config.yaml")
+
+        def kept():
+            return [name for name in rzc.published() if name.startswith("serve/")]
+
+        def replicas():
+            names = ray.util.list_named_actors(all_namespaces=True)
+            return [each for each in names if "REPLICA" in each["name"]]
+
+        def keeps(models):
+            until(lambda: len(kept()) == models, 240)
+            until(lambda: abs(used() - models * nbytes) < nbytes / 4, 240)
+
+        # The processes that built it are gone.
+        deploy("one")
+        until(lambda: answers(1.0), 240)
+        keeps(1)
+
+        # Another replica takes the place of one that died.
+        (replica,) = replicas()
+        ray.kill(ray.get_actor(replica["name"], replica["namespace"]))
+        until(lambda: replicas() not in ([], [replica]), 240)
+        until(lambda: answers(1.0), 240)
+
+        # New weights take the place of old ones.
+        deploy("two")
+        until(lambda: answers(2.0), 240)
+        keeps(1)
+
+        serve("shutdown", "--yes")
+        keeps(0)
+
+        # `serve run` deploys from its own process, and takes it back when that is interrupted.
+        serve("start", "--http-host=127.0.0.1", f"--http-port={port}")
+        command = [str(Path(sys.executable).parent / "serve"), "run", "one:application"]
+        running = subprocess.Popen([*command, "--route-prefix=/app1"], cwd=folder)
+        until(lambda: answers(1.0), 240)
+        keeps(1)
+        running.send_signal(signal.SIGINT)
+        running.wait(120)
+        keeps(0)
+        ray.shutdown()
+
+    run(body, timeout=1500)
