@@ -37,6 +37,7 @@ SEED ?= 0
 chaos: export PYTHONPATH = tests
 chaos: build
 	$(BIN)/python -W ignore tests/chaos/head.py
+	$(BIN)/python -W ignore tests/chaos/serve_command.py
 	$(BIN)/python -W ignore tests/chaos/kills.py $(KILLS) $(SEED)
 	$(BIN)/python -W ignore tests/chaos/steps.py
 	$(BIN)/python -W ignore tests/chaos/soak.py $(MINUTES) $(SEED)
