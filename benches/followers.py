@@ -84,9 +84,10 @@ def process(name):
 
 def message_nbytes():
     """What a follower of one name sends, and what it is told: pickled, without Ray's envelope."""
-    version = rzc.publish("followed/message", weights(0))
-    asked = ("0" * 32, {version.name: version.number}, 30.0)
-    told = {version.name: version}
+    name = rzc.publish("followed/message", weights(0)).name
+    asked = "0" * 32, [name]
+    actor = ray.get_actor("catalog", catalog.NAMESPACE)
+    told = ray.get(actor.follow.remote(*asked))[name]
     return len(pickle.dumps(asked)), len(ray.cloudpickle.dumps(told))
 
 

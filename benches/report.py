@@ -40,6 +40,8 @@ from followers import message_nbytes, time_live, time_updates  # noqa: E402
 from newcomer import AtHome, time_firsts  # noqa: E402
 from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
 from prefetching import NBYTES, time_sending  # noqa: E402
+from publishing import SIZES  # noqa: E402
+from publishing import times as time_weights  # noqa: E402
 from rivals import CONTENDERS, Floor, NotPrefaulted, Ours, PlainRay, PlainWay, RayFlag  # noqa: E402
 from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
 from variants import COUNTS, memory_of_node, times_of_variant  # noqa: E402
@@ -152,7 +154,11 @@ def sections(only=None):
             [models, plain_way, over_tensors, calls, over_bytes, layouts_in_memory],
         ),
         (6 * GIB, [], [fresh_worker, running]),
-        (3 * GIB, [], [from_disk, publish_memory, memory, memory_over_models, variants]),
+        (
+            3 * GIB,
+            [],
+            [from_disk, publish_memory, memory, memory_over_models, variants, new_weights],
+        ),
         (1 * GIB, [traits, importing, followers], []),
     )
     for nbytes, *each in stores:
@@ -667,9 +673,27 @@ def followers():
         "A version of 32 MiB is published: the time from the return of `publish` until half of the "
         "followers, and all of them, answer with the new weights, and the catalog's CPU time for "
         f"each of them. `live()` takes {1e6 * time_live():.2f} µs while nothing changes. A "
-        f"follower of one name sends {asked} bytes every 15 to 30 seconds and after a change; the "
-        f"answer that reports a change has {told} bytes.",
+        f"follower of one name sends {asked} bytes every 15 to 30 seconds; the message that "
+        f"reports a change has {told} bytes.",
         table(["", "half, ms", "all, ms", "followers a second", "catalog, µs each"], rows),
+    )
+
+
+def new_weights():
+    rows = []
+    for size in SIZES:
+        for count in (4, 20):
+            found, cpu_s = time_weights(size, count, rounds=20)
+            put, publish, last, users = (median(column) for column in zip(*found, strict=True))
+            cells = ms(put), ms(publish), ms(last), ms(users), f"{1e6 * cpu_s / count:,.0f}"
+            rows.append([f"{size}, {count} workers", *cells])
+    return section(
+        "New weights for workers",
+        "A trainer sends its weights to workers, each a process: `publish` and `follow`, until the "
+        "last worker has the new version; and `ray.put(state_dict)`, then `ray.get` and "
+        "`load_state_dict` in each worker, until the last is done. Beside them `put` alone, and "
+        "the catalog's CPU time for each worker.",
+        table(["", "put, ms", "publish, ms", "last, ms", "Ray, last, ms", "catalog, µs"], rows),
     )
 
 

@@ -237,7 +237,7 @@ class Catalog:
             return False
         if staged is not None:
             staged.making.cancel()
-            self._healing.drop([token])
+        self._healing.drop([token])
         return True
 
     async def _abandon_when_deserted(self, name: str, token: str) -> None:

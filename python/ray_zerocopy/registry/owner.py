@@ -164,8 +164,8 @@ class Owner:
 
     async def _room_here(self, draft: Draft) -> Made:
         try:
-            with reading(anchor):
-                room = ray_inside.put(draft.parts(), lambda: draft.nbytes)
+            with reading(anchor):  # in a thread: a full store takes its time
+                room = await asyncio.to_thread(ray_inside.put, draft.parts(), lambda: draft.nbytes)
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
         if room is None:

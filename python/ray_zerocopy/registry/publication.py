@@ -38,7 +38,7 @@ from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _MAKE_NBYTES = 2**20
-_LARGE_NBYTES = 2**30  # takes seconds to write
+_LARGE_NBYTES = 2**26  # takes seconds to write, where the machine has other things to do
 _WAIT_S = 2.0  # a question that takes longer is asked again
 _SLICE_S = 5.0  # of a load, after which the catalog is asked whether there is another generation
 _GENERATIONS = 3
