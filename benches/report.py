@@ -439,8 +439,8 @@ def variants():
     ]
     return section(
         "Variants",
-        "BERT-base and variants with another pooler each, put with `base=`: bytes of them in the "
-        "store of a node, in MiB. Ray stores each whole.",
+        "BERT-base and variants of it that differ in the pooler, put with `base=`: their size in "
+        "the store of one node, in MiB. Ray stores each variant in full.",
         table(["", *backbone_and], rows),
         plot(
             "memory_over_variants",
@@ -450,7 +450,7 @@ def variants():
             "Memory of a node over variants",
             log=False,
         ),
-        "A variant put, and loaded in this process, in milliseconds:",
+        "Put and load of one variant, in milliseconds. *Whole*: without `base=`.",
         table(["", "whole", "over its base"], timed_rows),
     )
 
