@@ -360,6 +360,33 @@ def test_an_object_is_written_once_where_the_owner_has_room(name, monkeypatch):
     assert rzc.inspect(version.ref, verify=True).nbytes == version.nbytes
 
 
+def test_a_variant_is_published_over_its_base(name):
+    trunk = [nn.Linear(512, 512) for _ in range(4)]
+    heads = [nn.Sequential(*trunk, nn.Linear(512, classes)) for classes in (2, 400)]
+    base = rzc.publish(f"{name}/base", nn.Sequential(*trunk))
+    for head, given in zip(heads, (f"{name}/base", [base]), strict=True):
+        version = rzc.publish(name, head, base=given)
+        assert not version.heals
+        assert rzc.inspect(version.ref).base_nbytes == sum(
+            parameter.nbytes for layer in trunk for parameter in layer.parameters()
+        )
+        assert_exact(head, rzc.load(name))
+        assert rzc.publish(name, head).number == version.number, "it has the digest of the whole"
+    rzc.retire(f"{name}/base")
+    assert_exact(heads[1], rzc.load(name))
+    assert_exact(heads[0], rzc.load(name, version=1))
+
+
+def test_base_is_for_an_object(name, tmp_path):
+    for given in ({"make": dict}, {"path": "model.rzc"}):
+        with pytest.raises(TypeError, match="base is for an object"):
+            rzc.publish(name, base="bert", **given)
+    with pytest.raises(TypeError, match="without snapshot"):
+        rzc.publish(name, filled(1), base="bert", snapshot=tmp_path / "model.rzc")
+    with pytest.raises(rzc.UnknownVersionError):
+        rzc.publish(name, filled(1), base=f"{name}/nobody")
+
+
 @pytest.mark.parametrize("obstacle", ["another-Ray", "other-memory", "spilled"])
 def test_without_room_an_object_is_copied(name, monkeypatch, obstacle):
     model = large().model

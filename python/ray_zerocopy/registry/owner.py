@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import (
+    BaseLostError,
     BlockError,
     CatalogError,
     LostVersionError,
@@ -40,7 +41,14 @@ from ray_zerocopy.objects import torch_inside
 from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.records import Plan
 from ray_zerocopy.store import inspection, ray_inside, references, snapshot
-from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in, without_values
+from ray_zerocopy.store.envelope import (
+    Base,
+    Parts,
+    anchor,
+    reading,
+    references_in,
+    without_values,
+)
 from ray_zerocopy.store.loader import following
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
 
@@ -50,6 +58,7 @@ LOSSES = (
     ray.exceptions.RayTaskError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
+    BaseLostError,
 )
 
 _MAKE_NBYTES = 2**20
@@ -83,11 +92,14 @@ class Draft:
     table: bytes
     nbytes: int
     """Of its block."""
+    numbers: Sequence[int] = ()
+    bases: Sequence[Base] = ()
 
     def parts(self) -> Parts:
         """Give it as Ray is to store it, the block left out."""
         start = bytes(_core.HEADER_NBYTES)
-        return Parts(self.skeleton, self.buffers, self.table, [start], anchored=True)
+        variant = self.numbers, self.bases
+        return Parts(self.skeleton, self.buffers, self.table, [start], True, *variant)
 
 
 class Owner:

@@ -56,6 +56,7 @@ def publish(
     snapshot: str | os.PathLike[str] | None = None,
     keep: int = 2,
     timeout: float = 3600.0,
+    base: str | Version | Sequence[str | Version] = (),
 ) -> Version:
     """Keep a model in the cluster under a name, as its current version, whoever may die.
 
@@ -79,6 +80,8 @@ def publish(
         keep: how many versions stay, this one included, so that going back is instant. Older ones
             are retired: their memory is free when nobody uses them.
         timeout: seconds for all of it, and for each time it is made again.
+        base: names or versions of which `obj` is a variant, as for `put`: what has the same bytes
+            there is not stored again. Their blocks stay, even retired, while the variant does.
 
     Raises:
         PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
@@ -100,6 +103,8 @@ def publish(
         raise TypeError("publish takes one of an object, make and path")
     if snapshot is not None and obj is None:
         raise TypeError("snapshot is for an object: make and path heal without")
+    if base and (obj is None or isinstance(obj, ray.ObjectRef) or snapshot is not None):
+        raise TypeError("base is for an object that is published without snapshot")
     if keep < 1:
         raise ValueError(f"keep is 1 or more, not {keep}")
     ends_s, token = time.monotonic() + timeout, uuid.uuid4().hex
@@ -120,7 +125,7 @@ def publish(
     what = f"what is published as {name!r}"
     if not isinstance(obj, ray.ObjectRef):
         with contextlib.suppress(_NoRoomError):
-            return _write(wanted, obj, what, ends_s)
+            return _write(wanted, obj, what, ends_s, _blocks_of(base))
         wanted = replace(wanted, token=uuid.uuid4().hex)
     copied = obj if isinstance(obj, ray.ObjectRef) else references.put(obj)
     parts = references.parts_of(copied)
@@ -132,15 +137,29 @@ class _NoRoomError(Exception):
     """Nobody can make room for this object, so it is to be copied."""
 
 
-def _write(wanted: Wanted, obj: Any, what: str, ends_s: float) -> Version:
+def _blocks_of(base: str | Version | Sequence[str | Version]) -> list[ray.ObjectRef]:
+    """Give the blocks of versions; of one that is being made again there is none."""
+    bases = [base] if isinstance(base, str | Version) else base
+    found = (find(b) if isinstance(b, str) else find(b.name, b.number) for b in bases)
+    refs = (version.ref for version in found)
+    return [ref for ref in refs if ref is not None]
+
+
+def _write(
+    wanted: Wanted, obj: Any, what: str, ends_s: float, bases: Sequence[ray.ObjectRef]
+) -> Version:
     """Publish an object by writing it once, where the owner makes room for it."""
-    shared = Anchored(obj)
+    shared = Anchored(obj, bases)
     parts = Parts.of(shared)
     complete(parts, what, obj)
     nbytes = shared.block.nbytes
+    if parts.bases:  # a smaller object comes along with its reference, where nobody can write
+        nbytes = max(nbytes, INLINE_NBYTES)
     if ray_inside.way != "room" or nbytes < INLINE_NBYTES:
         raise _NoRoomError
-    wanted = replace(wanted, draft=Draft(parts.skeleton, parts.buffers, parts.table, nbytes))
+    variant = parts.numbers, parts.bases
+    draft = Draft(parts.skeleton, parts.buffers, parts.table, nbytes, *variant)
+    wanted = replace(wanted, draft=draft)
     return _publish(wanted, ends_s, shared=shared)
 
 

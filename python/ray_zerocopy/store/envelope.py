@@ -168,7 +168,7 @@ class Parts:
     @property
     def holds_tensors(self) -> bool:
         """Whether there is a tensor or a buffer in it, however small."""
-        return _core.view_count(self.table) > 0
+        return _core.view_count(self.table) > 0 or bool(self.bases)
 
     def digest(self) -> str:
         """Give what equal objects share, and no others: 128 bits, in hexadecimal.
