@@ -1,6 +1,6 @@
 """New weights for workers, again and again: `publish` and `follow` beside `put`, and what users do.
 
-    python benches/publishing.py [FOLLOWERS] [ROUNDS]
+    PYTHONPATH=tests python benches/publishing.py [FOLLOWERS] [ROUNDS]
 
 What users do: `ray.put(model.state_dict())`, and in each worker `ray.get` and `load_state_dict`.
 All in the same workers, in turn in each round; medians, and their ratios in each round.
@@ -16,7 +16,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from ray_zerocopy.registry import catalog, follower
-from subjects import linears
+from subjects import linears  # which needs `tests` on PYTHONPATH
 
 MIB = 2**20
 SIZES = {"4 MiB": (104, 100), "400 MiB": (100, 1024)}
