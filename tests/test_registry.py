@@ -816,5 +816,5 @@ def test_the_actors_take_no_cpu_and_are_told_by_their_class(name):
     rzc.publish(name, filled(1))
     named = ray.util.list_named_actors(all_namespaces=True)
     ours = {each["name"] for each in named if each["namespace"] == catalog.NAMESPACE}
-    assert ours == {"catalog", "owner"}
+    assert ours - {"keeper"} == {"catalog", "owner"}  # other tests deploy with Serve
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]

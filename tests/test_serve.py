@@ -327,7 +327,8 @@ def publish_late(gate):
     return rzc.Shared(simple().model)
 
 
-def test_loading_one_model_does_not_block_another(url):
+def test_loading_one_model_does_not_block_another(url, monkeypatch):
+    monkeypatch.setattr(rzc.serve, "keep", rzc.serve.wrap)  # which waits for the late one
     gate = ray.remote(Gate).options(num_cpus=0).remote()
     quick, late = nn.Linear(16, 4), publish_late.remote(gate)
     models = {"quick": rzc.put(quick), "other": nn.Linear(16, 4), "late": late}

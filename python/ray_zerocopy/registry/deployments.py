@@ -24,7 +24,7 @@ import ray
 from ray_zerocopy.errors import CatalogError, RayZeroCopyError
 from ray_zerocopy.registry.catalog import ACTOR, NAMESPACE
 from ray_zerocopy.registry.client import catalog
-from ray_zerocopy.registry.publication import find, publish, published, retire
+from ray_zerocopy.registry.publication import find, publish_copy, published, retire
 from ray_zerocopy.registry.records import Version
 from ray_zerocopy.store.ray_inside import serve_deployments
 
@@ -38,7 +38,7 @@ _ANSWER_S = 60.0
 
 def keep(ref: ray.ObjectRef) -> Version:
     """Publish what a reference refers to, for the deployments that it will be bound to."""
-    version = publish(f"{_PREFIX}{uuid.uuid4().hex}", ref)
+    version = publish_copy(f"{_PREFIX}{uuid.uuid4().hex}", ref)
     hold(version)
     return version
 

@@ -41,6 +41,7 @@ _MAKE_NBYTES = 2**20
 _LARGE_NBYTES = 2**26  # takes seconds to write, where the machine has other things to do
 _WAIT_S = 2.0  # a question that takes longer is asked again
 _SLICE_S = 5.0  # of a load, after which the catalog is asked whether there is another generation
+_COPY_S = 3600.0
 _GENERATIONS = 3
 
 
@@ -131,6 +132,15 @@ def publish(
     parts = references.parts_of(copied)
     complete(parts, what, None if obj is copied else obj)
     return _publish(replace(wanted, digest=parts.digest()), ends_s, [copied])
+
+
+def publish_copy(name: str, ref: ray.ObjectRef) -> Version:
+    """Publish what a reference refers to, with tensors or without, as what Serve deploys."""
+    client.start()
+    plan = Plan("object", ray.get_runtime_context().get_node_id(), seconds=_COPY_S)
+    digest = references.parts_of(ref).digest()
+    wanted = Wanted(name, uuid.uuid4().hex, plan, 1, digest)
+    return _publish(wanted, time.monotonic() + _COPY_S, [ref])
 
 
 class _NoRoomError(Exception):
