@@ -65,8 +65,11 @@ def anonymous_memory() -> int:
 
 
 def resident_memory() -> int:
-    """RssAnon and RssShmem: private memory, and what this process has mapped of shared memory."""
-    return anonymous_memory() + _status("RssShmem")
+    """RssAnon and RssShmem: private memory, and what this process has mapped of shared memory.
+
+    Both from one read: weights move from the one to the other meanwhile, and would count twice.
+    """
+    return _status("RssAnon", "RssShmem")
 
 
 def page_table_nbytes() -> int:
@@ -74,9 +77,9 @@ def page_table_nbytes() -> int:
     return _status("VmPTE")
 
 
-def _status(field):
+def _status(*fields):
     status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+    return sum(int(status.split(f"{field}:")[1].split()[0]) * 1024 for field in fields)
 
 
 def with_peak(act, measure=anonymous_memory):
