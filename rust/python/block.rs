@@ -179,6 +179,12 @@ impl Block {
         views(py, &self.table)
     }
 
+    /// How many views there are.
+    #[getter]
+    fn view_count(&self) -> usize {
+        self.table.views.len()
+    }
+
     /// The checksum of each span, as it was written.
     #[getter]
     pub(super) fn checksums(&self) -> PyResult<Vec<u64>> {

@@ -11,15 +11,36 @@ thread_local! {
     static MODULES: RefCell<Vec<Vec<Py<PyWeakrefReference>>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls something, and gives its result and the modules that it has made, by weak references.
+/// The modules that a load has made, by weak references.
+#[pyclass(frozen, module = "ray_zerocopy._core")]
+pub(super) struct Modules(Vec<Py<PyWeakrefReference>>);
+
+#[pymethods]
+impl Modules {
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether none of them is there any more.
+    fn are_gone(&self, py: Python<'_>) -> bool {
+        self.0.iter().all(|module| module.bind(py).upgrade().is_none())
+    }
+
+    /// The references.
+    fn refs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, &self.0)
+    }
+}
+
+/// Calls something, and gives its result and the modules that it has made.
 #[pyfunction]
 pub(super) fn noting_modules<'py>(
     make: &Bound<'py, PyAny>,
-) -> PyResult<(Bound<'py, PyAny>, Vec<Py<PyWeakrefReference>>)> {
+) -> PyResult<(Bound<'py, PyAny>, Modules)> {
     MODULES.with_borrow_mut(|modules| modules.push(Vec::new()));
     let made = make.call0();
     let modules = MODULES.with_borrow_mut(|modules| modules.pop().unwrap_or_default());
-    Ok((made?, modules))
+    Ok((made?, Modules(modules)))
 }
 
 /// Notes a module that is being made.

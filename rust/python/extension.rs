@@ -25,6 +25,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<gather::Segment>()?;
     m.add_class::<connection::Connection>()?;
     m.add_class::<block::Block>()?;
+    m.add_class::<collector::Modules>()?;
     m.add_class::<module::ModuleReducer>()?;
     m.add_class::<snapshot::Snapshot>()?;
     m.add_function(wrap_pyfunction!(snapshot::open_snapshot, m)?)?;

@@ -82,10 +82,10 @@ def _reachable(weak: Iterable[Weak]) -> list[object]:
     return list(found.values())
 
 
-def watch(loaded: object, modules: list[Weak]) -> None:
+def watch(loaded: object, modules: _core.Modules) -> None:
     """Have an object that was just loaded collected when cycles alone hold it.
 
-    `modules` are what the load has made of those. The caller holds the object by one name.
+    `modules` are those that the load has made. The caller holds the object by one name.
     """
     if isinstance(loaded, _CONTAINERS):
         roots = [(ref, _count(ref) - 1) for ref in _weak(_inside(loaded))]
@@ -93,7 +93,7 @@ def watch(loaded: object, modules: list[Weak]) -> None:
         within = sys.getrefcount(loaded) - _HELD_MEANWHILE
         roots = [(ref, within) for ref in _weak([loaded])]
     if roots or modules:
-        _WATCH.add(_Loaded(roots, [*modules, *(ref for ref, _ in roots)]))
+        _WATCH.add(_Loaded(roots, modules))
 
 
 def look() -> None:
@@ -152,15 +152,15 @@ _HELD_MEANWHILE = _held_meanwhile()
 class _Loaded:
     """What one load has made, by weak references."""
 
-    def __init__(self, roots: list[tuple[Weak, int]], parts: list[Weak]) -> None:
+    def __init__(self, roots: list[tuple[Weak, int]], modules: _core.Modules) -> None:
         self.roots = roots  # each with its references from within
-        self.parts = parts
+        self.modules = modules
         self.made_s = time.monotonic()
         self.due_s = self.made_s + _LOOKS_S
         self.in_vain: list[int] | None = None  # references when it was collected, and stayed
 
     def is_gone(self) -> bool:
-        return all(part() is None for part in self.parts)
+        return all(root() is None for root, _ in self.roots) and self.modules.are_gone()
 
     def is_dropped(self) -> bool:
         """Tell whether nothing from outside refers to it, as far as counts show, and once only."""
@@ -206,7 +206,7 @@ class _Watch:
             for loaded in looked_at
             if not loaded.is_gone()
             and (loaded.is_dropped() or (not latest and loaded.is_due(now_s)))
-            for part in loaded.parts
+            for part in (*loaded.modules.refs(), *(root for root, _ in loaded.roots))
         )
 
     def _run(self) -> None:

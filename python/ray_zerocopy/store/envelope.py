@@ -204,7 +204,7 @@ def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
     """Map the block of a stored object, and those of its bases; raises `BaseLostError`, too."""
     own = open_block(parts, isolation)
     if not parts.bases:
-        return [(own, range(len(own.views)))]
+        return [(own, range(own.view_count))]
     refs = [ref for ref, *_ in parts.bases]
     others = [
         (open_block(base, isolation, (header, table)), numbers)
