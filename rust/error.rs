@@ -1,11 +1,12 @@
-//! What can go wrong, as values that carry the numbers. They become exceptions in `python` alone.
+//! The errors of this crate, as values that carry the numbers. Only `python` turns them into
+//! exceptions.
 
 use std::fmt::Display;
 use std::io;
 
 use thiserror::Error;
 
-/// Everything this crate refuses, with the numbers that say why.
+/// An error of this crate.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Error {
     /// A size does not fit into 64 bits.
@@ -15,28 +16,28 @@ pub enum Error {
         what: &'static str,
     },
     /// A torch dtype that this version does not know.
-    #[error("dtype {name} is not known to this version of ray-zerocopy")]
+    #[error("this version of ray-zerocopy does not know dtype {name}: upgrade ray-zerocopy here")]
     UnknownDtype {
-        /// Its name in torch, or its code in a table.
+        /// Its name in torch, or its code in an offset table.
         name: String,
     },
     /// A view whose shape and stride differ in length.
-    #[error("view has {shape} dimensions and {stride} strides")]
+    #[error("view has {shape} dimensions, but {stride} strides")]
     Dimensions {
         /// Length of the shape.
         shape: usize,
         /// Length of the stride.
         stride: usize,
     },
-    /// A view that is no tensor to torch.
+    /// A view that torch has no tensor for.
     #[error("torch has no tensor of {dtype} with {what}")]
     NoTensor {
         /// The name of its dtype.
         dtype: &'static str,
-        /// What such a tensor cannot have.
+        /// The property that such a tensor cannot have.
         what: String,
     },
-    /// A view that reaches beyond the bytes it is laid over.
+    /// A view that reaches beyond its span.
     #[error("view ends at byte {end}, its span has {nbytes}")]
     OutOfSpan {
         /// One past the last byte the view touches.
@@ -44,12 +45,12 @@ pub enum Error {
         /// Bytes in the span.
         nbytes: u64,
     },
-    /// A view that names a span that is not there.
-    #[error("view {view} lies in span {span}, the table has {spans}")]
+    /// A view that refers to a span that does not exist.
+    #[error("view {view} refers to span {span}, the table has {spans} spans")]
     NoSuchSpan {
         /// Index of the view.
         view: usize,
-        /// The span it names.
+        /// The span it refers to.
         span: usize,
         /// How many spans there are.
         spans: usize,
@@ -74,54 +75,54 @@ pub enum Error {
         /// The alignment it should have.
         align: u64,
     },
-    /// Bytes that are no table of ours.
+    /// Bytes that are not an offset table.
     #[error("not an offset table of ray-zerocopy: it starts with {found:02x?}")]
     NotATable {
         /// The first bytes found.
         found: Vec<u8>,
     },
-    /// A format newer than this package.
+    /// A format version newer than this package.
     #[error(
         "{what} has version {found}, this ray-zerocopy reads up to {supported}: upgrade ray-zerocopy here"
     )]
     Version {
-        /// What has it.
+        /// The object of that version.
         what: &'static str,
         /// The version found.
         found: u32,
         /// The newest version that can be read.
         supported: u32,
     },
-    /// A table that ends early, or goes on after its end.
+    /// A table that is truncated, or has bytes after its end.
     #[error("offset table should have {needed} bytes, it has {available}")]
     TableLength {
         /// Bytes the header announces, as far as they were counted.
         needed: u64,
-        /// Bytes that are there.
+        /// Bytes found.
         available: u64,
     },
-    /// A block of another length than its table says.
+    /// A block whose length is not the one in its table.
     #[error("block should have {expected} bytes, it has {found}: truncated, or another object's")]
     BlockLength {
         /// Bytes the table announces.
         expected: u64,
-        /// Bytes that are there.
+        /// Bytes found.
         found: u64,
     },
     /// A block that belongs to another table.
     #[error(
-        "block carries fingerprint {found:016x}, its table has {expected:016x}: another object's"
+        "block has fingerprint {found:016x}, its table has {expected:016x}: it is another object's"
     )]
     ForeignBlock {
         /// The table's fingerprint.
         expected: u64,
-        /// What stands at the head of the block.
+        /// The fingerprint in the block's header.
         found: u64,
     },
-    /// A block that a variant does not mean.
-    #[error("the base's block is another than the variant was stored with")]
+    /// A base whose block is not the one that the variant was stored with.
+    #[error("the base has another block than the variant was stored with")]
     OtherBase,
-    /// A span whose bytes are not those that were written.
+    /// A span whose bytes have changed.
     #[error(
         "span {span} ({tensor}; bytes {start} to {end} of the block) is damaged: \
          checksum {found:016x}, it was written with {expected:016x}"
@@ -129,35 +130,35 @@ pub enum Error {
     Damaged {
         /// Index of the span.
         span: usize,
-        /// The tensors over it.
+        /// The tensors in it.
         tensor: String,
         /// Its first byte.
         start: u64,
         /// One past its last byte.
         end: u64,
-        /// The checksum that was taken when it was written.
+        /// The checksum of the bytes that were written.
         expected: u64,
-        /// That of the bytes found.
+        /// The checksum of the bytes that were found.
         found: u64,
     },
-    /// Something else of a block or a snapshot that is not as it was written.
-    #[error("{what} is damaged: it is not what was written")]
+    /// Another part of a block or snapshot that has changed.
+    #[error("{what} is damaged: it differs from what was written")]
     Corrupt {
         /// What is damaged.
         what: &'static str,
     },
-    /// Bytes that are no snapshot of ours.
+    /// Bytes that are not a snapshot.
     #[error("not a snapshot of ray-zerocopy: it starts with {found:02x?}")]
     NotASnapshot {
         /// The first bytes found.
         found: Vec<u8>,
     },
-    /// A snapshot that ends early, or goes on after its end.
-    #[error("snapshot should have {expected} bytes, it has {found}: truncated, or not finished")]
+    /// A snapshot that is truncated, or has bytes after its end.
+    #[error("snapshot should have {expected} bytes, it has {found}: truncated, or incomplete")]
     SnapshotLength {
         /// Bytes that its header and table announce.
         expected: u64,
-        /// Bytes that are there.
+        /// Bytes found.
         found: u64,
     },
     /// Spans that share bytes.
@@ -168,19 +169,19 @@ pub enum Error {
         /// Where it starts.
         offset: u64,
     },
-    /// A part of a file that cannot be read, and why.
+    /// A range of a file that cannot be read.
     #[error("{path}: bytes {start} to {end} cannot be read: {reason}")]
     Unreadable {
         /// The file.
         path: String,
-        /// The first byte of the part.
+        /// Its first byte.
         start: u64,
         /// One past its last byte.
         end: u64,
-        /// What the system says.
+        /// The system's error.
         reason: String,
     },
-    /// Shared memory that a block cannot be written to.
+    /// Shared memory is full.
     #[error(
         "shared memory has no room for {nbytes} bytes: /dev/shm is full, or smaller than the store that \
          Ray was started with"
@@ -189,17 +190,17 @@ pub enum Error {
         /// Bytes in the block.
         nbytes: u64,
     },
-    /// What a limit of this process refuses.
+    /// This process has reached one of its limits.
     #[error("{what}: {reason}: {limit}")]
     Limit {
-        /// What was asked for.
+        /// The resource that was asked for.
         what: String,
-        /// What the system says.
+        /// The system's error.
         reason: String,
-        /// The limit that is reached.
+        /// The limit to raise.
         limit: &'static str,
     },
-    /// What this system does not have, or does not allow.
+    /// This system lacks a feature, or forbids it.
     #[error("{reason}")]
     Unsupported {
         /// What is missing.
@@ -208,13 +209,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the system refuses this process: a limit of the process, if the error is one.
+    /// The error for a resource that the system refuses: `Limit` if this process has reached a
+    /// limit.
     pub fn refused(what: impl Display, error: &io::Error) -> Error {
         let limit = match error.raw_os_error() {
-            Some(libc::EMFILE) => "`ulimit -n` files are open",
-            Some(libc::ENFILE) => "fs.file-max files are open on this machine",
-            Some(libc::ENOMEM) => "`ulimit -v` or vm.max_map_count is reached, or memory is short",
-            Some(libc::EAGAIN) => "`ulimit -u` threads run, or pids.max of the cgroup",
+            Some(libc::EMFILE) => "raise `ulimit -n` (open files)",
+            Some(libc::ENFILE) => "raise fs.file-max (open files of the machine)",
+            Some(libc::ENOMEM) => "raise `ulimit -v` or vm.max_map_count, or free memory",
+            Some(libc::EAGAIN) => "raise `ulimit -u` or the cgroup's pids.max (threads)",
             _ => return Error::Unsupported { reason: format!("{what}: {error}") },
         };
         Error::Limit { what: what.to_string(), reason: error.to_string(), limit }

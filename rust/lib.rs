@@ -1,12 +1,13 @@
-//! The core of ray-zerocopy: plan the layout of a model's storages, gather them into one block,
-//! and map that block again where it is read.
+//! The core of ray-zerocopy. It plans where the storages of a model lie in one block, writes that
+//! block, and maps it in each process that reads it.
 //!
 //! ```text
 //! storages ─ layout ─▶ table + segments ─ block ─▶ ... ═ store ═ ... ─ pages ─▶ views
 //! ```
 //!
-//! A folder imports only from those before it, in the order of this file, and a file only from those
-//! before it in its folder's `mod.rs`, which says what comes in and what goes out.
+//! A folder imports only from the folders before it, in the order of this file. A file imports only
+//! from the files before it, in the order of its folder's `mod.rs`, which also says what the folder
+//! takes and gives.
 
 pub mod error;
 
@@ -18,7 +19,7 @@ pub mod memory;
 
 pub mod io;
 
-#[allow(unsafe_code)] // a C structure and what it keeps; the buffer protocol
+#[allow(unsafe_code)] // C structures, and the buffer protocol
 pub mod python;
 
 #[cfg(test)]
@@ -26,8 +27,8 @@ mod order {
     use std::fs;
     use std::path::Path;
 
-    /// The files of modules in the order in which they are declared, as paths from the crate; that which
-    /// declares those of a folder comes after them.
+    /// The files of all modules, as paths from the crate, in the order of their declarations. A
+    /// `mod.rs` comes after the files that it declares.
     fn files(declaring: &Path, path: &str) -> Vec<String> {
         let text = fs::read_to_string(declaring).unwrap_or_default();
         let declared = text.lines().filter_map(|line| {

@@ -267,7 +267,7 @@ def test_another_base_is_refused():
     """It has the same table: other bytes, which its header tells."""
     (table, meant), (_, other) = (of_one_block(torch.full((9,), value)) for value in (1.0, 2.0))
     _core.Block(table, meant, "copy", variant=(meant[0][:64], table))
-    with pytest.raises(rzc.BlockError, match="another than the variant was stored with"):
+    with pytest.raises(rzc.BlockError, match="another block than the variant was stored with"):
         _core.Block(table, other, "copy", variant=(meant[0][:64], table))
 
 

@@ -1,8 +1,8 @@
-//! Checksums: what tells a damaged span from a whole one.
+//! Checksums: they detect damaged spans.
 //!
-//! A span's checksum is the XXH3 (64 bits) of its bytes. Where it is longer than a chunk, it is the
-//! XXH3 of its chunks' checksums, 8 bytes each, little-endian: so threads can share a span, and each
-//! chunk is summed while the processor has it at hand.
+//! The checksum of a span is the XXH3 (64 bits) of its bytes. If the span is longer than a chunk,
+//! it is the XXH3 of its chunks' checksums, 8 bytes each, little-endian. So several threads can
+//! share a span, and a thread sums each chunk while it is in the processor's cache.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -13,10 +13,10 @@ use twox_hash::XxHash3_64;
 use crate::error::{Error, Result};
 use crate::format::layout::Span;
 
-/// Bytes that are summed by themselves. Part of the format: never change.
+/// Bytes in a chunk. Part of the format: never change.
 pub const CHUNK: usize = 1 << 20;
 
-/// Below this a second thread costs more than it saves.
+/// With fewer bytes, a second thread costs more than it saves.
 const SUM_ALONE: usize = 4 << 20;
 
 /// The XXH3 of bytes: the checksum of a span of at most one chunk.
@@ -29,7 +29,7 @@ pub fn xxh3_of(numbers: &[u64]) -> u64 {
     xxh3(&numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>())
 }
 
-/// The checksums of spans of these lengths, from those of all their chunks in order.
+/// The checksums of spans of these lengths, from the checksums of all their chunks in order.
 pub fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<u64> {
     let of_span = |nbytes: usize| {
         let (own, rest) = chunks.split_at(nbytes.div_ceil(CHUNK));
@@ -43,7 +43,8 @@ pub fn combine(lengths: impl Iterator<Item = usize>, mut chunks: &[u64]) -> Vec<
     lengths.map(of_span).collect()
 }
 
-/// The checksum of each of these, as if it were a span; by several threads where that pays.
+/// The checksum of each of these slices, as if it were a span. Uses several threads if that is
+/// faster.
 pub fn sums(spans: &[&[u8]]) -> Vec<u64> {
     let chunks: Vec<_> = spans.iter().flat_map(|bytes| bytes.chunks(CHUNK)).collect();
     let threads = match chunks.iter().map(|chunk| chunk.len()).sum() {
@@ -61,7 +62,7 @@ pub fn sums(spans: &[&[u8]]) -> Vec<u64> {
     };
     thread::scope(|scope| {
         for _ in 1..threads {
-            // where the system gives no more threads, fewer do it
+            // if the system gives fewer threads, these share the work
             let _ = thread::Builder::new().spawn_scoped(scope, sum_shares);
         }
         sum_shares();
@@ -69,18 +70,18 @@ pub fn sums(spans: &[&[u8]]) -> Vec<u64> {
     combine(spans.iter().map(|bytes| bytes.len()), &sums)
 }
 
-/// The chunks of spans by rising offset, each a range of the block, with its index in the order that
-/// [`Chunks::combine`] wants.
+/// The chunks of spans, by rising offset. [`Chunks::combine`] puts their checksums back into the
+/// order of the spans.
 #[derive(Debug)]
 pub struct Chunks {
-    /// Where each lies in the block.
+    /// The range of each chunk in the block.
     pub ranges: Vec<Range<usize>>,
     order: Vec<usize>,
     lengths: Vec<usize>,
 }
 
 impl Chunks {
-    /// Cuts spans into chunks. Refuses spans that share bytes.
+    /// Cuts spans into chunks. Refuses spans that overlap.
     pub fn of(spans: &[Span]) -> Result<Chunks> {
         let mut by_offset: Vec<_> = (0..spans.len()).collect();
         by_offset.sort_by_key(|&span| (spans[span].offset, spans[span].nbytes));
@@ -93,7 +94,7 @@ impl Chunks {
             end = spans[span].end()?;
         }
         let lengths: Vec<_> = spans.iter().map(|span| span.nbytes as usize).collect();
-        let mut first = vec![0; spans.len()]; // of each span's chunks, in the order of the spans
+        let mut first = vec![0; spans.len()]; // index of each span's first chunk
         for span in 1..spans.len() {
             first[span] = first[span - 1] + lengths[span - 1].div_ceil(CHUNK);
         }
@@ -108,7 +109,7 @@ impl Chunks {
         Ok(Chunks { ranges, order, lengths })
     }
 
-    /// The checksum of each span, in the spans' order, from those of the chunks.
+    /// The checksum of each span, in the order of the spans, from the checksums of the chunks.
     pub fn combine(&self, sums: &[u64]) -> Vec<u64> {
         let mut in_order = vec![0; sums.len()];
         self.order.iter().zip(sums).for_each(|(&index, &sum)| in_order[index] = sum);
@@ -122,7 +123,7 @@ mod tests {
 
     #[test]
     fn it_is_the_published_hash() {
-        assert_eq!(xxh3(b""), 0x2d06_8005_38d3_94c2); // as the reference implementation has it
+        assert_eq!(xxh3(b""), 0x2d06_8005_38d3_94c2); // the value of the reference implementation
     }
 
     #[test]

@@ -1,17 +1,19 @@
-//! The digest: the same number for equal objects, whichever process pickled them.
+//! The digest: equal objects have the same one, whichever process pickled them.
 //!
 //! ```text
 //! skeleton ─ read ─▶ graph ─ forget ─▶ graph ─ walk ─▶ words ─ XXH3 ─▶ digest
 //! ```
 //!
-//! The bytes of a skeleton differ between processes: a set of strings has the order of the process's
-//! hash seed, an interned string is written once, and some numbers tell only what the process did
-//! before. So `read` gives the graph of objects that the pickle builds; `forget` drops what the
-//! process alone knows; `walk` writes the graph in one order. Values (numbers, strings, tuples of
-//! such) count by what they are. All others count by what they are and by who else holds them. A
-//! tensor is its view and the checksum of its span: no weight is read.
+//! The skeletons of equal objects differ between processes. Pickle writes a set of strings in the
+//! order of the process's hash seed. It writes an interned string once. Some numbers only count
+//! what the process did before. So `read` builds the graph of the objects in the pickle, `forget`
+//! drops everything that is specific to the process, and `walk` writes the graph in one fixed
+//! order.
 //!
-//! The order of a dict counts, as it decides the order of a model's layers.
+//! A value (a number, a string, a tuple of values) counts by its content. For any other object, it
+//! also counts which objects refer to it. A tensor counts as its view and the checksum of its span,
+//! so no weight is read. The order of a dict counts, because it decides the order of a model's
+//! layers.
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,13 +22,13 @@ use twox_hash::XxHash3_128;
 use crate::error::{Error, Result};
 use crate::format::table::Table;
 
-/// Sets of objects are ordered by what can be reached in so many steps.
+/// How many references away from an object `colours` looks at most, to order sets of objects.
 const ROUNDS: usize = 64;
 
-/// How a ZIP archive begins, as torch's programs are.
+/// The first bytes of a ZIP archive, such as torch's programs.
 const ARCHIVE: &[u8] = b"PK\x03\x04";
 
-/// What an object is.
+/// The kind of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     None,
@@ -46,25 +48,25 @@ enum Kind {
     Tensor,
     Buffer,
     ReadOnlyBuffer,
-    /// What a call gives.
+    /// The result of a call.
     Call,
-    /// What a class makes without `__init__`.
+    /// An instance that its class made without `__init__`.
     New,
-    /// Told from others, and no more than that.
+    /// An object without content, only distinct from others.
     Name,
 }
 
-/// What an object is to one that holds it.
+/// The part that an object plays in the object that refers to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Part,
     Item,
     Key,
     Value,
-    /// One of a set: the order does not count.
+    /// A member of a set: the order does not count.
     Member,
     State,
-    /// A call that changes the object.
+    /// A call that changed the object.
     Change,
 }
 
@@ -72,18 +74,18 @@ enum Role {
 #[derive(Debug, Clone)]
 struct Node<'a> {
     kind: Kind,
-    /// The bytes of a string or an integer, as the pickle has them.
+    /// The bytes of a string or an integer, as in the pickle.
     bytes: &'a [u8],
-    /// The hash of what it is, without what it holds.
+    /// The hash of the object without the objects that it refers to.
     own: u128,
-    /// The hash of a value; `None` where it counts who else holds the object.
+    /// The hash of a value; `None` if it counts which objects refer to this one.
     value: Option<u128>,
     edges: Vec<(Role, usize)>,
 }
 
-/// The digest of an object: its skeleton, its table, its views that are buffers, the checksums of its
-/// spans. `plain` gives what counts of an archive among its `bytes`. Refuses a skeleton that is no
-/// pickle.
+/// The digest of an object, from its skeleton, its table, the views that are buffers, and the
+/// checksums of its spans. `plain` takes an archive found among its `bytes`, and returns the part
+/// that counts. Refuses a skeleton that is not a pickle.
 pub fn digest(
     skeleton: &[u8],
     table: &Table,
@@ -96,7 +98,7 @@ pub fn digest(
     Ok(graph.walk())
 }
 
-/// Hashes bytes as one of a kind.
+/// Hashes the bytes of an object of this kind.
 fn hash(kind: Kind, bytes: &[u8]) -> u128 {
     XxHash3_128::oneshot_with_seed(kind as u64, bytes)
 }
@@ -111,11 +113,12 @@ fn number(bytes: &[u8]) -> Result<usize> {
 struct Graph<'a> {
     nodes: Vec<Node<'a>>,
     root: usize,
-    /// The span of each node that is a tensor or a buffer, with its length and checksum.
+    /// The span of each node that is a tensor or a buffer.
     spans: HashMap<usize, usize>,
 }
 
-// --- read: the machine that unpickles, without making anything ------------------------------------
+// --- read: a pickle machine that makes no objects
+// -------------------------------------------------
 
 struct Reader<'a, 'p> {
     rest: &'a [u8],
@@ -138,7 +141,7 @@ impl<'a> Graph<'a> {
     ) -> Result<Graph<'a>> {
         let (nodes, stack, marks, memo) = (vec![], vec![], vec![], vec![]);
         let mut reader = Reader { rest: skeleton, plain, nodes, stack, marks, memo };
-        let mut views: HashMap<usize, usize> = HashMap::new(); // nodes of tensors
+        let mut views: HashMap<usize, usize> = HashMap::new(); // the node of each tensor
         let mut spans = HashMap::new();
         let mut buffers = buffers.iter().map(|&view| view as usize);
         loop {
@@ -176,7 +179,7 @@ enum Step {
 }
 
 impl<'a> Reader<'a, '_> {
-    /// Takes one instruction.
+    /// Executes one instruction.
     fn step(&mut self) -> Result<Step> {
         match self.take(1)?[0] {
             b'.' => return Ok(Step::Stop),
@@ -185,7 +188,7 @@ impl<'a> Reader<'a, '_> {
                 return Ok(Step::Tensor(number(self.nodes[index].bytes)?));
             }
             b'\x97' => return Ok(Step::Buffer),
-            b'\x80' => drop(self.take(1)?), // which protocol
+            b'\x80' => drop(self.take(1)?), // the protocol
             b'\x95' => drop(self.take(8)?), // a frame
             b'(' => self.marks.push(self.stack.len()),
             b'0' => self.forgo()?,
@@ -261,7 +264,7 @@ impl<'a> Reader<'a, '_> {
                 let members = self.popped()?;
                 self.hold(&[Role::Member], members)?;
             }
-            // what Python code makes
+            // objects that Python code makes
             b'\x98' => self.made(Kind::ReadOnlyBuffer, 1)?,
             b'R' => self.made(Kind::Call, 2)?,
             b'\x81' => self.made(Kind::New, 2)?,
@@ -270,7 +273,7 @@ impl<'a> Reader<'a, '_> {
                 let state = self.pop()?;
                 self.hold(&[Role::State], vec![state])?;
             }
-            // what comes again
+            // the memo
             b'\x94' => self.memo.push(self.top()?),
             b'h' => {
                 let index = self.number(1)?;
@@ -291,7 +294,7 @@ impl<'a> Reader<'a, '_> {
         Ok(taken)
     }
 
-    /// A number of so many bytes, little-endian.
+    /// A little-endian number of `nbytes` bytes.
     fn number(&mut self, nbytes: usize) -> Result<usize> {
         number(self.take(nbytes)?)
     }
@@ -307,14 +310,14 @@ impl<'a> Reader<'a, '_> {
         Ok(top)
     }
 
-    /// The last `count`, off the stack.
+    /// Pops the last `count` objects.
     fn last(&mut self, count: usize) -> Result<Vec<usize>> {
         let mut last = (0..count).map(|_| self.pop()).collect::<Result<Vec<_>>>()?;
         last.reverse();
         Ok(last)
     }
 
-    /// All since the last mark, off the stack.
+    /// Pops all objects since the last mark.
     fn popped(&mut self) -> Result<Vec<usize>> {
         let mark = self.marks.pop().ok_or(DAMAGED)?;
         Ok(self.stack.split_off(mark))
@@ -328,7 +331,7 @@ impl<'a> Reader<'a, '_> {
         self.nodes.len() - 1
     }
 
-    /// An integer, of which the shortest form counts.
+    /// Pushes an integer. Its shortest form counts.
     fn int(&mut self, nbytes: usize, is_signed: bool) -> Result<()> {
         let bytes = self.take(nbytes)?;
         let mut digits = bytes.to_vec();
@@ -360,7 +363,7 @@ impl<'a> Reader<'a, '_> {
         Ok(())
     }
 
-    /// What is complete as it is made: a value where all its parts are.
+    /// Pushes an object that is complete once made. It is a value if all its parts are.
     fn compound(&mut self, kind: Kind, role: Role, parts: Vec<usize>) {
         let node = compound(&self.nodes, kind, role, parts);
         self.nodes.push(node);
@@ -380,13 +383,13 @@ impl<'a> Reader<'a, '_> {
         Ok(())
     }
 
-    /// Has the object on top hold these, in roles that repeat.
+    /// Makes the object on top refer to these, in roles that repeat.
     fn hold(&mut self, roles: &[Role], held: Vec<usize>) -> Result<()> {
         let top = self.top()?;
         if !held.len().is_multiple_of(roles.len()) {
             return Err(DAMAGED);
         }
-        self.nodes[top].value = None; // no pickle of Python's changes a value
+        self.nodes[top].value = None; // Python's pickles never change a value
         self.nodes[top].edges.extend(roles.iter().copied().cycle().zip(held));
         Ok(())
     }
@@ -396,7 +399,7 @@ impl<'a> Reader<'a, '_> {
         Ok(())
     }
 
-    /// Takes away what is on top. If that came of a call, the call changed its first argument.
+    /// Pops the top. If it is the result of a call, that call changed its first argument.
     fn forgo(&mut self) -> Result<()> {
         if self.marks.last() == Some(&self.stack.len()) {
             self.marks.pop();
@@ -425,12 +428,13 @@ fn compound<'a>(nodes: &[Node<'a>], kind: Kind, role: Role, parts: Vec<usize>) -
     Node { kind, bytes: &[], own: hash(kind, &[]), value, edges }
 }
 
-// --- forget: what the process alone knows ---------------------------------------------------------
+// --- forget: drop what is specific to the process
+// -------------------------------------------------
 
-/// Attributes that are of the process, and of no use to another one.
+/// Attributes that are specific to the process, and useless in another one.
 const FORGOTTEN: [&[u8]; 2] = [
-    b"_original_object_hash", // Python's hash of a string, in what transformers 5 generates by
-    b"_cloudpickle_submodules", // what was imported when a function was pickled
+    b"_original_object_hash", // Python's hash of a string, in generation configs of transformers 5
+    b"_cloudpickle_submodules", // the modules that were imported when the function was pickled
 ];
 
 /// Lists and tuples that Python makes from sets.
@@ -439,7 +443,7 @@ const UNORDERED: [&[u8]; 2] = [b"_abc_impl", b"__static_attributes__"];
 impl Graph<'_> {
     /// Drops what differs between processes for equal objects.
     fn forget(&mut self) {
-        let mut hooks: HashMap<u128, usize> = HashMap::new(); // names for the ids of hooks
+        let mut hooks: HashMap<u128, usize> = HashMap::new(); // a stand-in for each hook's id
         for node in 0..self.nodes.len() {
             self.forget_entries(node, &mut hooks);
             match self.nodes[node].kind {
@@ -450,7 +454,8 @@ impl Graph<'_> {
         }
     }
 
-    /// Entries of a dict: those of the process, and the ids of hooks, which count up in each process.
+    /// Drops entries of a dict that are specific to the process, and the ids of hooks, which each
+    /// process counts from 0.
     fn forget_entries(&mut self, node: usize, hooks: &mut HashMap<u128, usize>) {
         let mut edges = std::mem::take(&mut self.nodes[node].edges);
         let mut forgotten = false;
@@ -478,7 +483,7 @@ impl Graph<'_> {
         self.nodes[node].edges = edges;
     }
 
-    /// The object that stands for a hook's id, in place of the number.
+    /// The node that stands in for a hook's id.
     fn name_of(&mut self, id: usize, hooks: &mut HashMap<u128, usize>) -> usize {
         let (Kind::Int, Some(value)) = (self.nodes[id].kind, self.nodes[id].value) else {
             return id;
@@ -491,8 +496,8 @@ impl Graph<'_> {
         })
     }
 
-    /// Arguments that tell nothing: a class by value has a random id in each process; code lies in a
-    /// file, which makes it no other code to Python either.
+    /// Drops arguments that carry no information: the random id that a process gives to a class
+    /// pickled by value, and the file name of code, which Python ignores when it compares code.
     fn forget_arguments(&mut self, node: usize) {
         let [(_, callee), (_, arguments), ..] = self.nodes[node].edges[..] else { return };
         let parts = &self.nodes[arguments].edges;
@@ -514,7 +519,7 @@ impl Graph<'_> {
         }
     }
 
-    /// The id in a hook's handle, which is the second of its state.
+    /// Replaces the id in a hook's handle, the second item of its state.
     fn forget_id_of_handle(&mut self, node: usize, hooks: &mut HashMap<u128, usize>) {
         let [(_, callee), .., (Role::State, state)] = self.nodes[node].edges[..] else { return };
         if self.name(callee) == Some((b"torch.utils.hooks", b"RemovableHandle"))
@@ -525,7 +530,7 @@ impl Graph<'_> {
         }
     }
 
-    /// What a string says; nothing for other objects.
+    /// The text of a string; empty for other objects.
     fn text(&self, node: usize) -> &[u8] {
         let Node { kind, bytes, .. } = self.nodes[node];
         if kind == Kind::Str { bytes } else { &[] }
@@ -540,7 +545,7 @@ impl Graph<'_> {
     }
 }
 
-/// Whether an attribute of torch's modules and optimizers keeps hooks by their ids.
+/// Whether an attribute of torch's modules and optimizers holds hooks by id.
 fn is_of_hooks(name: &[u8]) -> bool {
     const BEGINNINGS: [&[u8]; 5] =
         [b"_forward", b"_backward", b"_state_dict", b"_load_state_dict", b"_optimizer"];
@@ -548,9 +553,10 @@ fn is_of_hooks(name: &[u8]) -> bool {
         && name.windows(5).any(|part| part == b"hooks")
 }
 
-// --- walk: in one order ---------------------------------------------------------------------------
+// --- walk: write the graph in one order
+// -----------------------------------------------------------
 
-/// What precedes, in the words of a graph, a value, and what was there before.
+/// In the words of a graph, marks a value; `AGAIN` marks an object that came before.
 const VALUE: u8 = 254;
 const AGAIN: u8 = 255;
 
@@ -600,10 +606,11 @@ impl Graph<'_> {
         XxHash3_128::oneshot(&words)
     }
 
-    /// What members of sets are ordered by: values by themselves, objects by what they hold.
+    /// A number for each node that orders the members of sets: values by content, objects by the
+    /// objects that they refer to.
     ///
-    /// Objects are told apart step by step, by what those tell that they hold, until that tells no
-    /// more of them apart (Weisfeiler and Leman's colours).
+    /// Each step looks one reference further, until a step tells no more objects apart (Weisfeiler
+    /// and Leman's colours).
     fn colours(&self) -> impl Fn(usize) -> u128 {
         let of_objects = |node: &Node| {
             let mut members = node.edges.iter().filter(|(role, _)| *role == Role::Member);
@@ -664,7 +671,7 @@ mod tests {
         digest(pickle, &table, &[], &[], &|archive| archive.to_vec())
     }
 
-    /// The pickle with some bytes in place of others, which it has once.
+    /// The pickle with `found`, which it has once, replaced by `other`.
     fn with(found: &[u8], other: &[u8]) -> Vec<u8> {
         let at = PICKLE.windows(found.len()).position(|part| part == found).unwrap();
         [&PICKLE[..at], other, &PICKLE[at + found.len()..]].concat()

@@ -1,4 +1,4 @@
-//! Every dtype of torch: its name, the bytes of one element, and its code in DLPack.
+//! Every dtype of torch: its name, its size, and its code in DLPack.
 
 use crate::error::{Error, Result};
 
@@ -14,17 +14,17 @@ macro_rules! dtypes {
             /// All dtypes, in the order of their codes.
             pub const ALL: &'static [Dtype] = &[$(Dtype::$variant,)*];
 
-            /// The name in torch, without `torch.`.
+            /// Its name in torch, without `torch.`.
             pub fn name(self) -> &'static str {
                 match self { $(Dtype::$variant => $name,)* }
             }
 
-            /// Bytes of one element; sub-byte dtypes take a whole byte, as in torch.
+            /// Bytes of one element. Sub-byte dtypes take a whole byte, as in torch.
             pub fn itemsize(self) -> u64 {
                 match self { $(Dtype::$variant => $itemsize,)* }
             }
 
-            /// Its `DLDataTypeCode`, where DLPack has one of this very size.
+            /// Its `DLDataTypeCode`, if DLPack has a type of this code and size.
             pub fn dlpack(self) -> Option<u8> {
                 match self { $(Dtype::$variant => $dlpack,)* }
             }
@@ -39,7 +39,7 @@ macro_rules! dtypes {
                 self.name().contains("complex")
             }
 
-            /// The dtype that DLPack knows by this code and size.
+            /// The dtype with this code and size in DLPack.
             pub fn from_dlpack(code: u8, nbytes: u64) -> Option<Dtype> {
                 let is = |dtype: &Dtype| dtype.dlpack() == Some(code) && dtype.itemsize() == nbytes;
                 Dtype::ALL.iter().copied().find(is)

@@ -30,7 +30,7 @@ fn header(nbytes: u64, fingerprint: u64, sums: &[u64]) -> [u8; HEADER_NBYTES as 
     header
 }
 
-/// Writes checksums and header, the header last: whoever finds it finds all the rest.
+/// Writes the checksums, then the header: a reader that finds the header finds all the rest.
 pub fn seal(block: &mut [u8], nbytes: u64, fingerprint: u64, sums: &[u64]) {
     let (header_at, rest) = block.split_at_mut(HEADER_NBYTES as usize);
     for (target, sum) in rest.chunks_exact_mut(CHECKSUM_NBYTES as usize).zip(sums) {
@@ -40,7 +40,7 @@ pub fn seal(block: &mut [u8], nbytes: u64, fingerprint: u64, sums: &[u64]) {
     header_at.copy_from_slice(&header(nbytes, fingerprint, sums));
 }
 
-/// Refuses what is not the header that belongs to this table, or a newer one than this knows.
+/// Refuses bytes that are not the header of this table's block, and a version newer than ours.
 pub fn check_header(start: &[u8], fingerprint: u64) -> Result<()> {
     let word = |at: usize| start.get(at..at + 8).map_or([0; 8], |word| word.try_into().unwrap());
     let found = u64::from_le_bytes(word(16));
@@ -55,14 +55,14 @@ pub fn check_header(start: &[u8], fingerprint: u64) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a block that has another header than was meant: another table, or other bytes.
+/// Refuses a block that does not start with `header`: it has another table, or other bytes.
 pub fn check_same(start: &[u8], header: &[u8]) -> Result<()> {
     let found = start.get(..HEADER_NBYTES as usize);
     if found == Some(header) { Ok(()) } else { Err(Error::OtherBase) }
 }
 
-/// The checksums at the start of a block, which need not be there whole; refuses those that have
-/// changed, or a header that has.
+/// The checksums at the start of a block; `start` may be cut short. Refuses a header or checksums
+/// that have changed.
 pub fn checksums(table: &Table, fingerprint: u64, start: &[u8]) -> Result<Vec<u64>> {
     let (header_nbytes, end) = (HEADER_NBYTES as usize, start_nbytes(table));
     let too_short = Error::BlockLength { expected: end as u64, found: start.len() as u64 };
@@ -74,7 +74,7 @@ pub fn checksums(table: &Table, fingerprint: u64, start: &[u8]) -> Result<Vec<u6
     Ok(sums)
 }
 
-/// Refuses the first span that is not as it was written.
+/// Refuses the first span that has changed.
 pub fn check_spans(table: &Table, expected: &[u64], found: &[u64]) -> Result<()> {
     match expected.iter().zip(found).position(|(expected, found)| expected != found) {
         Some(span) => {
@@ -87,8 +87,8 @@ pub fn check_spans(table: &Table, expected: &[u64], found: &[u64]) -> Result<()>
     }
 }
 
-/// Refuses a block, as long as its table says, of which the header, a checksum or a span is not as it
-/// was written.
+/// Refuses a block whose header, checksums or spans have changed. `block` has the length that its
+/// table says.
 pub fn verify(table: &Table, fingerprint: u64, block: &[u8]) -> Result<()> {
     let expected = checksums(table, fingerprint, block)?;
     let span = |span: &Span| &block[span.offset as usize..][..span.nbytes as usize];

@@ -1,4 +1,4 @@
-//! The layout: where each storage lies in the block, and how the bytes travel there.
+//! The layout: the offset of each storage in the block, and the segments in which Ray writes it.
 //!
 //! ```text
 //!           ┌ packed ────────────────────────────┐┌ segment ─┐┌ segment ─┐┌ segment ┐
@@ -6,42 +6,42 @@
 //!           0        64                                                           nbytes
 //! ```
 //!
-//! Small storages come first. `put` writes the block as it is drawn. Where Ray is to write it, as it
-//! does what a task returns, it travels in segments: the small storages packed into one, the others
-//! copied straight from the model, in one segment or several.
+//! Small storages come first. `put` writes the whole block itself. Where Ray writes it, as for the
+//! return value of a task, it takes segments: one with all small storages packed, and each large
+//! storage straight from the model, in one segment or several.
 
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 
-/// Every span and every segment starts at a multiple of this many bytes, as Ray's buffers do.
+/// Every span and every segment starts at a multiple of this, as Ray's buffers do.
 pub const ALIGN: u64 = 64;
 
-/// Bytes at the start of the block that hold its header.
+/// Bytes of the header, at the start of the block.
 pub const HEADER_NBYTES: u64 = 64;
 
-/// Bytes of one span's checksum; all of them follow the header.
+/// Bytes of a span's checksum. The checksums follow the header.
 pub const CHECKSUM_NBYTES: u64 = 8;
 
-/// Ray lays buffers of at least this size out at multiples of [`ALIGN`], smaller ones at 8.
+/// Ray aligns buffers of at least this size to [`ALIGN`], smaller ones to 8.
 const MIN_SEGMENT: u64 = 2048;
 
-/// Storages below this are packed: a segment of its own costs the reader 0.85 us at `ray.get`.
+/// Smaller storages are packed: each segment costs the reader 0.85 us in `ray.get`.
 const PACK_BELOW: u64 = 16 << 10;
 
-/// Ray copies up to 1 MiB in the caller and starts threads, 0.25 ms a time, above it ...
+/// Up to 1 MiB, Ray copies in the calling thread. Above, it starts threads, which takes 0.25 ms ...
 const SEGMENT: usize = 1 << 20;
 
-/// ... which pays from here on. Measured on 418 MiB: segments of 1 MiB 42 ms, of 2 MiB 75 ms, of
-/// 8 MiB 42 ms, one segment 31 ms.
+/// ... and pays from this size on. (418 MiB: segments of 1 MiB 42 ms, of 2 MiB 75, of 8 MiB 42, one
+/// segment 31.)
 const WHOLE_FROM: usize = 8 << 20;
 
-/// Where one storage lies in the block, in bytes.
+/// The place of one storage in the block, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     /// First byte, a multiple of [`ALIGN`].
     pub offset: u64,
-    /// Bytes of the storage that any tensor uses.
+    /// Bytes of the storage between the first and the last that a tensor uses.
     pub nbytes: u64,
 }
 
@@ -70,7 +70,7 @@ pub fn used(extents: impl IntoIterator<Item = Range<u64>>) -> Range<u64> {
 }
 
 impl Layout {
-    /// Lays storages of these many bytes out, each once, the small ones first.
+    /// Plans a span for each of these lengths, the small ones first.
     pub fn plan(storages: impl IntoIterator<Item = u64>) -> Result<Layout> {
         let mut spans: Vec<_> =
             storages.into_iter().map(|nbytes| Span { offset: 0, nbytes }).collect();
@@ -88,22 +88,22 @@ impl Layout {
         Ok(Layout { spans, packed_nbytes, nbytes: end })
     }
 
-    /// The segments after the first, by rising offset: each a part of a span, as a range of its bytes.
-    /// Each starts at the next multiple of [`ALIGN`].
+    /// The segments after the first, by rising offset: the span of each, and its range in that
+    /// span. Each starts at the next multiple of [`ALIGN`].
     pub fn segments(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         let large = self.spans.iter().enumerate().filter(|(_, span)| !span.is_small());
         large
             .flat_map(|(index, span)| segments(span.nbytes as usize).map(move |part| (index, part)))
     }
 
-    /// Bytes of the block that belong to no storage: header, checksums, and what alignment costs.
+    /// Bytes of the block that belong to no storage: header, checksums and alignment.
     pub fn padding(&self) -> u64 {
         self.nbytes - self.spans.iter().map(|span| span.nbytes).sum::<u64>()
     }
 }
 
 impl Span {
-    /// Whether its bytes are packed with others.
+    /// Whether it is packed with others.
     pub fn is_small(&self) -> bool {
         self.nbytes < PACK_BELOW
     }
@@ -114,7 +114,7 @@ impl Span {
     }
 }
 
-/// Cuts a storage as Ray's copier likes it: whole, or evenly, so that no segment is small.
+/// Cuts a storage into segments that Ray copies fast: one, or several of about the same length.
 fn segments(nbytes: usize) -> impl Iterator<Item = Range<usize>> {
     let count = if nbytes < WHOLE_FROM { nbytes.div_ceil(SEGMENT) } else { 1 };
     let size =
@@ -173,7 +173,8 @@ mod tests {
             prop_assert!(spans.first().is_none_or(|span| span.offset >= header));
             prop_assert_eq!(layout.padding(), layout.nbytes - sizes.iter().sum::<u64>());
 
-            // small spans lie in the first segment, and of the others every byte in one, in order
+            // small spans lie in the first segment; each byte of the others lies in one segment, in
+            // order
             for span in layout.spans.iter().filter(|span| span.is_small()) {
                 prop_assert!(span.end().unwrap() <= layout.packed_nbytes);
             }

@@ -1,7 +1,7 @@
-//! Format: what a block is, as bytes.
+//! Format: the bytes of a block.
 //!
-//! In: how long storages are, and the tensors over them. Out: a layout, its table, checksums, headers; or an
-//! error, for bytes that are none of these. Imports `error` alone.
+//! In: the lengths of storages, and the tensors over them. Out: a layout, its table, checksums and
+//! headers. Bytes that are none of these give an error. Imports only `error`.
 
 pub mod dtype;
 

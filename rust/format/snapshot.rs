@@ -1,4 +1,4 @@
-//! Snapshots: a block as a file, and what it takes to make its object again.
+//! Snapshots: a block as a file, with all that it takes to rebuild the object.
 //!
 //! ```text
 //!  │ header │ skeleton │ table │ buffers │ pad │ block: header, checksums, spans │
@@ -15,7 +15,8 @@
 //! | 8 + 8 + 8 | XXH3 of each |
 //! | 8 | XXH3 of the bytes before |
 //!
-//! The list of buffers names the views that are no tensors but buffers, such as numpy's, 4 bytes each.
+//! The list of buffers holds the numbers of the views that are buffers (numpy's, for example) and
+//! not tensors, 4 bytes each.
 
 use std::ops::Range;
 
@@ -29,14 +30,15 @@ const VERSION: u16 = 1;
 /// Bytes of the header.
 pub const SNAPSHOT_HEADER_NBYTES: usize = 64;
 
-/// The block starts at a multiple of this: of a page, and of the blocks of every disk.
+/// The block starts at a multiple of this, which is a multiple of a page and of every disk's
+/// blocks.
 const BLOCK_ALIGN: u64 = 4096;
 
-/// The parts before the block, as errors call them.
+/// The parts before the block, as errors name them.
 const PARTS: [&str; 3] =
     ["the skeleton of the snapshot", "the table of the snapshot", "the list of buffers"];
 
-/// How long the parts before the block are, and their checksums.
+/// The lengths and checksums of the parts before the block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     nbytes: [u64; 3],
@@ -62,7 +64,7 @@ impl Header {
         bytes
     }
 
-    /// Reads a header, and believes it only whole.
+    /// Decodes a header. Refuses one in which any byte has changed.
     pub fn decode(bytes: &[u8]) -> Result<Header> {
         if !bytes.starts_with(MAGIC) {
             return Err(Error::NotASnapshot { found: bytes[..bytes.len().min(4)].to_vec() });
@@ -95,13 +97,13 @@ impl Header {
             .ok_or(Error::Overflow { what: "the snapshot" })
     }
 
-    /// Where skeleton, table and list of buffers lie in all that precedes the block. Refuses what is
-    /// not as it was written.
+    /// The ranges of skeleton, table and list of buffers in `head`, which is all that precedes the
+    /// block. Refuses parts that have changed.
     pub fn parts(&self, head: &[u8]) -> Result<[Range<usize>; 3]> {
         let mut start = SNAPSHOT_HEADER_NBYTES;
         let mut ranges = [const { 0..0 }; 3];
         for (index, range) in ranges.iter_mut().enumerate() {
-            // no overflow: `block_offset` was computed of a header that was read
+            // no overflow: `block_offset` has added up the same numbers
             *range = start..start + self.nbytes[index] as usize;
             let (expected, found) = (range.end as u64, head.len() as u64);
             let part = head.get(range.clone()).ok_or(Error::SnapshotLength { expected, found })?;
@@ -114,14 +116,14 @@ impl Header {
     }
 }
 
-/// All that precedes the block, as it was written.
+/// The decoded parts before the block.
 #[derive(Debug)]
 pub struct Head {
-    /// Where the skeleton lies in it ...
+    /// The range of the skeleton ...
     pub skeleton: Range<usize>,
-    /// ... the table ...
+    /// ... of the table ...
     pub table: Range<usize>,
-    /// ... and the list of buffers.
+    /// ... and of the list of buffers.
     pub buffers: Range<usize>,
     /// The table.
     pub decoded: Table,

@@ -1,4 +1,5 @@
-//! The offset table: a layout and its views, encoded. Validated whole before a byte is believed.
+//! The offset table: a layout and its views, encoded. `decode` checks all of it before it returns
+//! any.
 //!
 //! All numbers are little-endian:
 //!
@@ -26,7 +27,7 @@ const VERSION: u16 = 2;
 pub struct Table {
     /// Bytes in the block.
     pub nbytes: u64,
-    /// Where each storage lies.
+    /// The span of each storage.
     pub spans: Vec<Span>,
     /// The tensors.
     pub views: Vec<View>,
@@ -40,7 +41,7 @@ impl Table {
         Ok(table)
     }
 
-    /// The table of other views over the spans of the same block.
+    /// The table of other views over the same spans.
     pub fn with(&self, views: Vec<View>) -> Result<Table> {
         let table = Table { nbytes: self.nbytes, spans: self.spans.clone(), views };
         table.validate()?;
@@ -74,8 +75,8 @@ impl Table {
         bytes
     }
 
-    /// Reads a table and believes it only if every span lies within the block and every view
-    /// within its span.
+    /// Decodes a table. Refuses it unless every span lies within the block, and every view within
+    /// its span.
     pub fn decode(bytes: &[u8]) -> Result<Table> {
         let mut reader = Reader { bytes, position: 0 };
         let magic = reader.bytes(4).unwrap_or(bytes);
@@ -92,7 +93,7 @@ impl Table {
         }
         let nbytes = reader.u64()?;
         let (spans, views) = (reader.u32()?, reader.u32()?);
-        // room for both before a byte is reserved for either
+        // check the length before reserving memory
         reader.expect(16 * (u64::from(spans) + u64::from(views)))?;
         let spans = (0..spans).map(|_| reader.span()).collect::<Result<_>>()?;
         let views = (0..views).map(|_| reader.view()).collect::<Result<_>>()?;
@@ -105,7 +106,7 @@ impl Table {
         Ok(table)
     }
 
-    /// The tensors over a span, as a reader of an error would look for them.
+    /// The tensors in a span, for the reader of an error.
     pub fn name(&self, span: usize) -> String {
         let mut over = self.views.iter().enumerate().filter(|(_, view)| view.span == span);
         let first = over.next().map_or("no tensor".to_owned(), |(index, view)| {
@@ -141,12 +142,12 @@ impl Table {
     }
 }
 
-/// Ties a block to its table: the XXH3 of the table's bytes, which stands in the block's header.
+/// The XXH3 of a table's bytes. The block's header has it too, which ties the block to its table.
 pub fn fingerprint(table: &[u8]) -> u64 {
     xxh3(table)
 }
 
-/// Takes numbers off the front of a slice, never past its end.
+/// Decodes numbers from the front of a slice, never past its end.
 struct Reader<'a> {
     bytes: &'a [u8],
     position: usize,
@@ -231,13 +232,13 @@ mod tests {
         })
     }
 
-    /// Numbers at which sums and products of 64 bits end.
+    /// Numbers near which sums and products of 64 bits overflow.
     fn numbers() -> impl Strategy<Value = u64> {
         let edge = prop::sample::select(vec![31, 32, 58, 62, 63, 64]);
         prop_oneof![0u64..5, edge.prop_map(|bits| u64::MAX >> (64 - bits)), any::<u64>()]
     }
 
-    /// What nobody may read out of bounds, nor torch refuse.
+    /// Whether nothing can be read out of bounds, and torch accepts all views.
     fn is_safe(table: &Table) -> bool {
         let mut spans = table.spans.iter();
         let mut views = table.views.iter();

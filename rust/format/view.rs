@@ -1,4 +1,4 @@
-//! A view: a tensor's dtype, shape, stride and offset over one span.
+//! A view: the dtype, shape, stride and offset of a tensor in one span.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use crate::error::{Error, Result};
 use crate::format::dtype::Dtype;
 
-/// What a view is to torch, beyond its geometry; the bits of one byte in the table.
+/// What torch keeps of a tensor besides its geometry: the bits of one byte in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Flags(pub u8);
 
@@ -24,13 +24,13 @@ impl Flags {
     /// All of them.
     const ALL: Flags = Flags(15);
 
-    /// Whether all bits of `other` are set.
+    /// Whether it has all bits of `other`.
     pub fn contains(self, other: Flags) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// A number for each dimension, up to four of them without memory of their own.
+/// A number for each dimension. Up to four need no heap memory.
 pub type Dims = SmallVec<[u64; 4]>;
 
 /// A strided tensor over a span. Shape, stride and offset count elements, as in torch.
@@ -51,7 +51,7 @@ pub struct View {
 }
 
 impl View {
-    /// The bytes of its span that it touches; `None` if it has no element.
+    /// The range of its span that it touches, in bytes; `None` if it has no element.
     pub fn extent(&self) -> Result<Option<Range<u64>>> {
         if self.shape.len() != self.stride.len() {
             return Err(Error::Dimensions { shape: self.shape.len(), stride: self.stride.len() });
@@ -62,7 +62,7 @@ impl View {
         let overflow = Error::Overflow { what: "a view's last byte" };
         let last =
             (self.shape.iter().zip(&self.stride)).try_fold(self.offset, |last, (&n, &step)| {
-                // n > 0: a zero was sent away above
+                // n > 0: a zero has returned above
                 (n - 1).checked_mul(step).and_then(|span| last.checked_add(span))
             });
         let itemsize = self.dtype.itemsize();
@@ -72,7 +72,7 @@ impl View {
         Ok(Some(self.offset * itemsize..end))
     }
 
-    /// Whether torch has such tensors, and every byte it touches lies within a span of `nbytes`.
+    /// Refuses a view that torch has no tensor for, or that reaches beyond a span of `nbytes`.
     pub fn check(&self, nbytes: u64) -> Result<()> {
         self.check_tensor()?;
         match self.extent()? {
@@ -83,12 +83,12 @@ impl View {
         }
     }
 
-    /// Refuses what torch would, or would take for something else: its numbers are signed.
+    /// Refuses numbers that torch would refuse, or misread because its own are signed.
     fn check_tensor(&self) -> Result<()> {
         let (dtype, flags) = (self.dtype, self.flags);
         let refused = |what| Err(Error::NoTensor { dtype: dtype.name(), what });
         let fits = |number: u64| i64::try_from(number).is_ok();
-        // in the order of the dimensions, as torch counts: an early 0 forgives what a late one does not
+        // in the order of the dimensions, as torch multiplies: after a 0 no overflow is possible
         let count = self.shape.iter().try_fold(1, |count: u64, &n| count.checked_mul(n));
         if !count.is_some_and(fits) || !self.shape.iter().all(|&n| fits(n)) {
             return refused(format!("shape {:?}", self.shape));
