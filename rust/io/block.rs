@@ -1,4 +1,4 @@
-//! The block: written whole, packed for Ray, read from a snapshot, put together where it came in pieces.
+//! The block: written whole, packed for Ray, read from a snapshot, or joined from pieces.
 
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use crate::io::source::Source;
 use crate::memory::reaper::{self, Reaped};
 use crate::memory::region::Region;
 
-/// Writes the whole block, each source at its offset in it, and clears the rest of `target`. Releases
-/// what has been written.
+/// Writes the whole block, each source at its offset, and zeros elsewhere in `target`. Calls
+/// `release` with each range that has been written.
 ///
 /// # Safety
 /// As for [`fill`].
@@ -50,9 +50,9 @@ pub unsafe fn pack(layout: &Layout, storages: &[Region], fingerprint: u64) -> Re
     Ok(packed)
 }
 
-/// Reads the block that starts at an offset of a file into a target, by several threads, and compares
-/// each span on its way with its checksum. The block's header is written last: until then, and where
-/// anything is refused, the target is no block.
+/// Reads the block at `offset` of a file into `target`, by several threads, and compares each span
+/// with its checksum. It writes the block's header last: until then, and after an error, `target`
+/// is not a block.
 pub fn read(
     table: &Table,
     fingerprint: u64,
@@ -64,7 +64,7 @@ pub fn read(
     reader.fill(offset, &mut start)?;
     let expected = checksums(table, fingerprint, &start)?;
     let (first, offset) = (start.len() as u64, offset + start.len() as u64);
-    let nbytes = (table.nbytes - first) as usize; // a table with room for less was refused
+    let nbytes = (table.nbytes - first) as usize; // not negative: `decode` has refused such a table
     let source = Source::File { reader, offset, nbytes };
     // SAFETY: no source is memory.
     let found = unsafe { fill(vec![(first, source)], &table.spans, target, None) }?;
@@ -73,8 +73,8 @@ pub fn read(
     Ok(())
 }
 
-/// Whether pieces of a block lie as they do in it: each at the next aligned address after the one
-/// before. Refuses pieces that are not `nbytes` long together.
+/// Whether the pieces of a block lie one after another, each at the next aligned address. Refuses
+/// pieces that are not `nbytes` long in total.
 pub fn is_contiguous(pieces: &[Region], nbytes: u64) -> Result<bool> {
     let mut contiguous = true;
     let mut end = 0;
@@ -89,7 +89,7 @@ pub fn is_contiguous(pieces: &[Region], nbytes: u64) -> Result<bool> {
     Ok(contiguous)
 }
 
-/// The pieces of a block in private memory of our own, page-aligned, each where it is in the block.
+/// A copy of a block's pieces in new private memory, page-aligned, each at its place in the block.
 ///
 /// # Safety
 /// The pieces are readable, nobody writes them meanwhile, and together they are `nbytes` long, as

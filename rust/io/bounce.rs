@@ -1,4 +1,5 @@
-//! Bounce buffer: what threads read files into, on the way to their place.
+//! The bounce buffer: each thread reads file bytes into a slot of it, and copies them to the
+//! target.
 
 use memmap2::MmapMut;
 
@@ -6,31 +7,32 @@ use crate::error::{Error, Result};
 use crate::format::checksum::CHUNK;
 use crate::platform::{self, HUGE};
 
-/// The alignment of what is read past the page cache: that of no disk's blocks is larger.
+/// The alignment of reads past the page cache. No disk has larger blocks.
 pub const BLOCK: usize = 4096;
 
-/// What a thread reads into: a chunk, and the rest of the blocks at its ends.
+/// Bytes of a thread's slot: a chunk, and the rest of the disk blocks at its ends.
 const SLOT: usize = CHUNK + BLOCK;
 
-/// Memory that threads read into, each into a slot of its own; a page that is not touched is none.
+/// The slots of all threads. A page that no thread touches takes no memory.
 ///
-/// For a disk huge pages, if there are some: small ones lie anywhere, and a disk takes a few hundred
-/// pieces of memory at once. Eight threads read 755 MiB in 300 to 600 ms into them, in 200 into huge
-/// ones. For the page cache small ones, which are never dear.
+/// For reads from a disk, huge pages if the system has any: small pages lie scattered, and a disk
+/// takes only a few hundred pieces of memory per request. (Eight threads read 755 MiB into huge
+/// pages in 200 ms, into small ones in 300 to 600.) For reads from the page cache, small pages,
+/// which are always cheap.
 #[derive(Debug)]
 pub struct Bounce(MmapMut);
 
 impl Bounce {
-    /// Room for so many threads.
+    /// Makes room for this many threads.
     pub fn new(slots: usize, huge: bool) -> Result<Bounce> {
-        let nbytes = (slots * SLOT).next_multiple_of(HUGE) + HUGE; // as it need not start at one
-        let refused = |error| Error::refused(format!("{nbytes} bytes to read into"), &error);
+        let nbytes = (slots * SLOT).next_multiple_of(HUGE) + HUGE; // it may start after a small page
+        let refused = |error| Error::refused(format!("a read buffer of {nbytes} bytes"), &error);
         let map = MmapMut::map_anon(nbytes).map_err(refused)?;
         platform::prefer_huge(&map, huge);
         Ok(Bounce(map))
     }
 
-    /// The slots, as many as it has room for.
+    /// All slots.
     pub fn slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
         let before = self.0.as_ptr().addr().wrapping_neg() % HUGE;
         self.0[before..].chunks_exact_mut(SLOT)

@@ -1,4 +1,5 @@
-//! Fill: the bytes of sources written where they go, by as many threads as pay.
+//! Fill: writes the bytes of sources to their places in a target, by several threads if that is
+//! faster.
 //!
 //! ```text
 //!  sources ─┐                  ┌─ thread ─ pages made ready ─ slot, or memory ─▶ part
@@ -20,35 +21,36 @@ use crate::io::source::Source;
 use crate::memory::target::Target;
 use crate::platform::HUGE;
 
-/// Below this a second thread costs more than it saves.
+/// With fewer bytes, a second thread costs more than it saves.
 const ALONE: usize = 8 << 20;
 
-/// The part of a target that a thread takes on at once, making its pages ready.
+/// Bytes of a target that a thread takes at once, after it has made their pages ready.
 const PART: usize = 8 << 20;
 
-/// Of what goes as it is written, at most one of so many parts: for so long it is in memory twice.
+/// With a `release`, a part is at most this fraction of the target: a part is in memory twice until
+/// it is written.
 const GOING_PARTS: usize = 64;
 
-/// Called with each range of the target that has been filled, by the thread that did it: what it lets go
-/// of its sources.
+/// Called with each range of the target that has been filled, by the thread that filled it, to let
+/// go of its sources.
 pub type Release<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 
-/// Threads that read from a disk, however few the cores: it wants several requests at a time, and a
-/// thread that copies what it has read asks for nothing. 755 MiB by 8, 12, 16 and 24 threads took 1.28,
-/// 1.20, 1.18 and 1.14 times as long as to read them and no more; by 24, 32 and 64, another time, 1.11,
-/// 1.07 and 1.10.
+/// How many threads read from a disk, however few the cores: a disk needs several requests at a
+/// time, and a thread that copies what it has read makes none. (755 MiB, relative to reading
+/// without copying: 8 threads 1.28, 12 1.20, 16 1.18, 24 1.14. In another run: 24 threads 1.11, 32
+/// 1.07, 64 1.10.)
 const READING: RangeInclusive<usize> = 8..=24;
 
-/// Parts of a target for which there is a thread, where there are more than the least: its slot is not
-/// to be a twentieth of what it reads.
+/// Parts of a target for each thread above the least number, so that a thread's slot is less than a
+/// twentieth of what the thread reads.
 const PARTS_A_THREAD: usize = 12;
 
 /// How the work is shared.
 struct Plan {
-    /// The longest part that a thread takes on at once.
+    /// The longest part that a thread takes at once.
     part: usize,
     threads: usize,
-    /// Whether much of it comes from a disk.
+    /// Whether much of the target comes from a disk.
     cold: bool,
 }
 
@@ -59,7 +61,7 @@ impl Plan {
         let part = if release {
             (nbytes / GOING_PARTS).clamp(HUGE, PART)
         } else if cold {
-            HUGE // or at the end most threads wait for the last
+            HUGE // with longer parts, most threads wait for the last one at the end
         } else {
             PART
         };
@@ -67,7 +69,7 @@ impl Plan {
         let threads = if nbytes < ALONE {
             1
         } else if cold {
-            let most = parts / 2; // for less, no thread is worth its slot
+            let most = parts / 2; // with fewer parts, a thread is not worth its slot
             (parts / PARTS_A_THREAD).clamp(*READING.start(), *READING.end()).min(most)
         } else {
             thread::available_parallelism().map_or(1, usize::from).min(8)
@@ -76,10 +78,11 @@ impl Plan {
     }
 }
 
-/// Fills a target from sources, each at its offset, and clears what lies between them. Gives the
-/// checksums of spans of it, which sources fill wholly.
+/// Fills a target from sources, each at its offset, with zeros between them. Returns the checksums
+/// of `spans`, which sources fill completely.
 ///
-/// Refuses a file that cannot be read, or is written to meanwhile; the target is then half filled.
+/// Refuses a file that cannot be read, or was written to meanwhile. Then part of the target is
+/// filled.
 ///
 /// # Safety
 /// Sources in memory are readable, and nobody writes them before they are released.
@@ -104,7 +107,7 @@ pub unsafe fn fill(
             let range = part.range();
             // SAFETY: the caller's promise.
             let done = unsafe { fill_part(&sources, part, slot) };
-            done.inspect_err(|_| while next().is_some() {})?; // nor need the others go on
+            done.inspect_err(|_| while next().is_some() {})?; // the other threads stop, too
             release.inspect(|release| release(range));
         }
         Ok(())
@@ -113,7 +116,7 @@ pub unsafe fn fill(
     let done = thread::scope(|scope| {
         let mut slots = bounce.slots().take(plan.threads);
         let own_slot = slots.next().expect("one thread at least");
-        // where the system gives no more threads, fewer do it
+        // if the system gives fewer threads, these do the work
         let start = |slot| thread::Builder::new().spawn_scoped(scope, || fill_parts(slot)).ok();
         let others: Vec<_> = slots.map_while(start).collect();
         let own = fill_parts(own_slot);
@@ -127,18 +130,18 @@ pub unsafe fn fill(
         return done.map(|()| vec![]);
     }
     done?;
-    let _ = pages.make_huge_later(); // whoever waits for it waits for nothing that he needs
+    let _ = pages.make_huge_later(); // nobody waits for the thread: nothing depends on it
     sources.iter().try_for_each(|(_, source)| source.check_unchanged())?;
     Ok(chunks.combine(&sums))
 }
 
-/// Fills one part, then gives back the pages that are wanted for nothing else.
+/// Fills one part, then gives back the pages of sources that nobody else needs.
 ///
 /// # Safety
 /// As for [`fill`].
 unsafe fn fill_part(sources: &[(u64, Source)], part: Part<'_>, slot: &mut [u8]) -> Result<()> {
     let range = part.range();
-    // so little at a time that what is read for it stays in a processor's cache
+    // so few bytes at a time that they stay in the processor's cache
     for part in part.cut(CHUNK) {
         let within = within(sources, part.range());
         let mut writer = part.writer();
@@ -155,8 +158,8 @@ unsafe fn fill_part(sources: &[(u64, Source)], part: Part<'_>, slot: &mut [u8]) 
     Ok(())
 }
 
-/// The sources that have bytes of a range of the target: each with which bytes of the target it fills
-/// there, and by which of its own.
+/// The sources that overlap a range of the target. For each: the overlap in the target, and in the
+/// source.
 pub fn within(
     sources: &[(u64, Source)],
     range: Range<usize>,

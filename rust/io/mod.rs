@@ -1,6 +1,6 @@
-//! Io: bytes on their way.
+//! Io: reads the bytes of storages and writes them into a block.
 //!
-//! In: storages by address, and memory that is ready. Out: a block. Imports `error`, `format`,
+//! In: storages by address, and memory to write to. Out: a block. Imports `error`, `format`,
 //! `platform` and `memory`.
 
 #[allow(unsafe_code)] // instructions of the processor

@@ -1,4 +1,4 @@
-//! Parts of a target: what one thread fills at a time, and what checksums it takes on the way.
+//! Parts of a target: a thread fills one at a time, and sums its chunks on the way.
 //!
 //! ```text
 //!  sources   └── file ───────┘└─ memory ─┘   └──── file ────┘
@@ -12,25 +12,25 @@ use std::ops::Range;
 use crate::format::checksum::xxh3;
 use crate::io::stream::{copy_and_sum, copy_bytes};
 
-/// A part of a target, and the chunks in it, whose sums are asked for.
+/// A part of a target, and the chunks in it that are to be summed.
 pub struct Part<'a> {
-    /// Where in the target it starts.
+    /// Its offset in the target.
     pub start: usize,
     /// Its bytes.
     pub target: &'a mut [u8],
-    /// By rising offset in the target, none reaching beyond the part.
+    /// By rising offset in the target. All lie within the part.
     pub chunks: &'a [Range<usize>],
-    /// The sum of each.
+    /// The checksum of each chunk.
     pub sums: &'a mut [u64],
 }
 
 impl<'a> Part<'a> {
-    /// Cuts it into parts of at most so many bytes, never within a chunk that is no longer.
+    /// Cuts it into parts of at most `nbytes`, but never within a chunk of at most that size.
     pub fn cut(self, nbytes: usize) -> Vec<Part<'a>> {
         let Part { mut start, mut target, mut chunks, mut sums } = self;
         let mut parts = Vec::new();
         while !target.is_empty() {
-            // what follows the last chunk that fits goes along with it
+            // the bytes between the last chunk that fits and the next one go with the former
             let fit = chunks.partition_point(|chunk| chunk.end <= start + nbytes);
             let next = chunks.get(fit).map_or(usize::MAX, |next| next.start);
             let stop = next.min(start + nbytes).min(start + target.len());
@@ -43,12 +43,12 @@ impl<'a> Part<'a> {
         parts
     }
 
-    /// Which bytes of the target it has.
+    /// Its range in the target.
     pub fn range(&self) -> Range<usize> {
         self.start..self.start + self.target.len()
     }
 
-    /// Has it written from front to back.
+    /// A writer for it.
     pub fn writer(self) -> Writer<'a> {
         Writer { at: self.start, next_chunk: 0, in_pieces: Vec::new(), part: self }
     }
@@ -57,11 +57,11 @@ impl<'a> Part<'a> {
 /// Writes a part from front to back.
 pub struct Writer<'a> {
     part: Part<'a>,
-    /// Up to where in the target it has written.
+    /// The offset in the target up to which it has written.
     at: usize,
-    /// The first chunk that starts at or after that.
+    /// The first chunk that starts at or after `at`.
     next_chunk: usize,
-    /// Chunks of which only pieces came at a time.
+    /// Chunks whose bytes came in more than one piece.
     in_pieces: Vec<usize>,
 }
 
@@ -71,7 +71,7 @@ impl Writer<'_> {
         self.take_to(end).fill(0);
     }
 
-    /// Writes bytes. Chunks that lie wholly in them are summed as they are copied.
+    /// Writes bytes. A chunk that lies wholly in them is summed while it is copied.
     pub fn write(&mut self, bytes: &[u8]) {
         let (start, end) = (self.at, self.at + bytes.len());
         while let Some(chunk) = self.part.chunks.get(self.next_chunk) {
@@ -93,7 +93,7 @@ impl Writer<'_> {
         copy_bytes(self.take_to(end), rest);
     }
 
-    /// Clears what is left, and sums the chunks that came in pieces.
+    /// Writes zeros to the end, and sums the chunks that came in pieces.
     pub fn finish(mut self) {
         self.clear_to(self.part.range().end);
         let Part { start, target, chunks, sums } = self.part;
@@ -103,7 +103,7 @@ impl Writer<'_> {
         }
     }
 
-    /// What comes next of the target, up to an offset.
+    /// The bytes of the target up to an offset, which come next.
     fn take_to(&mut self, end: usize) -> &mut [u8] {
         let start = std::mem::replace(&mut self.at, end);
         &mut self.part.target[start - self.part.start..end - self.part.start]

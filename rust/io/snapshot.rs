@@ -1,4 +1,4 @@
-//! A snapshot, opened: its head, and pages over its block.
+//! An open snapshot: its head, and pages over its block.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -16,26 +16,27 @@ use crate::memory::lease::{Lease, Leases};
 use crate::memory::pages::Pages;
 use crate::memory::reaper;
 
-/// What was opened.
+/// An open snapshot.
 #[derive(Debug)]
 pub struct Opened {
     /// All bytes that precede the block ...
     pub bytes: Vec<u8>,
-    /// ... and what they say.
+    /// ... and the same, decoded.
     pub head: Head,
     /// The block.
     pub pages: Pages,
-    /// The lease on the file that they need, to be dropped after them, or why there is none.
+    /// The lease on the file, dropped after the pages; or why there is none. `None` for a copy.
     pub lease: Option<io::Result<Lease>>,
 }
 
-/// Leases a snapshot, reads what precedes the block, and maps the block privately. `path` is what errors call it.
+/// Leases a snapshot, reads all that precedes the block, and maps the block privately. `path` is
+/// its name in errors.
 pub fn open(file: File, path: &Path) -> Result<Opened> {
     let mut leases = Leases::get();
-    let leased = leases.take(&file); // first: what is read is then of one moment
+    let leased = leases.take(&file); // first, so that nobody can change the file between two reads
     let (bytes, head) = read_head(&file, path)?;
     let nbytes = head.decoded.nbytes as usize;
-    // SAFETY: the file is leased, or the caller is told why not.
+    // SAFETY: the file is leased, so its bytes stay; or the caller is told why it is not.
     let pages = unsafe { Pages::of_file(&file, head.offset, nbytes) }?;
     let mut start = vec![0; start_nbytes(&head.decoded)];
     read_at(&file, path, head.offset, &mut start)?;
@@ -49,7 +50,8 @@ pub fn open(file: File, path: &Path) -> Result<Opened> {
     Ok(Opened { bytes, head, pages, lease })
 }
 
-/// Reads all of a snapshot into memory of this process, by several threads, and refuses a byte that has changed.
+/// Reads a whole snapshot into memory of this process, by several threads. Refuses it if a byte has
+/// changed.
 pub fn copy(file: File, path: &Path) -> Result<Opened> {
     let (bytes, head) = read_head(&file, path)?;
     let nbytes = head.decoded.nbytes as usize;
@@ -61,7 +63,7 @@ pub fn copy(file: File, path: &Path) -> Result<Opened> {
     Ok(Opened { bytes, head, pages: Pages::Copied(copy), lease: None })
 }
 
-/// Reads what precedes the block; no more than there is, whatever it says.
+/// Reads all that precedes the block, at most to the end of the file.
 fn read_head(file: &File, path: &Path) -> Result<(Vec<u8>, Head)> {
     let found = file.metadata().map_err(|error| unreadable(path, 0, 0, &error))?.len();
     let mut bytes = vec![0; found.min(SNAPSHOT_HEADER_NBYTES as u64) as usize];

@@ -1,4 +1,4 @@
-//! Sources: where a span's bytes lie before they are written.
+//! Sources: where the bytes of a span come from, memory or a range of a file.
 //!
 //! ```text
 //!  mapped file   ████████████████▒▒▒▒████████████     ▒ a page that this process has written
@@ -19,18 +19,18 @@ use crate::memory::sole::Sole;
 use crate::platform::mapping::Mapping;
 use crate::platform::{Mappings, PageTable};
 
-/// Bytes that are to be written somewhere.
+/// Bytes to be written to a target.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// Memory that somebody else keeps.
+    /// Memory that the caller keeps.
     Memory(Region),
-    /// Memory that nobody else will read: its pages are given back once written.
+    /// Memory that nobody else will read. Its pages are given back once they are written.
     Sole(Sole),
-    /// A part of a file.
+    /// A range of a file.
     File {
         /// The file.
         reader: Arc<Reader>,
-        /// The first byte.
+        /// Its first byte.
         offset: u64,
         /// Length in bytes.
         nbytes: usize,
@@ -53,7 +53,7 @@ impl Source {
         }
     }
 
-    /// Whether any part of it, of so many bytes each, starts on a disk.
+    /// Whether the start of any of its parts of this size has to be read from a disk.
     pub fn is_cold(&self, part: usize) -> bool {
         match self {
             Source::Memory(_) | Source::Sole(_) => false,
@@ -63,11 +63,11 @@ impl Source {
         }
     }
 
-    /// A part of its bytes, at most [`CHUNK`](crate::format::checksum::CHUNK) of a file's: where they
-    /// are, or read into a slot.
+    /// Bytes of a range of it: in place, or read from a file into `slot`, at most
+    /// [`CHUNK`](crate::format::checksum::CHUNK) then.
     ///
     /// # Safety
-    /// What is memory is readable, and nobody writes it as long as the slice lives.
+    /// Memory of the source is readable, and nobody writes it while the slice lives.
     pub unsafe fn bytes<'a>(&self, part: Range<usize>, slot: &'a mut [u8]) -> Result<&'a [u8]> {
         match self {
             // SAFETY: the caller's promise.
@@ -80,7 +80,7 @@ impl Source {
         }
     }
 
-    /// Gives back the pages of a part, where nobody else has them.
+    /// Gives back the pages of a range, if nobody else has them.
     pub fn give_back(&self, part: Range<usize>) {
         if let Source::Sole(sole) = self {
             sole.give_back(part);
@@ -95,7 +95,7 @@ impl Source {
         }
     }
 
-    /// Takes in a source that goes right after it, if it also comes right after it.
+    /// Appends `next` if it continues this source in the same file. False if it does not.
     fn absorb(&mut self, next: &Source) -> bool {
         match (self, next) {
             (
@@ -110,11 +110,11 @@ impl Source {
     }
 }
 
-/// The sources of pieces of memory, each given with the offset that it goes to; in the order of these.
+/// The sources of regions of memory, each with the offset that its bytes go to, by rising offset.
 ///
-/// What lies in a mapping of a file is read from the file, unless this process has written it: pages
-/// of a private mapping that were written are memory. So is what lies in a file that has no disk, or
-/// cannot be opened again. What adjoins both in its file and where it goes is one source.
+/// Memory that maps a file is read from the file, except pages of a private mapping that this
+/// process has written. A file in memory, or one that cannot be opened again, is read from memory
+/// too. Sources that are adjacent both in the file and in the target become one.
 pub fn trace(pieces: impl Iterator<Item = (u64, Region)>) -> Vec<(u64, Source)> {
     let mut pieces: Vec<_> = pieces.collect();
     pieces.sort_unstable_by_key(|(_, region)| region.address);
@@ -131,13 +131,14 @@ pub fn trace(pieces: impl Iterator<Item = (u64, Region)>) -> Vec<(u64, Source)> 
     sources
 }
 
-/// Goes through memory by rising address.
+/// Walks through memory by rising address.
 struct Tracer {
-    /// `None` when there are no more.
+    /// `None` after the last mapping.
     mappings: Option<Mappings>,
-    /// The one that covers where the tracer is, or the next above it.
+    /// The mapping at the current address, or the next above it.
     mapping: Option<Mapping>,
-    /// By name and inode, as one file may be mapped in parts; `None` for what is to be memory.
+    /// By name and inode, as a file may have several mappings; `None` for a file that is read from
+    /// memory.
     readers: HashMap<(PathBuf, u64), Option<Arc<Reader>>>,
     page_table: PageTable,
     found: Vec<(u64, Source)>,
@@ -154,7 +155,7 @@ impl Tracer {
         }
     }
 
-    /// Traces these addresses, whose bytes go to an offset and after it.
+    /// Traces a range of addresses, whose bytes go to `offset`.
     fn trace(&mut self, offset: u64, addresses: Range<usize>) {
         let mut start = addresses.start;
         while start < addresses.end {
@@ -242,7 +243,7 @@ mod tests {
         Region::of(&bytes[range])
     }
 
-    /// What lies where, as (offset, "file" or "memory", bytes).
+    /// Each source as (offset, "file" or "memory", bytes).
     fn kinds(sources: &[(u64, Source)]) -> Vec<(u64, &str, usize)> {
         let kind = |(offset, source): &(u64, Source)| match source {
             Source::Memory(_) | Source::Sole(_) => (*offset, "memory", source.nbytes()),

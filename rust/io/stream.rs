@@ -1,35 +1,35 @@
-//! Copying: past the caches where there is much of it, and summed on the way.
+//! Copies long ranges past the caches, and sums them on the way.
 //!
-//! A streaming store does not first read what it overwrites: a third less of memory's work. The C
-//! library's `memcpy` streams too, but only what is longer than most storages (48 MiB on one
-//! machine). The sum is taken of what the processor has in its registers for the copy, so it costs
-//! next to nothing, even with the instructions that every x86-64 has:
+//! A streaming store does not read the line that it overwrites, which saves a third of the memory
+//! traffic. The C library's `memcpy` streams too, but only ranges that are longer than most
+//! storages (48 MiB on one machine). The sum uses the bytes that are in registers for the copy, so
+//! it costs next to nothing, even with the instructions that every x86-64 has:
 //!
 //! ```text
 //!  400 MiB by two threads, in pieces of 1 MiB, ms             memcpy 10.9   streaming 10.0
 //!  with the XXH3 of each: summed by AVX2, then copied, 4 KiB at a time 15.4   in one pass 8.6
 //! ```
 //!
-//! What XXH3 computes is specified at <https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md>;
-//! here is its long form, for more than 240 bytes, without a seed.
+//! XXH3 is specified at <https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md>. This
+//! module implements its long form, for more than 240 bytes, without a seed.
 
 use crate::format::checksum::xxh3;
 
-/// Below this the caches are the better way.
+/// Shorter ranges are copied through the caches, which is faster.
 pub(crate) const STREAM_FROM: usize = 64 << 10;
 
-/// Bytes of a line of the caches, and of a stripe of XXH3.
+/// Bytes of a cache line, and of a stripe of XXH3.
 const LINE: usize = 64;
 
-/// Stripes of a block of XXH3.
+/// Stripes in a block of XXH3.
 const STRIPES: usize = 16;
 
 type Line = [u8; LINE];
 
-/// A line as little-endian numbers; also the sums of such, which are kept side by side, and their keys.
+/// A line as little-endian numbers. Also the accumulators, one for each number, and their keys.
 type Lanes = [u64; 8];
 
-/// Copies to a target of the same length.
+/// Copies a slice to a target of the same length.
 pub fn copy_bytes(target: &mut [u8], source: &[u8]) {
     if !streams(target) {
         return target.copy_from_slice(source);
@@ -43,7 +43,7 @@ pub fn copy_bytes(target: &mut [u8], source: &[u8]) {
     order();
 }
 
-/// Copies to a target of the same length, and gives the XXH3 of what was copied.
+/// Copies a slice to a target of the same length, and returns its XXH3.
 pub fn copy_and_sum(target: &mut [u8], source: &[u8]) -> u64 {
     if !streams(target) {
         let sum = xxh3(source);
@@ -61,14 +61,14 @@ pub fn copy_and_sum(target: &mut [u8], source: &[u8]) -> u64 {
     })
 }
 
-/// Copies, each stripe by a function that also takes it into the sums.
+/// Copies stripe by stripe. `stream` copies one stripe and adds it to the accumulators.
 #[inline(always)]
 fn stream_and_sum(
     target: &mut [u8],
     source: &[u8],
     stream: impl Fn(&mut Lanes, &mut Line, Lanes, &Lanes),
 ) -> u64 {
-    // the last stripe is taken in by itself, and may have bytes of the one before
+    // the last stripe is added separately, and may overlap the one before
     let whole = (source.len() - 1) / LINE * LINE;
     let (lines, rest) = target.split_at_mut(whole);
     let (source_lines, source_rest) = source.split_at(whole);
@@ -89,7 +89,7 @@ fn stream_and_sum(
     merge(&sums, source.len())
 }
 
-/// With wider instructions, which the compiler does not find by itself.
+/// As above, with AVX2 instructions, which the compiler does not choose by itself.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn stream_and_sum_avx2(target: &mut [u8], source: &[u8]) -> u64 {
@@ -117,7 +117,7 @@ fn stream_and_sum_avx2(target: &mut [u8], source: &[u8]) -> u64 {
     })
 }
 
-/// Takes a stripe into the sums.
+/// Adds a stripe to the accumulators.
 #[inline(always)]
 fn take(sums: &mut Lanes, lanes: Lanes, keys: &Lanes) {
     for lane in 0..8 {
@@ -127,7 +127,7 @@ fn take(sums: &mut Lanes, lanes: Lanes, keys: &Lanes) {
     }
 }
 
-/// Mixes the sums after a block.
+/// Scrambles the accumulators after a block.
 #[inline(always)]
 fn scramble(sums: &mut Lanes) {
     for (sum, key) in sums.iter_mut().zip(SCRAMBLE_KEYS) {
@@ -135,7 +135,7 @@ fn scramble(sums: &mut Lanes) {
     }
 }
 
-/// The hash of as many bytes, from their sums.
+/// The hash of `nbytes` bytes, from their accumulators.
 fn merge(sums: &Lanes, nbytes: usize) -> u64 {
     let folded = |lane: usize| {
         let [left, right] = [lane, lane + 1].map(|lane| u128::from(sums[lane] ^ MERGE_KEYS[lane]));
@@ -164,12 +164,12 @@ const PRIME64: [u64; 5] = [
     0x27d4_eb2f_1656_67c5,
 ];
 
-/// The sums of nothing.
+/// The initial accumulators.
 const START: Lanes = [
     PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0],
 ];
 
-/// Of the stripes of a block.
+/// The keys of each stripe in a block.
 const KEYS: [Lanes; STRIPES] = {
     let mut all = [[0; 8]; STRIPES];
     let mut stripe = 0;
@@ -230,12 +230,12 @@ const SECRET: [u64; 24] = [
     0x7e40_4bbb_cafb_d7af,
 ];
 
-/// Whether a target is long, and starts at a line.
+/// Whether a target is long, and starts at a cache line.
 fn streams(target: &[u8]) -> bool {
     target.len() >= STREAM_FROM && target.as_ptr().addr().is_multiple_of(LINE)
 }
 
-/// Writes a line, which starts at a multiple of its length, past the caches; [`order`] is to follow.
+/// Writes an aligned line past the caches. The caller calls [`order`] afterwards.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn stream(line: &mut Line, lanes: Lanes) {
@@ -254,7 +254,8 @@ fn stream(line: &mut Line, lanes: Lanes) {
 /// Orders streaming stores before what is written next.
 #[cfg(target_arch = "x86_64")]
 fn order() {
-    // SAFETY: every processor of this architecture has it. Streaming stores are ordered by it alone.
+    // SAFETY: every x86-64 processor has SSE, which `sfence` is part of. Streaming stores need it
+    // to be ordered before later stores.
     unsafe { std::arch::x86_64::_mm_sfence() };
 }
 

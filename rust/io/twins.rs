@@ -1,8 +1,8 @@
-//! Twins: spans that have the bytes of a storage already.
+//! Twins: finds the spans that have the bytes of a storage already.
 //!
 //! ```text
-//!  storages   │ a │ b │ head │ c │        guessed in order, by size; what differs is looked for by
-//!               │   │          │          its checksum; all is compared byte by byte
+//!  storages   │ a │ b │ head │ c │        first guess: the next span of the same size; else look for
+//!               │   │          │          the checksum; then compare each pair byte by byte
 //!  spans      │ a │ b │ c │ other │
 //! ```
 
@@ -22,34 +22,34 @@ use crate::io::fill::within;
 use crate::io::source::{Source, trace};
 use crate::memory::region::Region;
 
-/// Below this a second thread costs more than it saves.
+/// With fewer chunks, a second thread costs more than it saves.
 const ALONE: usize = 8;
 
-/// Storages where they lie, in memory or in mapped files, which are read and not touched.
+/// Storages to look for, in memory or in mapped files. They are only read.
 pub struct Storages {
     lengths: Vec<usize>,
-    /// Where each would start, if each went to a multiple of a chunk ...
+    /// The offset of each storage, if each started at a multiple of a chunk ...
     starts: Vec<usize>,
-    /// ... of which these would be the sources.
+    /// ... and the sources for that target.
     sources: Vec<(u64, Source)>,
 }
 
 /// A chunk of a storage.
 struct Piece {
-    /// Which of those that are asked for.
+    /// Its index among the storages asked for.
     asked: usize,
     storage: usize,
     range: Range<usize>,
 }
 
 impl Storages {
-    /// Those in these regions.
+    /// Takes the storages in these regions.
     pub fn of(regions: &[Region]) -> Storages {
         let lengths: Vec<_> = regions.iter().map(|region| region.nbytes).collect();
         let mut end = 0;
         let start = |nbytes: &usize| {
             let start = end;
-            end += nbytes.next_multiple_of(CHUNK) + CHUNK; // no two are one source
+            end += nbytes.next_multiple_of(CHUNK) + CHUNK; // a gap, so no two become one source
             start
         };
         let starts: Vec<_> = lengths.iter().map(start).collect();
@@ -57,8 +57,8 @@ impl Storages {
         Storages { lengths, starts, sources }
     }
 
-    /// For each storage the span with the same bytes, each span for one storage at most: storages that
-    /// are apart stay apart. `sums` are the checksums of the spans.
+    /// For each storage, a span with the same bytes. No two storages get the same span, so they
+    /// stay distinct. `sums` are the checksums of the spans.
     ///
     /// # Safety
     /// The storages are readable, and nobody writes them meanwhile.
@@ -108,7 +108,7 @@ impl Storages {
         Ok(found)
     }
 
-    /// Whether the two of each pair, which are as long, have the same bytes.
+    /// For each pair of a storage and a span of the same length: whether their bytes are equal.
     ///
     /// # Safety
     /// As for [`Storages::find`].
@@ -131,7 +131,7 @@ impl Storages {
         Ok(same.into_iter().map(AtomicBool::into_inner).collect())
     }
 
-    /// The checksums of some storages, as of spans.
+    /// The checksums of some storages, as if they were spans.
     ///
     /// # Safety
     /// As for [`Storages::find`].
@@ -158,7 +158,7 @@ impl Storages {
         Ok(combine(lengths(), &sums))
     }
 
-    /// Shows the bytes of a piece in parts, each with where it lies in its storage.
+    /// Calls `show` with the bytes of a piece, part by part, each with its offset in the storage.
     ///
     /// # Safety
     /// As for [`Storages::find`].
@@ -177,7 +177,7 @@ impl Storages {
         Ok(())
     }
 
-    /// Does something with all chunks of some storages, by several threads.
+    /// Calls a function with each chunk of some storages, from several threads.
     fn each(
         &self,
         some: impl Iterator<Item = usize>,
@@ -203,7 +203,7 @@ impl Storages {
         thread::scope(|scope| {
             let mut slots = bounce.slots().take(threads);
             let own_slot = slots.next().expect("one thread at least");
-            // where the system gives no more threads, fewer do it
+            // if the system gives fewer threads, these do the work
             let start = |slot| thread::Builder::new().spawn_scoped(scope, || act(slot)).ok();
             let others: Vec<_> = slots.map_while(start).collect();
             let own = act(own_slot);
@@ -223,7 +223,7 @@ mod tests {
 
     fn find(storages: &[&[u8]], spans: &[&[u8]]) -> Vec<Option<usize>> {
         let regions: Vec<_> = storages.iter().map(|bytes| Region::of(bytes)).collect();
-        // SAFETY: borrowed meanwhile.
+        // SAFETY: the slices are borrowed until it returns.
         unsafe { Storages::of(&regions).find(spans, &checksum::sums(spans)) }.unwrap()
     }
 
