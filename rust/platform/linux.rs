@@ -1,4 +1,4 @@
-//! Linux.
+//! The system calls of Linux.
 
 use std::ffi::{CStr, OsStr, c_void};
 use std::fs::{self, File};
@@ -19,36 +19,37 @@ use memmap2::{Advice, MmapMut};
 
 use crate::platform::mapping::{Backing, Mapping};
 
-/// Bytes in a huge page, where pages are of 4 KiB. Elsewhere none is made, and nothing is lost.
+/// Bytes in a huge page, if pages have 4 KiB. With other page sizes no huge pages are made, and all
+/// else works.
 pub const HUGE: usize = 2 << 20;
 
-/// Of a file, the kernel fills in the pages of so many bytes around one that is read
-/// (`fault_around_bytes`), if they are in memory.
+/// Bytes around a read of a mapped file whose pages the kernel maps together, if they are in memory
+/// (`fault_around_bytes`).
 pub const AROUND: usize = 64 << 10;
 
 /// Bytes in a page.
 pub fn page() -> usize {
-    // SAFETY: only reads a number.
+    // SAFETY: it only returns a number.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// Bytes of memory that the machine has.
+/// Bytes of the machine's memory.
 pub fn memory_nbytes() -> usize {
-    // SAFETY: only reads a number.
+    // SAFETY: it only returns a number.
     page() * unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) as usize }
 }
 
-/// The addresses of all pages that have a byte of these.
+/// The addresses of all pages that contain any of these bytes.
 fn whole_pages(addresses: &Range<usize>) -> Range<usize> {
     addresses.start - addresses.start % page()..addresses.end.next_multiple_of(page())
 }
 
-/// What a system call gave that returns 0 if all went well.
+/// The result of a system call that returns 0 on success.
 fn checked(status: libc::c_int) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-// ---- Mappings: which file lies behind which memory
+// ---- Mappings: the file behind an address
 
 const MAPS: &str = "/proc/self/maps";
 
@@ -80,8 +81,9 @@ const SHARED: u64 = 0x08;
 const COVERING_OR_NEXT: u64 = 0x10;
 const FILE_BACKED: u64 = 0x20;
 
-/// The file mappings of this process, asked for one by one (Linux 6.11), or read at once: that takes
-/// 2 ms with torch's CUDA libraries loaded, as long as all the rest of a load.
+/// The file mappings of this process. Linux 6.11 answers for one address. On older kernels the
+/// whole list is read once, which takes 2 ms with torch's CUDA libraries loaded, as long as all the
+/// rest of a load.
 #[derive(Debug)]
 pub struct Mappings {
     maps: File,
@@ -89,12 +91,12 @@ pub struct Mappings {
 }
 
 impl Mappings {
-    /// Those of this process, as they are now.
+    /// The mappings as they are now.
     pub fn open() -> io::Result<Mappings> {
         Ok(Mappings { maps: File::open(MAPS)?, read: OnceLock::new() })
     }
 
-    /// The one that covers an address, or the next above it.
+    /// The mapping at an address, or the next one above it.
     pub fn at_or_after(&self, address: usize) -> io::Result<Option<Mapping>> {
         if self.read.get().is_none() {
             match self.query(address) {
@@ -125,7 +127,7 @@ impl Mappings {
             name: name.as_mut_ptr().addr() as u64,
             ..Query::default()
         };
-        // SAFETY: a structure of the size that it says, and a name of the size that it says.
+        // SAFETY: the structure and the name have the sizes that the structure gives.
         let status = unsafe { libc::ioctl(self.maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) };
         checked(status)?;
         let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
@@ -141,13 +143,13 @@ impl Mappings {
 }
 
 impl Mapping {
-    /// Whether the mapping is what it was.
+    /// Whether the mapping still exists.
     pub fn stands(&self) -> bool {
         fs::read_link(self.link()).is_ok_and(|name| name == self.backing.name)
     }
 
-    /// Opens the mapped file: where it was opened before, by its name, or by the kernel's link, which takes
-    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Says by which path.
+    /// Opens the mapped file at its known path, by its name, or by the kernel's link, which
+    /// requires CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Returns the path that worked.
     pub fn open(&self, known: Option<&Path>) -> io::Result<(File, PathBuf)> {
         let paths = [self.backing.name.clone(), self.link()];
         let found =
@@ -155,8 +157,8 @@ impl Mapping {
         found.ok_or_else(|| File::open(self.link()).err().unwrap_or(io::ErrorKind::NotFound.into()))
     }
 
-    /// Opens it among the open files of the raylet that made it: of the parent, which is a worker's raylet,
-    /// then of all that are called so.
+    /// Opens the mapped file among the open files of the raylet that created it. It looks at the
+    /// parent first, which is a worker's raylet, then at all processes called "raylet".
     pub fn open_of_raylet(&self) -> Option<(File, PathBuf)> {
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
         let processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -174,14 +176,14 @@ impl Mapping {
         raylets.flat_map(files).filter(is_it).find_map(|path| self.open_at(path))
     }
 
-    /// The kernel's link to the mapped file. Its name tells that the mapping still stands.
+    /// The kernel's link to the mapped file. Its file name exists only while the mapping does.
     fn link(&self) -> PathBuf {
         format!("/proc/self/map_files/{:x}-{:x}", self.start, self.end).into()
     }
 
     /// Opens `path` if it is the mapped file.
     fn open_at(&self, path: PathBuf) -> Option<(File, PathBuf)> {
-        // never a device, which may do something when it is opened
+        // never a device: to open one may have an effect
         let file = fs::metadata(&path).ok()?.is_file().then(|| File::open(&path).ok())??;
         (file.metadata().ok()?.ino() == self.backing.inode).then_some((file, path))
     }
@@ -205,29 +207,29 @@ impl Mapping {
 
 // ---- The page table
 
-/// The bit of an entry of `/proc/self/pagemap` that says that the page is there.
+/// The bit in an entry of `/proc/self/pagemap` for a page in memory ...
 const PRESENT: u64 = 1 << 63;
 
-/// The bit that says that it is not there but in swap ...
+/// ... for a page in swap ...
 const SWAPPED: u64 = 1 << 62;
 
-/// ... and the one that says that it is a page of a file.
+/// ... and for a page of a file.
 const OF_FILE: u64 = 1 << 61;
 
-/// What tells which pages are in the page table of this process.
+/// The page table of this process.
 #[derive(Debug)]
 pub struct PageTable {
-    /// `/proc/self/pagemap`; without it, pages are filled in as they are touched.
+    /// `/proc/self/pagemap`. Without it, pages fault as they are touched.
     entries: Option<File>,
 }
 
 impl PageTable {
-    /// That of this process.
+    /// Opens it.
     pub fn open() -> PageTable {
         PageTable { entries: File::open("/proc/self/pagemap").ok() }
     }
 
-    /// Whether the page at an address is known not to be in it. To ask takes 2 us.
+    /// Whether it is known to lack the page at an address. Takes 2 us.
     pub fn lacks(&self, address: usize) -> bool {
         let mut entry = [0; 8];
         let at = 8 * (address / page()) as u64;
@@ -235,9 +237,9 @@ impl PageTable {
         read.is_some_and(|read| read.is_ok()) && u64::from_ne_bytes(entry) & PRESENT == 0
     }
 
-    /// The pages of a private mapping of a file that this process has written, which are its own since:
-    /// cut to these addresses; `None` where the kernel does not say. 1 GiB takes 1 ms, or 8 where all of it
-    /// has been read.
+    /// The pages of a private file mapping that this process has written, and therefore owns, cut
+    /// to these addresses. `None` if the kernel does not tell. (1 GiB: 1 ms, or 8 if all of it has
+    /// been read.)
     pub fn written(&self, addresses: &Range<usize>) -> Option<Vec<Range<usize>>> {
         let entries = self.entries.as_ref()?;
         let (page, mut pages, mut written) = (page(), whole_pages(addresses), Vec::new());
@@ -262,89 +264,90 @@ impl PageTable {
     }
 }
 
-/// Whether the page of a file that is mapped at an address is in memory, for this process or any.
+/// Whether the file page mapped at an address is in memory, for any process.
 pub fn is_in_memory(address: usize) -> bool {
     let (start, mut found) = (address - address % page(), 0);
-    // SAFETY: one byte for one page; memory that is not mapped gives ENOMEM.
+    // SAFETY: one byte of result for one page. For unmapped memory the call returns ENOMEM.
     let asked = unsafe { libc::mincore(start as *mut c_void, 1, &raw mut found) };
     asked == 0 && found & 1 == 1
 }
 
-/// Fills in the pages of memory that is about to be written, and makes those that no one has.
+/// Fills in the pages of memory that is about to be written, and allocates those that do not exist.
 ///
-/// False where a write would be a SIGBUS, as where a file system in memory is full. What is refused for
-/// another reason faults as it is written.
+/// Returns false if a write would give SIGBUS, because a file system in memory is full. After any
+/// other error, pages fault as they are written.
 #[must_use]
 pub fn fill_to_write(addresses: Range<usize>) -> bool {
     let pages = whole_pages(&addresses);
     let start = pages.start as *mut c_void;
-    // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
+    // SAFETY: it changes no byte and no permission. For an unmapped range it returns ENOMEM.
     let filled = checked(unsafe { libc::madvise(start, pages.len(), libc::MADV_POPULATE_WRITE) });
     !filled.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT))
 }
 
-/// Whether all of these addresses can be read, which fills in their pages. A kernel without
-/// `MADV_POPULATE_READ` (before Linux 5.14) tells only whether they are mapped.
+/// Whether all of these addresses are readable. Fills in their pages. Without `MADV_POPULATE_READ`
+/// (before Linux 5.14), it only tells whether they are mapped.
 pub fn is_readable(addresses: Range<usize>) -> bool {
     let pages = addresses.start - addresses.start % page()..addresses.end;
-    // SAFETY: changes no byte and no right; a range that is not mapped gives ENOMEM.
+    // SAFETY: it changes no byte and no permission. For an unmapped range it returns ENOMEM.
     let advise =
         |nbytes, advice| unsafe { libc::madvise(pages.start as *mut c_void, nbytes, advice) };
     let known = advise(0, libc::MADV_POPULATE_READ) == 0;
     advise(pages.len(), if known { libc::MADV_POPULATE_READ } else { libc::MADV_NORMAL }) == 0
 }
 
-/// Gives pages of a file in shared memory back to the system: those that lie wholly in these addresses.
+/// Gives pages of a file in shared memory back to the system: those that lie wholly in these
+/// addresses.
 ///
 /// # Safety
-/// Nobody counts on their bytes, which are zeros from then on.
+/// Nobody relies on their bytes, which are zeros afterwards.
 pub unsafe fn give_back(addresses: Range<usize>) {
     let (start, end) = (addresses.start.next_multiple_of(page()), addresses.end);
     let nbytes = (end - end % page()).saturating_sub(start);
-    // SAFETY: the caller's promise; where it is refused, the pages stay.
+    // SAFETY: the caller's promise. If the kernel refuses, the pages stay.
     unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_REMOVE) };
 }
 
 /// Gives pages of private memory back to the system: those that lie wholly in these addresses.
 ///
 /// # Safety
-/// They are mapped, and nobody counts on their bytes, which are zeros from then on.
+/// They are mapped, and nobody relies on their bytes, which are zeros afterwards.
 pub unsafe fn discard(addresses: Range<usize>) {
     let (start, end) = (addresses.start.next_multiple_of(page()), addresses.end);
     let nbytes = (end - end % page()).saturating_sub(start);
-    // SAFETY: the caller's promise; where it is refused, as of locked pages, they stay.
+    // SAFETY: the caller's promise. If the kernel refuses (locked pages, for example), they stay.
     unsafe { libc::madvise(start as *mut c_void, nbytes, libc::MADV_DONTNEED) };
 }
 
-/// Has the C library give back what was freed: of what is below 32 MiB, glibc keeps most.
+/// Makes the C library give freed memory back. glibc keeps most of what is below 32 MiB.
 pub fn trim() {
-    // SAFETY: takes nothing that is in use.
+    // SAFETY: it frees nothing that is in use.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::malloc_trim(0)
     };
 }
 
-// ---- Maps of our own
+// ---- Our own mappings
 
-/// Part of a file, mapped where its pages can be huge; unmapped when dropped.
+/// Part of a file, mapped at an address where its pages can be huge. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Map {
-    /// The bytes ...
+    /// The addresses of the bytes ...
     addresses: Range<usize>,
-    /// ... and what is mapped: all pages that have one of them.
+    /// ... and of the whole pages that are mapped.
     pages: Range<usize>,
 }
 
 impl Map {
-    /// Maps part of a file copy-on-write. It may be of any size, and start at any byte.
+    /// Maps part of a file copy-on-write. The part may have any size, and start at any byte.
     pub fn private(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
         let rights = libc::PROT_READ | libc::PROT_WRITE;
-        // the kernel is to set no memory aside for copies that may never be made
+        // no memory is reserved for copies that may never be made
         Map::of(file, offset, nbytes, rights, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
     }
 
-    /// Maps part of a file to be read.
+    /// Maps part of a file for reading.
     pub fn shared(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
         Map::of(file, offset, nbytes, libc::PROT_READ, libc::MAP_SHARED)
     }
@@ -359,15 +362,15 @@ impl Map {
         Map::placed(offset, nbytes, |pages| {
             let from = (offset - offset % page() as u64) as libc::off_t;
             let (start, flags) = (pages.start as *mut c_void, flags | libc::MAP_FIXED);
-            // SAFETY: over our own reservation, which nobody else knows.
+            // SAFETY: it replaces our own reservation, which nobody else knows.
             unsafe { libc::mmap(start, pages.len(), rights, flags, file.as_raw_fd(), from) }
         })
     }
 
-    /// Maps once more what is mapped shared already: writable, if that is.
+    /// Maps shared memory a second time, writable if the first mapping is.
     ///
     /// # Safety
-    /// It stays mapped meanwhile. Whoever writes at these addresses writes at the others.
+    /// It stays mapped during the call. A write at these addresses is a write at the others.
     pub unsafe fn again(addresses: Range<usize>) -> io::Result<Map> {
         let found = Mappings::open()?.at_or_after(addresses.start)?;
         let found = found.filter(|found| found.shared && found.holds(&addresses));
@@ -384,8 +387,9 @@ impl Map {
         })
     }
 
-    /// Reserves room for part of a file at an address that agrees with its offset modulo [`HUGE`], and has
-    /// it mapped there: reserved so much too long that one such address is in it.
+    /// Reserves addresses for part of a file, and calls `map` for them. The first address equals
+    /// the file offset modulo [`HUGE`]. It reserves [`HUGE`] bytes more, to contain
+    /// such an address.
     fn placed(
         offset: u64,
         nbytes: usize,
@@ -396,7 +400,7 @@ impl Map {
         let spare = if nbytes < HUGE { 0 } else { HUGE };
         let (flags, nowhere) =
             (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, ptr::null_mut());
-        // SAFETY: new memory, at an address of the kernel's choice.
+        // SAFETY: it maps new memory, at an address that the kernel chooses.
         let start = unsafe { libc::mmap(nowhere, mapped + spare, libc::PROT_NONE, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -418,21 +422,22 @@ impl Map {
         Ok(Map { addresses: start + before..start + before + nbytes, pages })
     }
 
-    /// Where the bytes lie.
+    /// The addresses of the bytes.
     pub fn addresses(&self) -> Range<usize> {
         self.addresses.clone()
     }
 
-    /// Puts memory of this process in place of the file, with the same bytes at the same addresses. It takes
-    /// 1.4 times as long as to fill as much fresh memory.
+    /// Replaces the file by memory of this process, with the same bytes at the same addresses.
+    /// Takes 1.4 times as long as to fill as much fresh memory.
     ///
-    /// To copy each page on write is not enough: who truncates a file takes such copies out of all mappings,
-    /// too. A few pages at a time, for a write of another thread between their copy and its move is lost.
+    /// To copy each page on write would not be enough: truncating a file removes such copies from
+    /// all mappings, too. Moves a few pages at a time, because a write of another thread between
+    /// their copy and their move is lost.
     pub fn own(&self) -> io::Result<()> {
         let (rights, nowhere) = (libc::PROT_READ | libc::PROT_WRITE, ptr::null_mut());
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let nbytes = self.pages.len();
-        // SAFETY: new memory, at an address of the kernel's choice.
+        // SAFETY: it maps new memory, at an address that the kernel chooses.
         let own = unsafe { libc::mmap(nowhere, nbytes, rights, flags, -1, 0) };
         if own == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -440,12 +445,13 @@ impl Map {
         let own = own.addr()..own.addr() + nbytes;
         for (from, to) in self.pages.clone().step_by(AROUND).zip(own.clone().step_by(AROUND)) {
             let nbytes = AROUND.min(own.end - to);
-            let _ = fill_to_write(to..to + nbytes); // else it faults as it is written
-            // SAFETY: mapped to be read, and to be written; two mappings.
+            let _ = fill_to_write(to..to + nbytes); // if it fails, pages fault as they are written
+            // SAFETY: the source is readable and the target writable; they are two mappings, so do
+            // not overlap.
             unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, nbytes) };
             let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
             let (to, from) = (to as *mut c_void, from as *mut c_void);
-            // SAFETY: our own pages, over our own pages, which have the same bytes.
+            // SAFETY: it replaces our own pages by our own pages with the same bytes.
             if unsafe { libc::mremap(to, nbytes, nbytes, how, from) } == libc::MAP_FAILED {
                 let error = io::Error::last_os_error();
                 unmap(to.addr()..own.end);
@@ -455,10 +461,10 @@ impl Map {
         Ok(())
     }
 
-    /// Has whoever reads or writes the bytes end by a SIGSEGV, as nobody knows what they are.
+    /// Makes every read or write of the bytes a SIGSEGV, because their content is unknown.
     pub fn forbid(&self) {
         let start = self.pages.start as *mut c_void;
-        // SAFETY: pages of our own.
+        // SAFETY: these pages are our own.
         unsafe { libc::mprotect(start, self.pages.len(), libc::PROT_NONE) };
     }
 }
@@ -472,29 +478,29 @@ impl Drop for Map {
 /// Unmaps pages of our own that nothing refers to any more.
 fn unmap(pages: Range<usize>) {
     if !pages.is_empty() {
-        // SAFETY: called with what `Map::placed` has reserved, once for each page.
+        // SAFETY: the callers pass addresses that `Map::placed` reserved, each page once.
         unsafe { libc::munmap(pages.start as *mut c_void, pages.len()) };
     }
 }
 
-/// A file in memory that has no name, so that nothing is left of it whatever ends this process. It counts
-/// as shared memory of the process, not against the size of `/dev/shm`.
+/// A file in memory without a name: it vanishes with this process, however that ends. It counts as
+/// shared memory of the process, not against the size of `/dev/shm`.
 pub fn nameless_file(nbytes: usize) -> io::Result<File> {
-    // SAFETY: a name that ends with a zero.
+    // SAFETY: the name ends with a zero.
     let file = unsafe { libc::memfd_create(c"ray-zerocopy".as_ptr(), libc::MFD_CLOEXEC) };
     if file < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just opened, and nobody else's.
+    // SAFETY: the descriptor was just opened, and nobody else has it.
     let file = unsafe { File::from_raw_fd(file) };
     file.set_len(nbytes as u64)?;
     Ok(file)
 }
 
-/// Frees whole pages of a file; where that fails they stay, and nothing else is wrong.
+/// Frees whole pages of a file. If that fails, they stay, and nothing else is wrong.
 ///
 /// # Safety
-/// Nobody counts on their bytes, which are zeros from then on.
+/// Nobody relies on their bytes, which are zeros afterwards.
 pub unsafe fn punch(file: &File, offset: u64, nbytes: usize) {
     let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let (offset, nbytes) = (offset as libc::off_t, nbytes as libc::off_t);
@@ -504,21 +510,22 @@ pub unsafe fn punch(file: &File, offset: u64, nbytes: usize) {
 
 // ---- Huge pages
 
-/// Has the kernel copy each 2 MiB of a map, from a multiple of [`HUGE`] to another, into a huge page. One
-/// page of them at least must be in memory.
+/// Makes the kernel copy each 2 MiB of a map, between two multiples of [`HUGE`], into a huge page.
+/// At least one of its pages must be in memory.
 pub fn collapse(addresses: Range<usize>) -> io::Result<()> {
     let start = addresses.start as *mut c_void;
-    // SAFETY: changes no byte.
+    // SAFETY: it changes no byte.
     checked(unsafe { libc::madvise(start, addresses.len(), libc::MADV_COLLAPSE) })
 }
 
-/// Has the kernel make huge pages of memory, if it has some, or none even where it makes them of all.
+/// Asks the kernel to use huge pages for a map if it has some, or none even if it uses them
+/// everywhere.
 pub fn prefer_huge(map: &MmapMut, huge: bool) {
     let _ = map.advise(if huge { Advice::HugePage } else { Advice::NoHugePage });
 }
 
-/// `_IOWR('f', 16, struct pm_scan_arg)`, where the libraries do not have it yet; what encodes it otherwise
-/// does not know this number.
+/// `_IOWR('f', 16, struct pm_scan_arg)`. Not every version of `libc` has it, and its `_IOWR` does
+/// not know this number.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
@@ -540,7 +547,7 @@ struct Scan {
     return_mask: u64,
 }
 
-/// `struct page_region`: pages of one kind, from `start` to `end`.
+/// `struct page_region`: pages of one category, from `start` to `end`.
 #[repr(C)]
 #[derive(Clone, Default)]
 struct PageRegion {
@@ -549,8 +556,8 @@ struct PageRegion {
     categories: u64,
 }
 
-/// How many of these addresses entries of the page table for huge pages map; `None` where the kernel does not
-/// tell (before Linux 6.7). 6 us for one, 30 for 200.
+/// Bytes of these addresses that are mapped by huge entries of the page table. `None` if the kernel
+/// does not tell (before Linux 6.7). (One huge page: 6 us, 200: 30.)
 pub fn huge_nbytes(addresses: &Range<usize>) -> Option<usize> {
     let entries = File::open("/proc/self/pagemap").ok()?;
     let mut regions = vec![PageRegion::default(); addresses.len() / HUGE + 1];
@@ -564,7 +571,7 @@ pub fn huge_nbytes(addresses: &Range<usize>) -> Option<usize> {
         return_mask: PAGE_IS_HUGE,
         ..Scan::default()
     };
-    // SAFETY: the kernel writes as many regions as it is told that there are.
+    // SAFETY: the kernel writes at most `vec_len` regions.
     let found = unsafe { libc::ioctl(entries.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
     let found = usize::try_from(found).ok()?;
     Some(regions[..found].iter().map(|region| (region.end - region.start) as usize).sum())
@@ -572,7 +579,7 @@ pub fn huge_nbytes(addresses: &Range<usize>) -> Option<usize> {
 
 // ---- Files
 
-/// Linux 6.5, one number for all architectures; `libc` knows it for some.
+/// Linux 6.5. The same number on all architectures; `libc` has it for some.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `linux/magic.h`
@@ -595,23 +602,23 @@ struct Cached {
     recently_evicted: u64,
 }
 
-/// Bytes of a range that are in the page cache; `None` where the kernel does not say.
+/// Bytes of a range that are in the page cache. `None` if the kernel does not tell.
 pub fn cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
     let range = CachedRange { offset, nbytes: nbytes as u64 };
     let mut cached = Cached::default();
-    // SAFETY: two structures of the kernel's, the second to be written.
+    // SAFETY: the kernel's two structures. It writes to the second.
     let status = unsafe {
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut cached, 0)
     };
     if status == 0 { Some(cached.pages * 4096) } else { first_byte_cached(file, offset, nbytes) }
 }
 
-/// Judges a range by its first byte: on older kernels, and for those who may not write the file,
-/// whom `cachestat` does not tell.
+/// Judges a range by its first byte: on older kernels, and if this process may not write the file,
+/// because then `cachestat` does not answer.
 fn first_byte_cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
     let mut byte = 0_u8;
     let target = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-    // SAFETY: one byte that can be written.
+    // SAFETY: one writable byte.
     let read = unsafe {
         libc::preadv2(file.as_raw_fd(), &raw const target, 1, offset as i64, libc::RWF_NOWAIT)
     };
@@ -622,46 +629,46 @@ fn first_byte_cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
     }
 }
 
-/// Whether a file has no disk behind it.
+/// Whether a file lies in memory, without a disk behind it.
 pub fn has_no_disk(file: &File) -> bool {
     let mut found = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: room for the structure.
     if unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) } != 0 {
         return false;
     }
-    // SAFETY: the kernel has filled it.
+    // SAFETY: the kernel has filled it in.
     let found = unsafe { found.assume_init() }.f_type;
     [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&found)
 }
 
-/// Has the kernel read what is asked for and no more: the rest may come past the page cache.
+/// Turns off the kernel's read-ahead for a file: the rest of it may be read past the page cache.
 pub fn read_no_further(file: &File) {
-    // SAFETY: advice.
+    // SAFETY: it only gives advice.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
 }
 
-/// The file system that a file is on.
+/// The device number of the file system that a file is on.
 pub fn device(file: &File) -> u64 {
     file.metadata().map_or(0, |metadata| metadata.dev())
 }
 
-/// The same file past the page cache; `None` where its file system cannot.
+/// The same file opened with O_DIRECT. `None` if its file system does not support that.
 pub fn reopen_direct(file: &File) -> Option<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::options().read(true).custom_flags(libc::O_DIRECT).open(path).ok()
 }
 
-/// Has the kernel forget what it has of a file in the page cache.
+/// Drops a file's pages from the page cache.
 #[cfg(test)]
 pub fn evict(file: &File) {
-    // SAFETY: advice.
+    // SAFETY: it only gives advice.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
 }
 
-// ---- Leases: who opens a leased file to write it, or truncates it, waits until the lease is released, for
-// `/proc/sys/fs/lease-break-time` at most (fcntl(2))
+// ---- Leases: a process that opens a leased file for writing, or truncates it, waits until the
+// lease is released, at most for `/proc/sys/fs/lease-break-time` (fcntl(2))
 
-const F_SETOWN_EX: libc::c_int = 15; // `libc` does not know it for all
+const F_SETOWN_EX: libc::c_int = 15; // `libc` does not have it for all systems
 const F_OWNER_TID: libc::c_int = 0;
 
 /// The kernel's `struct f_owner_ex`.
@@ -671,25 +678,27 @@ struct Owner {
     id: libc::pid_t,
 }
 
-/// Starts the thread that hears of broken leases, and calls `serve` for each, or for several at once.
+/// Starts the thread that waits for broken leases. It calls `serve` once for one or several of
+/// them. Returns the thread's id.
 ///
-/// It has all signals wait. SIGIO comes to it alone, and no handler of the process is called.
+/// The thread blocks all signals. SIGIO is sent to this thread alone, and calls no handler of the
+/// process.
 pub fn watch(serve: fn()) -> io::Result<i32> {
     let (tell, told) = mpsc::channel();
     let watch = move || {
         let mut signals = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: room for a set.
         unsafe { libc::sigfillset(signals.as_mut_ptr()) };
-        // SAFETY: a set; the mask of this thread alone.
+        // SAFETY: an initialized set; it changes the mask of this thread only.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, signals.as_ptr(), ptr::null_mut()) };
         // SAFETY: as before.
         unsafe { libc::sigemptyset(signals.as_mut_ptr()) };
         // SAFETY: as before.
         unsafe { libc::sigaddset(signals.as_mut_ptr(), libc::SIGIO) };
-        // SAFETY: only reads a number.
+        // SAFETY: it only returns a number.
         let _ = tell.send(unsafe { libc::gettid() });
         loop {
-            // SAFETY: a set; nobody wants to know more.
+            // SAFETY: an initialized set; the null pointer asks for no details.
             if unsafe { libc::sigwaitinfo(signals.as_ptr(), ptr::null_mut()) } == libc::SIGIO {
                 serve();
             }
@@ -699,36 +708,38 @@ pub fn watch(serve: fn()) -> io::Result<i32> {
     told.recv().map_err(io::Error::other)
 }
 
-/// Takes a lease on a file that was opened to be read; the thread hears when it is broken.
+/// Takes a lease on a file that was opened for reading. The kernel tells `thread` when it is
+/// broken.
 ///
-/// Refused where the file belongs to another user (unless CAP_LEASE), is open to be written, or its file
-/// system has no leases.
+/// Fails if the file belongs to another user (unless CAP_LEASE), is open for writing, or lies on a
+/// file system without leases.
 pub fn lease(file: &File, thread: i32) -> io::Result<()> {
-    tell(file, thread)?; // before there is anything to be told, which would end the process
-    // SAFETY: an open file.
+    tell(file, thread)?; // first: a SIGIO to the whole process would end it
+    // SAFETY: the file is open.
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) })
 }
 
-/// Has another thread hear of it.
+/// Makes the kernel tell another thread about the file's lease.
 pub fn tell(file: &File, thread: i32) -> io::Result<()> {
     let owner = Owner { kind: F_OWNER_TID, id: thread };
-    // SAFETY: an open file, and a structure of the kernel's.
+    // SAFETY: the file is open, and this is the kernel's structure.
     checked(unsafe { libc::fcntl(file.as_raw_fd(), F_SETOWN_EX, &raw const owner) })
 }
 
-/// Whether a lease is held, and nobody waits for its release.
+/// Whether the lease is held, and nobody waits for its release.
 pub fn is_leased(file: &File) -> bool {
-    // SAFETY: an open file.
+    // SAFETY: the file is open.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) == libc::F_RDLCK }
 }
 
-/// Releases a lease; an error where the kernel has done so before, who waits no longer.
+/// Releases a lease. Fails if the kernel has already done so after its timeout.
 pub fn release(file: &File) -> io::Result<()> {
-    // SAFETY: an open file.
+    // SAFETY: the file is open.
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) })
 }
 
-/// Opens an open file once more, to be read: leases are on what was opened, which a fork shares.
+/// Opens an open file a second time, for reading. A lease is on the open file description, which a
+/// fork shares; the second one is separate.
 pub fn reopen(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
@@ -776,7 +787,7 @@ mod tests {
     #[test]
     fn the_kernel_says_of_one_mapping_what_it_lists_of_all() {
         let file = File::open("/proc/self/exe").unwrap();
-        // SAFETY: nobody writes a program that runs.
+        // SAFETY: the kernel refuses writes to a running program.
         let map = unsafe { MmapOptions::new().offset(4096).len(5000).map_copy(&file) }.unwrap();
         let asked = Mappings::open().unwrap();
         let listed = Mappings::open().unwrap();

@@ -1,4 +1,4 @@
-//! What a system says of a mapping of a file.
+//! A mapping of a file, as the system describes it.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,20 +12,21 @@ pub struct Mapping {
     pub end: usize,
     /// The file.
     pub backing: Backing,
-    /// Whether a write goes into the file; if not, the page written becomes this process's own.
+    /// Whether a write goes into the file. If not, it makes a private copy of the page.
     pub shared: bool,
 }
 
 /// The file behind some memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
-    /// The file's name as the kernel gives it, with ` (deleted)` if it is. It may be no UTF-8.
+    /// The file's name as the kernel gives it, with ` (deleted)` if it is deleted. It may not be
+    /// UTF-8.
     pub name: PathBuf,
     /// Its inode.
     pub inode: u64,
-    /// Where in the file the memory starts, in bytes.
+    /// The offset in the file where the memory starts, in bytes.
     pub offset: u64,
-    /// Whether the mapping that was found can be written.
+    /// Whether the mapping is writable.
     pub writable: bool,
 }
 
@@ -35,7 +36,7 @@ impl Mapping {
         self.start <= addresses.start && addresses.end <= self.end
     }
 
-    /// What lies behind the memory from an address of the mapping on.
+    /// The file behind the memory that starts at an address of the mapping.
     pub fn backing_at(&self, address: usize) -> Backing {
         let offset = self.backing.offset + (address - self.start) as u64;
         Backing { offset, ..self.backing.clone() }

@@ -1,16 +1,16 @@
-//! Platform: every system call, in one file a system, and one for what all have.
+//! Platform: all system calls, in one file for each system and one for what all have.
 //!
-//! In: addresses, files. Out: what the kernel says and does, as values and `io::Error`s. Imports nothing
-//! of this crate. What only Linux has, `portable` refuses as `Unsupported`, or does nothing for; the
+//! In: addresses and files. Out: the kernel's answers, as values and `io::Error`s. Imports nothing
+//! from this crate. `portable` refuses what only Linux has as `Unsupported`, or does nothing. The
 //! feature `portable` selects it on Linux, so that it is tested.
 
 pub mod mapping;
 
-#[allow(unsafe_code)] // asks the kernel
+#[allow(unsafe_code)] // system calls
 mod posix;
 
 #[cfg(all(target_os = "linux", not(feature = "portable")))]
-#[allow(unsafe_code)] // asks the kernel
+#[allow(unsafe_code)] // system calls
 mod linux;
 
 #[cfg(not(all(target_os = "linux", not(feature = "portable"))))]

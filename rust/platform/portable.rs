@@ -1,4 +1,5 @@
-//! Any system that has `mmap`: what macOS would get.
+//! Every Unix that has `mmap`: what macOS would use. What only Linux has is refused, is unknown, or
+//! does nothing.
 
 use std::fs::File;
 use std::io;
@@ -10,98 +11,98 @@ use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
 use crate::platform::mapping::Mapping;
 
-/// As on Linux, for what is cut into parts of this size.
+/// As on Linux: parts of a target are cut into this size.
 pub const HUGE: usize = 2 << 20;
 
-/// One page at a time, of the least size.
+/// The smallest page.
 pub const AROUND: usize = 4096;
 
-/// Bytes in a page, where that is of no consequence.
+/// Bytes in a page. Not used for anything here.
 pub fn page() -> usize {
     4096
 }
 
-/// Of no consequence.
+/// Not used for anything here.
 pub fn memory_nbytes() -> usize {
     0
 }
 
-/// Which file lies behind which memory is not told.
+/// No system call tells the file behind an address.
 #[derive(Debug)]
 pub struct Mappings;
 
 impl Mappings {
-    /// Refused.
+    /// Unsupported.
     pub fn open() -> io::Result<Mappings> {
         Err(unsupported("only Linux tells which file lies behind memory"))
     }
 
-    /// None.
+    /// Nothing.
     pub fn at_or_after(&self, _: usize) -> io::Result<Option<Mapping>> {
         Ok(None)
     }
 }
 
 impl Mapping {
-    /// Not known.
+    /// Unknown.
     pub fn stands(&self) -> bool {
         false
     }
 
-    /// Refused.
+    /// Unsupported.
     pub fn open(&self, _: Option<&Path>) -> io::Result<(File, PathBuf)> {
-        Err(unsupported("only Linux opens what is mapped"))
+        Err(unsupported("only Linux opens a mapped file again"))
     }
 
-    /// Refused.
+    /// Unsupported.
     pub fn open_of_raylet(&self) -> Option<(File, PathBuf)> {
         None
     }
 }
 
-/// What is in the page table is not told.
+/// No system call tells what the page table has.
 #[derive(Debug)]
 pub struct PageTable;
 
 impl PageTable {
-    /// It answers nothing.
+    /// Opens nothing.
     pub fn open() -> PageTable {
         PageTable
     }
 
-    /// Not known.
+    /// Unknown.
     pub fn lacks(&self, _: usize) -> bool {
         false
     }
 
-    /// Not known.
+    /// Unknown.
     pub fn written(&self, _: &Range<usize>) -> Option<Vec<Range<usize>>> {
         None
     }
 }
 
-/// Not known.
+/// Unknown.
 pub fn is_in_memory(_: usize) -> bool {
     true
 }
 
-/// Nothing: pages are filled in as they are written.
+/// Nothing: pages fault as they are written.
 pub fn fill_to_write(_: Range<usize>) -> bool {
     true
 }
 
-/// Not known.
+/// Unknown.
 pub fn is_readable(_: Range<usize>) -> bool {
     true
 }
 
-/// Nothing: they stay.
+/// Nothing: the pages stay.
 ///
 /// # Safety
 /// As on Linux.
 pub unsafe fn give_back(_: Range<usize>) {}
 
-/// Nothing: they stay.
+/// Nothing: the pages stay.
 ///
 /// # Safety
 /// As on Linux.
@@ -110,75 +111,75 @@ pub unsafe fn discard(_: Range<usize>) {}
 /// Nothing.
 pub fn trim() {}
 
-/// Part of a file, mapped; unmapped when dropped.
+/// Part of a file, mapped. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Map(MmapRaw);
 
 impl Map {
-    /// Maps part of a file copy-on-write. It may be of any size, and start at any byte.
+    /// Maps part of a file copy-on-write. The part may have any size, and start at any byte.
     pub fn private(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
-        // SAFETY: no slice of it is made here.
+        // SAFETY: this makes no slice of it.
         Ok(Map(unsafe { MmapOptions::new().offset(offset).len(nbytes).map_copy(file) }?.into()))
     }
 
-    /// Maps part of a file to be read.
+    /// Maps part of a file for reading.
     pub fn shared(file: &File, offset: u64, nbytes: usize) -> io::Result<Map> {
         MmapOptions::new().offset(offset).len(nbytes).map_raw_read_only(file).map(Map)
     }
 
-    /// Refused.
+    /// Unsupported.
     ///
     /// # Safety
     /// As on Linux.
     pub unsafe fn again(_: Range<usize>) -> io::Result<Map> {
-        Err(unsupported("only Linux maps again what is mapped"))
+        Err(unsupported("only Linux maps the same memory a second time"))
     }
 
-    /// Where the bytes lie.
+    /// The addresses of the bytes.
     pub fn addresses(&self) -> Range<usize> {
         let start = self.0.as_ptr().addr();
         start..start + self.0.len()
     }
 
-    /// Refused.
+    /// Unsupported.
     pub fn own(&self) -> io::Result<()> {
-        Err(unsupported("only Linux maps memory in place of a file"))
+        Err(unsupported("only Linux replaces a mapped file by memory"))
     }
 
     /// Nothing.
     pub fn forbid(&self) {}
 }
 
-/// Refused.
+/// Unsupported.
 pub fn nameless_file(_: usize) -> io::Result<File> {
-    Err(unsupported("only Linux gives shared memory back by the page"))
+    Err(unsupported("only Linux frees single pages of shared memory"))
 }
 
-/// Nothing: they stay.
+/// Nothing: the pages stay.
 ///
 /// # Safety
 /// As on Linux.
 pub unsafe fn punch(_: &File, _: u64, _: usize) {}
 
-/// Refused.
+/// Unsupported.
 pub fn collapse(_: Range<usize>) -> io::Result<()> {
-    Err(unsupported("only Linux makes pages huge when asked"))
+    Err(unsupported("only Linux makes huge pages on request"))
 }
 
 /// Nothing.
 pub fn prefer_huge(_: &MmapMut, _: bool) {}
 
-/// Not known.
+/// Unknown.
 pub fn huge_nbytes(_: &Range<usize>) -> Option<usize> {
     None
 }
 
-/// Not known.
+/// Unknown.
 pub fn cached(_: &File, _: u64, _: usize) -> Option<u64> {
     None
 }
 
-/// Not known.
+/// Unknown.
 pub fn has_no_disk(_: &File) -> bool {
     false
 }
@@ -191,7 +192,7 @@ pub fn device(file: &File) -> u64 {
     file.metadata().map_or(0, |metadata| metadata.dev())
 }
 
-/// None.
+/// Nothing.
 pub fn reopen_direct(_: &File) -> Option<File> {
     None
 }
@@ -200,32 +201,32 @@ pub fn reopen_direct(_: &File) -> Option<File> {
 #[cfg(test)]
 pub fn evict(_: &File) {}
 
-/// Refused.
+/// Unsupported.
 pub fn watch(_: fn()) -> io::Result<i32> {
     Err(unsupported("only Linux leases files"))
 }
 
-/// Refused.
+/// Unsupported.
 pub fn lease(_: &File, _: i32) -> io::Result<()> {
     Err(unsupported("only Linux leases files"))
 }
 
-/// Refused.
+/// Unsupported.
 pub fn tell(_: &File, _: i32) -> io::Result<()> {
     Err(unsupported("only Linux leases files"))
 }
 
-/// It is not.
+/// Never.
 pub fn is_leased(_: &File) -> bool {
     false
 }
 
-/// There is none.
+/// Unsupported.
 pub fn release(_: &File) -> io::Result<()> {
     Err(unsupported("only Linux leases files"))
 }
 
-/// Refused.
+/// Unsupported.
 pub fn reopen(_: &File) -> io::Result<File> {
     Err(unsupported("only Linux leases files"))
 }
