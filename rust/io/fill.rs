@@ -27,8 +27,8 @@ const ALONE: usize = 8 << 20;
 /// Bytes of a target that a thread takes at once, after it has made their pages ready.
 const PART: usize = 8 << 20;
 
-/// With a `release`, a part is at most this fraction of the target: a part is in memory twice until
-/// it is written.
+/// With a `release`, a part is at most 1/64 of the target, because a part is in memory twice until
+/// its sources are released.
 const GOING_PARTS: usize = 64;
 
 /// Called with each range of the target that has been filled, by the thread that filled it, to let

@@ -1,4 +1,5 @@
-//! Aliases: storages over the same memory, as windows of one array have, or an array and its tensor.
+//! Aliases: storages that overlap in memory, such as windows of one array, or an array and its
+//! tensor.
 //!
 //! ```text
 //!  storages   └──── 0 ─────┘          └── 3 ──┘
@@ -11,17 +12,18 @@ use std::ops::Range;
 
 use crate::memory::region::Region;
 
-/// The regions that storages lie in, each byte in one only, and where in them they lie.
+/// The regions that cover all storages without overlap, and the place of each storage in them.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Aliases {
-    /// In the order of the first storage of each.
+    /// By the first storage in each.
     pub regions: Vec<Region>,
-    /// Of each storage: the number of its region, and its offset in it.
+    /// For each storage: the index of its region, and its offset there.
     pub places: Vec<(usize, usize)>,
 }
 
 impl Aliases {
-    /// Joins storages that overlap, if each is then at a multiple of its `align` in their region.
+    /// Joins overlapping storages into one region, if each then lies at a multiple of its `align`
+    /// in it.
     pub fn of(storages: &[Region], aligns: &[usize]) -> Aliases {
         let mut order: Vec<_> = (0..storages.len()).filter(|&i| storages[i].nbytes > 0).collect();
         order.sort_unstable_by_key(|&storage| storages[storage].address);
@@ -85,7 +87,7 @@ mod tests {
                 used[number] = true;
             }
             prop_assert!(used.into_iter().all(|used| used));
-            // where all fit, no byte is in two regions
+            // without alignment, no two regions overlap
             if aligns.iter().all(|&align| align == 1) {
                 let total: usize = aliases.regions.iter().map(|region| region.nbytes).sum();
                 let mut bytes: Vec<_> = regions.iter().flat_map(|region| region.addresses()).collect();

@@ -1,16 +1,16 @@
-//! Arena: shared memory for what a loader casts and merges, lent in lots and given back as these are
-//! written.
+//! Arena: shared memory for tensors that a loader casts or merges. It is lent in lots. Each lot is
+//! given back while it is written to the block.
 //!
 //! ```text
-//!  a file without a name   │█████│█████│███░░░░│     │▒▒▒▒▒│█████│        ░ free: a hole
+//!  a file without a name   │█████│█████│███░░░░│     │▒▒▒▒▒│█████│        ░ free
 //!                          └ a lot in units ┘        └ another ┘          ▒ written to the block: goes next
-//! ```
+//!                          └ a lot in units ┘        └ another ┘          ▒ written: freed next
 //!
-//! A unit is 2 MiB, or what is left at the end of a lot: it goes once all of it has been given back.
+//! A unit has 2 MiB, or the rest of a lot. Its pages are freed once all of it has been given back.
 //!
-//! Units are huge pages where these are cheaper: 340 MiB in lots of 2.25 MiB were there and written in 0.47
-//! of the time that small pages take, and given back in 0.40; merges that use again what they have let go
-//! take 0.65 of the time. (Medians of 10, in turns.)
+//! Units are huge pages where these are cheaper. (340 MiB in lots of 2.25 MiB, relative to small
+//! pages: 0.47 of the time to allocate and write, 0.40 to free. Merges that reuse freed lots: 0.65
+//! of the time. Medians of 10, interleaved.)
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,11 +25,11 @@ use crate::memory::prices::Prices;
 use crate::memory::region::Region;
 use crate::platform::{self, HUGE, Map};
 
-/// One part of so many of what is lent may be kept idle besides, as loaders merge in steps; or more, if
-/// as much was lent before.
+/// Because loaders merge in steps, freed units keep their pages: up to 1/8 of the bytes that are lent,
+/// or up to the most that was lent before.
 const IDLE: usize = 8;
 
-/// Shared memory of this process, with pages only where lots lie.
+/// Shared memory of this process that has pages only in lots.
 #[derive(Debug)]
 pub struct Arena {
     memory: Memory,
@@ -38,28 +38,28 @@ pub struct Arena {
 
 #[derive(Debug, Default)]
 struct Lots {
-    /// What is free, {start: end}; neighbours are one.
+    /// The free ranges, {start: end}. Adjacent ones are joined.
     free: BTreeMap<usize, usize>,
-    /// What is lent, by its start.
+    /// The lots, by their start.
     lent: BTreeMap<usize, Weak<Lot>>,
-    /// Bytes lent, and the most that were.
+    /// Bytes lent, and the maximum so far.
     nbytes: usize,
     peak: usize,
-    /// Free units of [`HUGE`] bytes that have kept their pages.
+    /// Free units of [`HUGE`] bytes that still have their pages.
     idle: Vec<usize>,
 }
 
-/// A part of an arena, at whole pages; dropped, it is free again.
+/// A part of an arena, whole pages. Dropping it frees it.
 #[derive(Debug)]
 pub struct Lot {
     arena: Arc<Arena>,
     region: Region,
-    /// The bytes of each unit that are not given back.
+    /// For each unit, the bytes that are not given back.
     left: Mutex<Vec<usize>>,
 }
 
 impl Arena {
-    /// An arena without any pages, of as many addresses as the machine has memory.
+    /// Makes an arena without pages, as large as the machine's memory.
     pub fn new() -> Result<Arc<Arena>> {
         let memory = Memory::new()?;
         let Range { start, end } = memory.map.huge_range();
@@ -67,7 +67,7 @@ impl Arena {
         Ok(Arc::new(Arena { memory, lots: Mutex::new(lots) }))
     }
 
-    /// Lends memory, whatever is in it, its page table filled; `None` when all addresses are lent.
+    /// Lends memory with any content, its page table filled. `None` if no addresses are left.
     pub fn lend(self: &Arc<Self>, nbytes: usize) -> Option<Arc<Lot>> {
         let size = nbytes.next_multiple_of(platform::page()).max(platform::page());
         let mut lots = lock(&self.lots);
@@ -85,7 +85,7 @@ impl Arena {
         Some(lot)
     }
 
-    /// The lot around an address.
+    /// The lot that contains an address.
     pub fn lot_at(&self, address: usize) -> Option<Arc<Lot>> {
         let lot = lock(&self.lots).lent.range(..=address).next_back()?.1.upgrade()?;
         lot.region.addresses().contains(&address).then_some(lot)
@@ -99,7 +99,7 @@ fn units(lot: Region) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl Lots {
-    /// Takes the first free addresses of this size and alignment.
+    /// Takes the first free range of this size and alignment.
     fn take(&mut self, size: usize, align: usize) -> Option<usize> {
         let fit = |(&start, &end)| {
             let at = usize::next_multiple_of(start, align);
@@ -112,7 +112,7 @@ impl Lots {
         Some(at)
     }
 
-    /// Takes addresses back; neighbours that are free become one with them.
+    /// Makes a lot's addresses free again, and joins them with free neighbours.
     fn take_back(&mut self, lot: Region) {
         let Range { mut start, end } = lot.addresses();
         let mut end = end.max(start + 1).next_multiple_of(platform::page());
@@ -129,8 +129,8 @@ impl Lots {
         self.free.insert(start, end);
     }
 
-    /// Uses the idle units among these huge ones; those that the addresses only touch go. True if any
-    /// was used.
+    /// Reuses idle units that lie within `huge`, and frees those that only overlap `addresses`.
+    /// Returns whether any was reused.
     fn wake(&mut self, addresses: Range<usize>, huge: &Range<usize>, memory: &Memory) -> bool {
         let mut woken = false;
         self.idle.retain(|&idle| {
@@ -145,7 +145,7 @@ impl Lots {
         woken
     }
 
-    /// Gives back idle units, but for so many bytes.
+    /// Frees idle units, except `nbytes` of them.
     fn rest(&mut self, nbytes: usize, memory: &Memory) {
         let kept = self.idle.len().min(nbytes / HUGE);
         self.idle.drain(kept..).for_each(|idle| memory.punch(idle..idle + HUGE));
@@ -153,15 +153,16 @@ impl Lots {
 }
 
 impl Lot {
-    /// Its bytes, which whoever holds it may write.
+    /// Its bytes. Whoever holds the lot may write them.
     pub fn region(&self) -> Region {
         self.region
     }
 
-    /// Gives back these addresses, each once only, and the pages of units that are given back whole.
+    /// Gives back these addresses, each only once, and frees the pages of each unit that is given
+    /// back completely.
     ///
     /// # Safety
-    /// Nobody counts on the bytes, which are zeros from then on.
+    /// Nobody relies on the bytes, which are zeros afterwards.
     pub unsafe fn give_back(&self, addresses: Range<usize>) {
         lock(&self.arena.lots).rest(0, &self.arena.memory);
         for (unit, left) in units(self.region).zip(lock(&self.left).iter_mut()) {
@@ -195,7 +196,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A file in memory, mapped where its pages can be huge.
+/// A file in memory, mapped at an address where its pages can be huge.
 #[derive(Debug)]
 struct Memory {
     file: File,
@@ -205,7 +206,7 @@ struct Memory {
 
 impl Memory {
     fn new() -> Result<Memory> {
-        Memory::mapped().map_err(|error| Error::refused("shared memory without a name", &error))
+        Memory::mapped().map_err(|error| Error::refused("shared memory of an arena", &error))
     }
 
     fn mapped() -> io::Result<Memory> {
@@ -217,8 +218,8 @@ impl Memory {
         Ok(Memory { file, map, prices: Prices::default() })
     }
 
-    /// Makes the pages of a region: some huge if they are fresh, and cheaper than small ones. This memory
-    /// has no file system to be full.
+    /// Makes the pages of a region. Fresh ones are huge where that is cheaper. This memory has no
+    /// file system that could be full.
     fn make(&self, region: Region, huge: Range<usize>, fresh: bool) {
         let wanted = fresh && !huge.is_empty();
         let _ = if wanted && !self.prices.make_huge(&self.map, huge) {
@@ -231,7 +232,8 @@ impl Memory {
     /// Frees the pages of a unit.
     fn punch(&self, unit: Range<usize>) {
         let offset = (unit.start - self.map.addresses().start) as u64;
-        // SAFETY: whoever gave it back has promised that nobody counts on it, or nobody holds it.
+        // SAFETY: whoever gave the unit back has promised that nobody relies on it;
+        // or nobody holds it.
         unsafe {
             platform::punch(&self.file, offset, unit.len().next_multiple_of(platform::page()))
         };
@@ -249,16 +251,16 @@ mod tests {
     const PAGE: usize = 4096;
 
     fn bytes<'a>(lot: &Lot) -> &'a mut [u8] {
-        // SAFETY: the lot is the test's alone, which keeps it longer.
+        // SAFETY: only the test has the lot, and keeps it longer.
         unsafe { lot.region().bytes_mut() }
     }
 
     fn give_back(lot: &Lot, addresses: Range<usize>) {
-        // SAFETY: the test looks at what it has not given back.
+        // SAFETY: the test reads only bytes that it has not given back.
         unsafe { lot.give_back(addresses) };
     }
 
-    /// Bytes of the pages that it has.
+    /// Bytes of its pages.
     fn nbytes(arena: &Arena) -> usize {
         512 * arena.memory.file.metadata().unwrap().blocks() as usize
     }
@@ -284,7 +286,7 @@ mod tests {
                 if step % 3 == 2 && !lots.is_empty() {
                     let (lot, _) = lots.swap_remove(index.index(lots.len()));
                     let Region { address, nbytes } = lot.region();
-                    // as it is written to a block: from the front, and some not to the end
+                    // like a lot that is written to a block: from the front, not always to the end
                     let cut = address + cut.index(nbytes + 1);
                     if step % 2 == 0 {
                         give_back(&lot, address..cut);

@@ -1,14 +1,14 @@
-//! Connections to Ray's store, kept open for the sake of what is mapped.
+//! Connections to Ray's store, kept open while their objects are mapped.
 //!
 //! ```text
 //!  Ray's client ─ its descriptor ─┐
-//!                                 ├─ connection ─▶ the store: what it uses is given to nobody
+//!                                 ├─ connection ─▶ the store: keeps the objects in use
 //!  block ───── a second one ──────┘
 //! ```
 //!
-//! The store keeps what a client uses until the client says otherwise, or the connection ends. It ends with its
-//! last descriptor: `ray.shutdown()` closes Ray's, and without a second one others would get memory that
-//! this process still maps.
+//! The store keeps each object that a client uses until the client releases it, or the connection
+//! ends. A connection ends with its last descriptor. `ray.shutdown()` closes Ray's descriptor.
+//! Without a second one, the store would reuse memory that this process still maps.
 
 use std::fs::File;
 use std::mem::ManuallyDrop;
@@ -21,20 +21,20 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::error::{Error, Result};
 use crate::platform;
 
-/// A connection that stays open as long as this lives.
+/// A connection that stays open while this lives.
 #[derive(Debug)]
 pub struct Connection {
     path: PathBuf,
-    /// Each descriptor of somebody else, and ours of the same socket.
+    /// For each socket: the descriptor of Ray's client, and our duplicate.
     sockets: Vec<(RawFd, OwnedFd)>,
 }
 
-/// Those of this process, and the others' descriptors that were found last: to look at all descriptors
-/// takes 45 us, as long as opening a block.
+/// The connections of this process, and the descriptors of others that were found last. A search
+/// through all descriptors takes 45 us, as long as opening a block.
 static KEPT: Mutex<(Vec<Weak<Connection>>, Vec<RawFd>)> = Mutex::new((Vec::new(), Vec::new()));
 
 impl Connection {
-    /// Keeps the connection of this process to the socket at a path; `None` if it has none.
+    /// Keeps this process's connection to the socket at a path. `None` if it has none.
     pub fn keep(path: &Path) -> Result<Option<Arc<Connection>>> {
         let mut guard = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, found) = &mut *guard;
@@ -60,8 +60,8 @@ impl Connection {
         Ok(Some(connection))
     }
 
-    /// Whether the others' descriptors are of the same sockets still. Ours keeps its inode from becoming
-    /// that of another.
+    /// Whether the client's descriptors still belong to the same sockets. Our duplicate keeps the
+    /// inode from being reused.
     fn stands(&self) -> bool {
         self.sockets.iter().all(|(other, own)| {
             let inode = inode(*other);
@@ -70,7 +70,7 @@ impl Connection {
     }
 }
 
-/// Those of some descriptors that are of sockets to a path, and not ours, each with a second one.
+/// Duplicates those of some descriptors that are sockets to `path`, and not ours.
 fn second_descriptors(
     others: &[RawFd],
     path: &Path,
@@ -82,7 +82,7 @@ fn second_descriptors(
             let own = stream.try_clone().map_err(|error| {
                 Error::refused("a second descriptor of the connection to Ray's store", &error)
             })?;
-            // it may have become another's meanwhile
+            // the number may have been reused before it was duplicated
             if leads_to(&own, path) {
                 sockets.push((other, own.into()));
             }
@@ -91,7 +91,7 @@ fn second_descriptors(
     Ok(sockets)
 }
 
-/// Somebody else's descriptor as a socket, which it need not be: what is asked of another is refused.
+/// A descriptor of other code as a socket. It may be something else: then socket calls fail.
 fn borrowed(descriptor: RawFd) -> Option<ManuallyDrop<UnixStream>> {
     // SAFETY: not negative; never closed here.
     (descriptor >= 0).then(|| ManuallyDrop::new(unsafe { UnixStream::from_raw_fd(descriptor) }))
@@ -127,7 +127,7 @@ mod tests {
             Server { listener: UnixListener::bind(&path).unwrap(), path }
         }
 
-        /// A client, and the server's side of it.
+        /// A client, and the server's end of its connection.
         fn connect(&self) -> (UnixStream, UnixStream) {
             let client = UnixStream::connect(&self.path).unwrap();
             let (served, _) = self.listener.accept().unwrap();
@@ -142,7 +142,7 @@ mod tests {
         }
     }
 
-    /// Children that other tests fork have it, too, for a moment.
+    /// Children that other tests fork hold copies for a moment, so it waits.
     fn ends(served: &UnixStream) -> bool {
         (0..1000).any(|_| has_ended(served))
     }

@@ -1,13 +1,13 @@
-//! Forks: children of this process that see what it had mapped.
+//! Forks: keeps mapped objects until no forked child can see them.
 //!
 //! ```text
-//!  this process   map ───────── fork ────── let go ─────────▶ release, once no child is left
-//!                                │  a pipe, to be read: open until ...
-//!  a child                       └─ its other end ───── ... the child ends, and its own children
+//!  this process   map ───────── fork ────── drop ────────────▶ release, once no child is left
+//!                                │  reads a pipe, which is open until ...
+//!  a child                       └─ holds its other end ──── ... the child ends, and its children
 //! ```
 //!
-//! A forked child shows the same pages. The parent, which has them from Ray's store, must not give them up
-//! before the child has ended: the store would give them to others.
+//! A forked child sees the same pages. The parent, which got them from Ray's store, must not
+//! release them before the child has ended: the store would reuse them for other objects.
 
 use std::cell::Cell;
 use std::io::{self, PipeReader, PipeWriter};
@@ -20,19 +20,20 @@ use std::time::Duration;
 
 use crate::platform;
 
-/// How often a thread that waits for children looks for others to wait for.
+/// How often the thread that waits for children looks for new ones to wait for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// The time since something was mapped. As long as it lasts, forks are followed.
+/// The moment when something was mapped. Forks are followed while one of these lives.
 #[derive(Debug)]
 pub struct Since {
-    /// How many forks there had been ...
+    /// The number of forks before it ...
     forks: u64,
-    /// ... of this process.
+    /// ... and this process's id.
     process: u32,
 }
 
-/// A pipe whose other end a child has; where the system had none left, that child is taken to live.
+/// A pipe whose other end a child holds. `None` if the system had no pipe left: then the child
+/// counts as alive.
 type Life = Option<Arc<PipeReader>>;
 
 struct Deferred {
@@ -44,22 +45,22 @@ struct Forks {
     count: u64,
     children: Vec<(u64, Life)>,
     deferred: Vec<Deferred>,
-    /// Whether a thread waits for what is deferred.
+    /// Whether a thread waits for the deferred releases.
     watched: bool,
 }
 
-/// Those of this process.
+/// The forks of this process.
 static FORKS: Mutex<Forks> =
     Mutex::new(Forks { count: 0, children: Vec::new(), deferred: Vec::new(), watched: false });
 
-/// How many [`Since`] there are.
+/// How many [`Since`] exist.
 static MAPPED: AtomicUsize = AtomicUsize::new(0);
 
-/// The process that this is, unless it was forked past us.
+/// This process's id, unless it was forked without our handlers.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 impl Since {
-    /// From now on.
+    /// The present moment.
     pub fn now() -> Since {
         static START: Once = Once::new();
         START.call_once(|| {
@@ -70,13 +71,13 @@ impl Since {
         Since { forks: forks().count, process: process::id() }
     }
 
-    /// Whether this is a forked child of the process that mapped it.
+    /// Whether this is a forked child of the process that mapped.
     pub fn is_inherited(&self) -> bool {
         self.process != process::id()
     }
 
-    /// Calls `release` when no child is left that was forked since: now, or on a thread of our own. Never in
-    /// a child: it is not the child's to release.
+    /// Calls `release` when no child is left that was forked since: now, or later on another
+    /// thread. In a child it is never called: the parent releases.
     pub fn release_after(self, release: impl FnOnce() + Send + 'static) {
         if self.is_inherited() {
             return mem::forget(release);
@@ -109,7 +110,7 @@ impl Forks {
     fn defer(&mut self, deferred: Deferred) {
         self.deferred.push(deferred);
         if !self.watched {
-            // without a thread, the next that is deferred tries again
+            // without a thread, the next release that is deferred tries again
             let thread = thread::Builder::new().name("rzc.forks".into());
             self.watched = thread.spawn(watch).is_ok();
         }
@@ -124,7 +125,7 @@ fn is_alive(life: &Life) -> bool {
     !life.as_ref().is_some_and(|pipe| platform::wait_for_end(&[&**pipe], Duration::ZERO))
 }
 
-/// Releases what is deferred, until nothing is.
+/// Calls deferred releases until none is left.
 fn watch() {
     while {
         let lives: Vec<_> = {
@@ -148,7 +149,7 @@ fn watch() {
     } {}
 }
 
-/// What a thread that forks holds meanwhile: nothing is released while a child comes to be.
+/// Held by a thread that forks, so that nothing is released during the fork.
 struct Fork {
     forks: MutexGuard<'static, Forks>,
     pipe: Option<(PipeReader, PipeWriter)>,
@@ -181,9 +182,9 @@ extern "C" fn after_in_child() {
     if let Some(Fork { mut forks, pipe }) = FORK.take() {
         PROCESS.store(process::id(), Ordering::Relaxed);
         if let Some((_, write)) = pipe {
-            mem::forget(write); // it ends with the child
+            mem::forget(write); // open until the child ends
         }
-        mem::forget(mem::take(&mut forks.deferred)); // the parent's to release
+        mem::forget(mem::take(&mut forks.deferred)); // only the parent releases these
         forks.children.clear();
         forks.watched = false;
     }
@@ -195,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// A child that lives until the pipe that it is given is closed.
+    /// A child that lives until its pipe is closed.
     struct Child(Option<PipeWriter>);
 
     impl Child {
@@ -215,14 +216,14 @@ mod tests {
         }
     }
 
-    /// Whether it was released, within so long.
+    /// Whether it is released within a time.
     fn release(since: Since) -> impl Fn(Duration) -> bool {
         let (released, told) = mpsc::channel();
         since.release_after(move || released.send(()).unwrap());
         move |timeout| told.recv_timeout(timeout).is_ok()
     }
 
-    // one test, as another's children see what this one maps
+    // a single test: children of another one would see what this one maps
     #[test]
     fn what_a_child_sees_is_released_when_the_last_has_ended() {
         let (short, long) = (Duration::from_millis(50), Duration::from_secs(60));

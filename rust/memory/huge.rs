@@ -1,16 +1,16 @@
-//! Huge pages: 2 MiB of a file in one entry of the page table.
+//! Huge pages: one entry of the page table maps 2 MiB of a file.
 //!
 //! ```text
 //!  file     ┼──────────┌ a block ───┼─────────────────┼─────────────────┼──┐────────
 //!           │          └────────────┼█████████████████┼█████████████████┼──┘
 //!  memory   ┼──────────┌────────────┼─────────────────┼─────────────────┼──┐────────
-//!           multiples of 2 MiB: what lies whole between two of them can be huge, where
-//!           address and offset agree
+//!           multiples of 2 MiB: each 2 MiB between two of them can be a huge page, if
+//!           address and offset are equal modulo 2 MiB
 //! ```
 //!
 //! `MADV_COLLAPSE` (Linux 6.1) makes huge pages of a file in shared memory, whatever
-//! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says, and for any user. 400 MiB are then read
-//! for the first time in 2 ms, not 38.
+//! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says, and for any user. (First read of 400
+//! MiB: 2 ms, was 38.)
 
 use std::io;
 use std::ops::Range;
@@ -20,19 +20,21 @@ use std::time::Duration;
 use crate::memory::region::{Region, touch};
 use crate::platform::{self, HUGE, Map};
 
-/// What is collapsed before anyone is asked whether to go on. A call waits for all processors to
-/// empty their lists of pages: on an idle machine 400 MiB take 21 to 26 ms in one call or in fifty.
+/// Bytes that one call collapses. `stopped` is asked between calls. A call waits until all
+/// processors have emptied their lists of pages, but many calls cost no more: on an idle machine
+/// 400 MiB take 21 to 26 ms in one call or in fifty.
 const COLLAPSED_AT_ONCE: usize = 8 << 20;
 
-/// How long small pages are left as they are, for the sake of a first output or of the next publish: to
-/// make 400 MiB huge takes a processor 170 ms, and takes the pages out of all page tables meanwhile.
+/// How long pages stay small first, so that a first output or the next publish is not delayed. (To
+/// collapse 400 MiB takes a processor 170 ms. Meanwhile the pages are out of all page tables.)
 pub const LEAVE_SMALL_FOR: Duration = Duration::from_secs(1);
 
-/// A page that someone reads just now is not collapsed; a moment later it is. These are all that a
-/// block is waited for: who writes the next one there would be held up by more tries.
+/// The pauses before a page in use is tried again: the kernel refuses to collapse a page while
+/// somebody reads it. All tries for one block share them, because more would delay the next block
+/// written there.
 const MOMENTS_MS: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-/// How many pages of a block at most are asked, to speak for all of them.
+/// How many huge pages of a block are checked, at most, to judge the whole block.
 const ASKED: usize = 8;
 
 impl Map {
@@ -41,17 +43,16 @@ impl Map {
         self.addresses().into()
     }
 
-    /// The addresses of all that can be huge, between the first and the last multiple of [`HUGE`]: a
-    /// multiple of it, or none.
+    /// All addresses that can be in huge pages: from the first multiple of [`HUGE`] to the last.
     pub fn huge_range(&self) -> Range<usize> {
         let Range { start, end } = self.addresses();
         start.next_multiple_of(HUGE)..end - end % HUGE
     }
 
-    /// Makes fresh pages of this range of [`Map::huge_range`] huge.
+    /// Makes fresh huge pages for a range of [`Map::huge_range`].
     pub fn make(&self, range: Range<usize>) -> io::Result<()> {
         for address in range.clone().step_by(HUGE) {
-            // none is made of nothing
+            // the kernel collapses only what has a page
             if !platform::fill_to_write(address..address + 1) {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
@@ -59,17 +60,17 @@ impl Map {
         self.collapse(range)
     }
 
-    /// Makes all pages huge that can be, from the first to the last, until it is `stopped`.
+    /// Makes all pages huge that can be, in order, until `stopped` returns true.
     ///
-    /// Ends early where the kernel has no room for huge pages. Bytes stay what they are, and whoever
-    /// reads or writes them meanwhile waits for no longer than a copy of 2 MiB takes.
+    /// Fails early if the kernel has no room for huge pages. The bytes do not change. A process
+    /// that reads or writes them meanwhile waits at most for a copy of 2 MiB.
     pub fn collapse_all(&self, stopped: impl Fn() -> bool) -> io::Result<()> {
         let range = self.huge_range();
         let mut moments = MOMENTS_MS.into_iter().map(Duration::from_millis);
         for start in range.clone().step_by(COLLAPSED_AT_ONCE) {
             while !stopped() {
                 match self.collapse(start..range.end.min(start + COLLAPSED_AT_ONCE)) {
-                    // a page in use, by one who reads it just now
+                    // a page in use: somebody reads it now
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         let Some(moment) = moments.next() else { break };
                         thread::sleep(moment);
@@ -84,9 +85,9 @@ impl Map {
         Ok(())
     }
 
-    /// Whether a page of each eighth is huge, which speaks for all: who lay here before may have left
-    /// some huge and others not. Asked of a mapping that is new. `None` where the kernel does not tell
-    /// (before Linux 6.7), or nothing can be huge.
+    /// Whether the pages are huge, judged by one page in each eighth, because a block that lay here
+    /// before may have left some huge and others small. Call it on a new mapping. `None` if the
+    /// kernel does not tell (before Linux 6.7), or no page can be huge.
     pub fn is_huge(&self) -> Option<bool> {
         let range = self.huge_range();
         let step = (range.len() / HUGE).div_ceil(ASKED) * HUGE;
@@ -94,23 +95,23 @@ impl Map {
         Some(self.huge_nbytes_of(range, step)? >= asked * HUGE)
     }
 
-    /// How much of this range of [`Map::huge_range`] lies in huge pages; `None` where the kernel does
-    /// not tell (before Linux 6.7).
+    /// Bytes of a range of [`Map::huge_range`] in huge pages. `None` if the kernel does not tell
+    /// (before Linux 6.7).
     pub fn huge_nbytes(&self, range: Range<usize>) -> Option<usize> {
         self.huge_nbytes_of(range, HUGE)
     }
 
-    /// The same of the pages at each `step`.
+    /// The same, for one page at each `step`.
     fn huge_nbytes_of(&self, range: Range<usize>, step: usize) -> Option<usize> {
         assert!(self.has(&range));
-        // only what is in the page table counts
+        // the kernel counts only pages in the page table
         // SAFETY: mapped as long as this is.
         range.clone().step_by(step).for_each(|address| unsafe { touch(address) });
         platform::huge_nbytes(&range)
     }
 
-    /// Has the kernel copy each 2 MiB of this range of [`Map::huge_range`] into a huge page. One page of
-    /// them at least must be in memory.
+    /// Makes the kernel copy each 2 MiB of a range of [`Map::huge_range`] into a huge page. At
+    /// least one of its pages must be in memory.
     fn collapse(&self, range: Range<usize>) -> io::Result<()> {
         assert!(self.has(&range));
         platform::collapse(range)
@@ -122,16 +123,16 @@ impl Map {
     }
 }
 
-/// Why pages of shared memory cannot be made huge here; `None` if they can.
+/// Why pages of shared memory cannot be made huge here. `None` if they can.
 pub fn obstacle() -> Option<String> {
     let error = try_one().err()?;
     let reason = match error.kind() {
         io::ErrorKind::InvalidInput => {
-            "MADV_COLLAPSE takes Linux 6.1, built with transparent huge pages, and a process that \
+            "MADV_COLLAPSE requires Linux 6.1 or newer, built with transparent huge pages, and a process that \
              has not turned them off (PR_SET_THP_DISABLE)"
         }
-        io::ErrorKind::OutOfMemory => "the machine has no 2 MiB of free memory in one piece",
-        io::ErrorKind::ResourceBusy => "the memory limit of this process's group has no room",
+        io::ErrorKind::OutOfMemory => "the machine has no contiguous 2 MiB of free memory",
+        io::ErrorKind::ResourceBusy => "the memory limit of this process's cgroup is reached",
         _ => "MADV_COLLAPSE",
     };
     Some(format!("{reason}: {error}"))
@@ -154,7 +155,7 @@ mod tests {
 
     const NBYTES: usize = 5 * HUGE;
 
-    /// A file in shared memory, each byte telling where it is.
+    /// A file in shared memory, with bytes that depend on their offset.
     fn file() -> (File, Vec<u8>) {
         let path =
             format!("/dev/shm/rzc-huge-{}-{:?}", std::process::id(), std::thread::current().id());
@@ -220,7 +221,7 @@ mod tests {
             // SAFETY: a private mapping of this test's own.
             unsafe { *((map.region().address + at) as *mut u8) ^= 255 };
         };
-        write(&one, HUGE); // partly written before
+        write(&one, HUGE); // written before it is made huge
         assert_eq!((one.is_huge(), other.is_huge()), (Some(false), Some(false)));
         Map::shared(&file, 4160, NBYTES).unwrap().collapse_all(|| false).unwrap();
         assert_eq!(other.huge_nbytes(other.huge_range()), Some(other.huge_range().len()));

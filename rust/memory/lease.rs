@@ -1,15 +1,16 @@
-//! Leases: the pages of a file stay what they were, whatever is done to the file.
+//! Leases: the pages of a file keep their bytes, whatever happens to the file.
 //!
 //! ```text
-//!  pages ─▶ file, leased                 another process opens the file to write it, and waits
-//!  pages ─▶ memory of this process       the thread copies the pages, and releases the lease
-//!           file                         the other goes on
+//!  pages ─▶ file, leased                 another process opens the file for writing, and waits
+//!  pages ─▶ memory of this process       our thread copies the pages, and releases the lease
+//!           file                         the other process continues
 //! ```
 //!
-//! A fork takes along what the lease is on, but not the thread. So each file is opened and leased once more
-//! before a fork, for the child.
+//! A forked child inherits the open files with their leases, but not the thread. So before a fork
+//! each file is opened and leased a second time, for the child.
 //!
-//! Who waits for the table holds no lock of the interpreter: a fork holds the table, and runs Python meanwhile.
+//! A thread must not wait for the table with the interpreter's lock: a fork holds the table, and
+//! runs Python meanwhile.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -23,7 +24,7 @@ use crate::platform::{self, Map};
 #[derive(Debug)]
 pub struct Leases {
     held: Vec<Held>,
-    /// The thread that hears when one is broken.
+    /// The thread that the kernel tells when a lease is broken.
     thread: Option<i32>,
 }
 
@@ -32,11 +33,11 @@ struct Held {
     file: File,
     name: String,
     map: Weak<Reaped<Map>>,
-    /// The same file for a child to come.
+    /// The file opened a second time, for a child.
     passed: Option<File>,
 }
 
-/// Says that pages are leased. Dropped after the pages, it ends the lease.
+/// Stands for a lease. Drop it after the pages: then the lease ends.
 #[derive(Debug)]
 pub struct Lease(());
 
@@ -48,12 +49,12 @@ thread_local! {
 }
 
 impl Leases {
-    /// Those of this process. No fork happens while they are in hand.
+    /// The leases of this process. No fork happens while the guard lives.
     pub fn get() -> MutexGuard<'static, Leases> {
         LEASES.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a lease: from now on the file stays what it is, until `cover` at least.
+    /// Takes a lease: the file keeps its bytes from now on, at least until `cover`.
     pub fn take(&mut self, file: &File) -> io::Result<()> {
         let thread = match self.thread {
             Some(thread) => thread,
@@ -62,14 +63,14 @@ impl Leases {
         platform::lease(file, thread)
     }
 
-    /// Has the lease on a file last as long as what was mapped of it.
+    /// Makes a lease last as long as the mapping of its file.
     pub fn cover(&mut self, file: File, name: String, map: &Arc<Reaped<Map>>) -> Lease {
         self.held.push(Held { file, name, map: Arc::downgrade(map), passed: None });
-        self.serve(); // of what was broken before, the thread found nothing here
+        self.serve(); // the thread has found no entry for a lease that was broken before
         Lease(())
     }
 
-    /// Makes pages of files that someone waits for memory of this process.
+    /// Copies the pages of each file that another process waits for.
     fn serve(&mut self) {
         self.held.retain(|held| match held.map.upgrade() {
             Some(map) if !platform::is_leased(&held.file) => {
@@ -82,13 +83,13 @@ impl Leases {
 }
 
 impl Held {
-    /// Copies the pages, and lets others have the file.
+    /// Copies the pages, and lets other processes have the file.
     fn give_up(&self, map: &Map) {
         if let Err(error) = map.own().and_then(|()| platform::release(&self.file)) {
-            map.forbid(); // who reads them is to know
+            map.forbid(); // the pages may have other bytes now
             eprintln!(
-                "ray-zerocopy: {} was changed while it was open here, and its weights could not be kept \
-                 ({error}): to use them is a segmentation fault from now on",
+                "ray-zerocopy: another process changed {}, and this process could not copy its weights \
+                 ({error}). To use them is now a segmentation fault: open the file again",
                 self.name
             );
         }
@@ -101,7 +102,8 @@ impl Drop for Lease {
     }
 }
 
-/// Ends the leases on what nobody has mapped any more. Whoever has the table now, or forks, does so later.
+/// Ends the leases of files that are no longer mapped. If another thread holds the table, that one
+/// does it later.
 pub fn let_go() {
     match LEASES.try_lock() {
         Ok(mut leases) => leases.held.retain(|held| held.map.strong_count() > 0),
@@ -113,7 +115,7 @@ fn serve() {
     Leases::get().serve();
 }
 
-/// To be called before a fork, by the thread that forks; then one of the other two.
+/// Call before a fork, in the thread that forks. Then call one of the next two.
 pub fn before_fork() {
     let mut leases = Leases::get();
     let thread = leases.thread.unwrap_or_default();
@@ -122,7 +124,7 @@ pub fn before_fork() {
         let passed = platform::reopen(&held.file);
         let passed = passed.and_then(|file| platform::lease(&file, thread).map(|()| file));
         if passed.is_err() {
-            held.give_up(&map); // someone waits already: the child gets a copy, as of any memory
+            held.give_up(&map); // another process waits: the child gets a copy
         }
         held.passed = passed.ok();
         held.passed.is_some()
@@ -130,7 +132,7 @@ pub fn before_fork() {
     FORKING.set(Some(leases));
 }
 
-/// To be called in the parent after a fork, whether or not it worked.
+/// Call in the parent after a fork, also one that failed.
 pub fn after_fork_in_parent() {
     if let Some(mut leases) = FORKING.take() {
         leases.held.iter_mut().for_each(|held| held.passed = None);
@@ -138,7 +140,7 @@ pub fn after_fork_in_parent() {
     }
 }
 
-/// To be called in the child.
+/// Call in the child after a fork.
 pub fn after_fork_in_child() {
     let Some(mut leases) = FORKING.take() else { return };
     leases.thread = None;
@@ -178,7 +180,7 @@ mod tests {
         let lease = leases.cover(file, "a test".into(), &map);
         drop(leases);
         let address = map.region().address;
-        // SAFETY: the test's own, and nobody else reads it.
+        // SAFETY: the pages are the test's own, and nobody else reads them.
         unsafe { *((address + 70_000) as *mut u8) = 99 };
         let writer = thread::spawn({
             let path = path.clone();

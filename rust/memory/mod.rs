@@ -1,6 +1,6 @@
 //! Memory: addresses and pages.
 //!
-//! In: a region of memory, or a file to map. Out: pages that are ready to be written, or to be read.
+//! In: a region of memory, or a file to map. Out: pages that are ready to be written or read.
 //! Imports `error` and `platform`.
 
 #[allow(unsafe_code)] // bytes by address
@@ -8,7 +8,7 @@ pub mod region;
 
 pub mod aliases;
 
-#[allow(unsafe_code)] // reads what it has mapped
+#[allow(unsafe_code)] // touches pages that it has mapped
 pub mod huge;
 
 pub mod prices;
@@ -24,15 +24,15 @@ pub mod target;
 
 pub mod store;
 
-#[allow(unsafe_code)] // looks at descriptors of others
+#[allow(unsafe_code)] // borrows descriptors of other code
 pub mod connection;
 
 pub mod forks;
 
-#[allow(unsafe_code)] // has the kernel drop pages
+#[allow(unsafe_code)] // discards pages
 pub mod reaper;
 
 pub mod lease;
 
-#[allow(unsafe_code)] // reads what it has mapped
+#[allow(unsafe_code)] // reads pages that it has mapped
 pub mod pages;

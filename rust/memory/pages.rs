@@ -1,14 +1,14 @@
-//! Pages: the block as one process sees it.
+//! Pages: a block mapped into one process.
 //!
 //! ```text
 //!  the store's file      ████████████████████ block ████████████      one copy on the node
 //!                          ▲ MAP_SHARED            ▲ MAP_PRIVATE
-//!  Ray's mapping        ───┘      our mapping   ───┘  a page written here becomes this process's own
+//!  Ray's mapping        ───┘      our mapping   ───┘  a write copies the page into this process
 //! ```
 //!
-//! Ray maps its store read-write and shared, so a write through a view of it would change every
-//! process on the node. The same file mapped privately reads the same physical pages, and copies
-//! the one page that is written.
+//! Ray maps its store read-write and shared, so a write through Ray's mapping changes the block in
+//! every process on the node. A private mapping of the same file shows the same physical pages, and
+//! copies only the pages that this process writes.
 
 use std::fs::File;
 use std::ops::Range;
@@ -29,27 +29,27 @@ use crate::memory::store;
 use crate::platform::mapping::Backing;
 use crate::platform::{self, AROUND, HUGE, Map, PageTable};
 
-/// How often pages are tried that do not become huge: half a minute in all, twice as long each time.
+/// How often to try to make pages huge. The pause doubles each time: half a minute in total.
 const TRIES: u32 = 5;
 
 /// A block mapped into this process.
 #[derive(Debug)]
 pub enum Pages {
-    /// The store's own mapping: a write here is a write everywhere.
+    /// The store's own mapping: a write changes the block in all processes on the node.
     Shared(Region),
-    /// The store's pages, copied page by page as they are written.
+    /// A copy-on-write mapping.
     Private {
-        /// The mapping, which its thread has, too.
+        /// The mapping. The prefault thread borrows it.
         map: Arc<Reaped<Map>>,
-        /// What of the store was mapped again, and where it comes from; `None` for a file of the user's.
+        /// The store's mapping of the same bytes, and its file. `None` for a snapshot file.
         beneath: Option<(Region, Backing)>,
     },
-    /// Memory of this process alone.
+    /// A copy in this process's own memory.
     Copied(Reaped<MmapMut>),
 }
 
 impl Pages {
-    /// The bytes, wherever they are.
+    /// The region of the bytes.
     pub fn region(&self) -> Region {
         match self {
             Pages::Shared(region) => *region,
@@ -58,11 +58,12 @@ impl Pages {
         }
     }
 
-    /// Maps a region of the store again, privately.
+    /// Maps a region of the store a second time, copy-on-write.
     ///
     /// # Safety
-    /// Its bytes stay what they are while the pages live. Ray neither writes nor reuses those of an object
-    /// while a reference to its buffer lives: whoever holds the pages holds one.
+    /// Its bytes do not change while the pages live. Ray neither writes nor reuses the bytes of an
+    /// object while a reference to its buffer lives: whoever holds the pages must hold such a
+    /// reference.
     pub unsafe fn private(beneath: Region) -> Result<Pages> {
         let (file, backing) = store::open(beneath)?;
         let map = Reaped::map(|| Map::private(&file, backing.offset, beneath.nbytes));
@@ -70,19 +71,19 @@ impl Pages {
         Ok(Pages::Private { map: Arc::new(map), beneath: Some((beneath, backing)) })
     }
 
-    /// Maps part of a file privately.
+    /// Maps part of a file copy-on-write.
     ///
     /// # Safety
-    /// Its bytes stay what they are while the pages live, as where the file is leased; or whoever reads them
-    /// bears that others write it, and the SIGBUS where they shorten it.
+    /// Its bytes do not change while the pages live, because the file is leased. Or the reader
+    /// accepts that other processes write to it, and a SIGBUS if they shorten it.
     pub unsafe fn of_file(file: &File, offset: u64, nbytes: usize) -> Result<Pages> {
         let map = Reaped::map(|| Map::private(file, offset, nbytes));
         let map =
-            map.map_err(|error| Error::refused(format!("{nbytes} bytes of a file"), &error))?;
+            map.map_err(|error| Error::refused(format!("a mapping of {nbytes} bytes"), &error))?;
         Ok(Pages::Private { map: Arc::new(map), beneath: None })
     }
 
-    /// How many of the bytes lie in huge pages; `None` where that is not known.
+    /// Bytes in huge pages. `None` if unknown.
     pub fn huge_nbytes(&self) -> Option<usize> {
         match self {
             Pages::Private { map, .. } => map.huge_nbytes(map.huge_range()),
@@ -90,9 +91,10 @@ impl Pages {
         }
     }
 
-    /// Starts to fill in the page table, so that the first reads do not fault: one step for each huge page,
-    /// or for the small ones around each. Small pages of the store are made huge a second later, by one
-    /// process of the node. `None` where there is nothing to do, or so little that a thread costs more.
+    /// Starts to fill in the page table, so that first reads do not fault: one step for each huge
+    /// page, or for each group of small ones that one fault maps. A second later, one process of
+    /// the node makes small pages of the store huge. `None` if there is nothing to do, or less than
+    /// a thread costs.
     pub fn prefault(&self) -> Option<Prefault> {
         let region = self.region();
         let last = region.address + region.nbytes.checked_sub(HUGE)?;
@@ -112,7 +114,7 @@ impl Pages {
                             make_huge(beneath, &backing, stop);
                         }
                         Some(_) => {}
-                        None => lease::let_go(), // it may have had the map when that was dropped
+                        None => lease::let_go(), // it may have been the last to hold the map
                     }
                 }))
             }
@@ -120,19 +122,19 @@ impl Pages {
     }
 }
 
-/// Fills in the page table of a map until it is dropped, by one fault for the pages around each `step`.
+/// Fills in the page table of a map, by one fault for each `step`, until the map is dropped.
 ///
-/// `MADV_POPULATE_READ` is the slower way, 28 ms for 400 MiB beside 14, and holds the lock of the
-/// process's mappings: whoever starts a thread or allocates much waits for up to 16 ms meanwhile.
+/// `MADV_POPULATE_READ` is slower (400 MiB: 28 ms, faults 14), and holds the lock of the process's
+/// mappings: other threads that start a thread or allocate much memory would wait for up to 16 ms.
 fn fill(Region { address, nbytes }: Region, map: &Weak<Reaped<Map>>, step: usize) {
     for at in (0..nbytes).step_by(step).chain(nbytes.checked_sub(1)) {
         let Some(_mapped) = map.upgrade() else { break };
-        // SAFETY: the map's region, and it is held.
+        // SAFETY: the address lies in the map's region, and the map is held.
         unsafe { touch(address + at) };
     }
 }
 
-/// Does the same of a mapping of Ray's, which may be gone at any time.
+/// Does the same for a mapping of Ray's, which may disappear at any time.
 fn fill_while_mapped(Region { address, nbytes }: Region, stop: &Stop) {
     let mut pieces = (0..nbytes).step_by(AROUND).map(|at| at..nbytes.min(at + AROUND));
     let mapped = |piece: Range<usize>| {
@@ -141,7 +143,7 @@ fn fill_while_mapped(Region { address, nbytes }: Region, stop: &Stop) {
     pieces.all(mapped);
 }
 
-/// What tells a thread to end.
+/// Tells a thread to end.
 #[derive(Debug, Default)]
 struct Stop(AtomicBool);
 
@@ -150,22 +152,22 @@ impl Stop {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Waits, but no longer than until it is set.
+    /// Waits for a time, or until it is set.
     fn wait(&self, timeout: Duration) {
         if !self.is_set() {
-            thread::park_timeout(timeout); // it may end early: no harm
+            thread::park_timeout(timeout); // it may end early, which does no harm
         }
     }
 }
 
-/// Pages made ready to be read, by faults and by `MADV_COLLAPSE`, on a thread of its own.
+/// A thread that prepares pages for reading, by faults and by `MADV_COLLAPSE`.
 ///
-/// Dropped, it stops by itself, and nobody waits for it.
+/// After a drop the thread ends by itself; the drop does not wait for it.
 #[derive(Debug)]
 pub struct Prefault {
     stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
-    /// Whose thread it is: a fork leaves it behind.
+    /// The process of the thread: a forked child does not have it.
     process: u32,
 }
 
@@ -173,16 +175,16 @@ impl Prefault {
     fn start(act: impl FnOnce(&Stop) + Send + 'static) -> Prefault {
         let stop = Arc::new(Stop::default());
         let stopped = Arc::clone(&stop);
-        // without a thread the first reads fault, as they would have
+        // without a thread, first reads fault
         let thread = thread::Builder::new().name("rzc.prefault".into());
         let thread = thread.spawn(move || act(&stopped)).ok();
         Prefault { stop, thread, process: process::id() }
     }
 
-    /// Waits until all is done.
+    /// Waits until the thread has finished.
     pub fn wait(mut self) {
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join(); // filled or not, the bytes are what they were
+            let _ = thread.join(); // whether it succeeded or not, the bytes are the same
         }
     }
 }
@@ -190,7 +192,7 @@ impl Prefault {
 impl Drop for Prefault {
     fn drop(&mut self) {
         if self.process != process::id() {
-            return mem::forget(self.thread.take()); // nobody is there to end
+            return mem::forget(self.thread.take()); // this is a forked child: it has no such thread
         }
         self.stop.0.store(true, Ordering::Relaxed);
         if let Some(thread) = &self.thread {
@@ -199,12 +201,13 @@ impl Drop for Prefault {
     }
 }
 
-/// Makes pages of the store huge, through a mapping that Ray and others have not written through:
-/// the kernel refuses one with pages of its own. One process at a time has the store's file locked,
-/// which ends with the process at the latest; the others find their work done.
+/// Makes pages of the store huge, through a mapping that nobody has written through, because the
+/// kernel refuses to collapse a mapping with private copies. One process at a time does it, with a
+/// lock on the store's file, which ends at the latest with the process. Others then find the pages
+/// huge.
 fn make_huge(beneath: Region, backing: &Backing, stop: &Stop) {
     let Some((file, _)) = store::open(beneath).ok().filter(|(_, found)| found == backing) else {
-        return; // Ray is gone, and has taken its mapping along
+        return; // Ray has shut down and unmapped its store
     };
     let Ok(map) = Map::shared(&file, backing.offset, beneath.nbytes) else {
         return;
@@ -216,7 +219,7 @@ fn make_huge(beneath: Region, backing: &Backing, stop: &Stop) {
             let made = map.collapse_all(|| stop.is_set());
             let _ = file.unlock();
             if made.is_err_and(|error| error.kind() != ErrorKind::OutOfMemory) {
-                return; // for good; no 2 MiB in one piece, or pages in use, are another matter
+                return; // permanent, unlike pages in use or no contiguous 2 MiB
             }
             tries += 1;
         }
@@ -243,14 +246,14 @@ mod tests {
     }
 
     fn private(region: Region) -> Result<Pages> {
-        // SAFETY: the store is the test's own, which changes nothing while there are pages.
+        // SAFETY: only this test has the store, and changes nothing while there are pages.
         unsafe { Pages::private(region) }
     }
 
     fn write(pages: &mut Pages, at: usize, byte: u8) {
         assert!(matches!(pages, Pages::Private { .. }));
         let Region { address, nbytes } = pages.region();
-        // SAFETY: borrowed mutably, and private.
+        // SAFETY: the pages are private, and borrowed mutably.
         let bytes = unsafe { slice::from_raw_parts_mut(address as *mut u8, nbytes) };
         bytes[at] = byte;
     }

@@ -1,12 +1,12 @@
-//! Reaper: a thread that unmaps what is large, so that whoever drops it goes on.
+//! Reaper: a thread that unmaps large memory, so that dropping it does not block.
 //!
 //! ```text
-//!  dropped ─▶ queue ─▶ rzc.reaper: gives back 8 MiB at a time ─▶ unmaps
+//!  dropped ─▶ queue ─▶ rzc.reaper: discards 8 MiB at a time ─▶ unmaps
 //! ```
 //!
-//! The kernel takes each page out of the page table: who drops 400 MiB would hold up the interpreter, 76 ms on
-//! two busy cores, where the queue takes 0.3.
-//! It holds the lock of the process's mappings, too: hence one piece at a time.
+//! To unmap, the kernel takes each page out of the page table. A thread that drops 400 MiB would
+//! hold the interpreter that long (two busy cores: 76 ms; the queue: 0.3). The kernel also holds
+//! the lock of the process's mappings, so the reaper discards one piece at a time.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -23,19 +23,19 @@ use crate::error::{Error, Result};
 use crate::memory::region::Region;
 use crate::platform::{self, Map};
 
-/// What is smaller is unmapped at once: a thread costs as much.
+/// Smaller memory is unmapped at once, because a thread costs as much.
 const LARGE_NBYTES: usize = 4 << 20;
 
-/// What is given back before another thread can change the mappings.
+/// Bytes discarded at a time. In between, other threads can change the mappings.
 const PIECE_NBYTES: usize = 8 << 20;
 
-/// How many mappings wait at most. Who drops more unmaps them: a process may have 65,530.
+/// The longest queue. Beyond it the dropping thread unmaps: a process may have 65,530 mappings.
 const WAITING: usize = 64;
 
-/// How long a mapping for which there is no room waits for others to go.
+/// How long a new mapping that finds no room waits for the queue to be unmapped.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Memory that is unmapped when it is dropped, and counts for nobody then.
+/// Memory that is unmapped when dropped. Then nobody uses it any more.
 pub trait Mapped: Send + 'static {
     /// The bytes.
     fn region(&self) -> Region;
@@ -53,12 +53,13 @@ impl Mapped for MmapMut {
     }
 }
 
-/// Mapped memory that the reaper unmaps, where that takes long.
+/// Mapped memory. If it is large, the reaper unmaps it.
 #[derive(Debug)]
 pub struct Reaped<M: Mapped>(ManuallyDrop<M>);
 
 impl<M: Mapped> Reaped<M> {
-    /// Maps; where the system has no room, once more when all that was dropped is unmapped.
+    /// Maps. If the system has no room, waits until all dropped memory is unmapped, and tries
+    /// again.
     pub fn map(mut map: impl FnMut() -> io::Result<M>) -> io::Result<Reaped<M>> {
         let mapped = map().or_else(|error| match error.kind() {
             io::ErrorKind::OutOfMemory if settle() => map(),
@@ -90,19 +91,19 @@ impl<M: Mapped> DerefMut for Reaped<M> {
 
 impl<M: Mapped> Drop for Reaped<M> {
     fn drop(&mut self) {
-        // SAFETY: once, and nobody has it any more.
+        // SAFETY: `drop` runs once, and nobody uses the value afterwards.
         let map = unsafe { ManuallyDrop::take(&mut self.0) };
         if map.region().nbytes >= LARGE_NBYTES {
             static START: Once = Once::new();
             START.call_once(|| platform::at_fork(before, after, after_in_child));
             let refused = reaper().take(map);
-            drop(refused); // where nobody waits for the lock
+            drop(refused); // after the lock is released
         }
     }
 }
 
 struct Reaper {
-    /// What is to be unmapped, the first in part, perhaps.
+    /// Mappings to be unmapped. Part of the first may be discarded already.
     queue: VecDeque<Box<dyn Mapped>>,
     at_work: bool,
 }
@@ -115,7 +116,7 @@ fn reaper() -> MutexGuard<'static, Reaper> {
 }
 
 impl Reaper {
-    /// Takes what it can; gives back what the caller is to unmap.
+    /// Queues a mapping, or returns it, to be unmapped by the caller.
     fn take<M: Mapped>(&mut self, map: M) -> Option<M> {
         if !self.at_work {
             let thread = thread::Builder::new().name("rzc.reaper".into());
@@ -129,7 +130,7 @@ impl Reaper {
     }
 }
 
-/// Unmaps what is in the queue, until nothing is.
+/// Unmaps until the queue is empty.
 fn work() {
     loop {
         let mut waiting = reaper();
@@ -140,22 +141,24 @@ fn work() {
         drop(waiting);
         for start in (0..nbytes).step_by(PIECE_NBYTES) {
             let piece = address + start..address + nbytes.min(start + PIECE_NBYTES);
-            // SAFETY: mapped, as the queue has it; whoever had it before has dropped it.
+            // SAFETY: it is mapped while it is in the queue, and its owner has dropped it.
             unsafe { platform::discard(piece) };
         }
-        // a fork finds in the queue whatever is mapped: it is unmapped under the lock, when nothing is left
+        // a fork must find in the queue all that is mapped, so the unmap happens under the lock;
+        // little is left of it
         reaper().queue.pop_front();
     }
 }
 
-/// Memory of this process alone. What was dropped before is free by then: two copies are never held at once.
+/// New memory of this process. Waits for dropped memory first, so that a process never holds two
+/// copies.
 pub fn memory(nbytes: usize) -> Result<Reaped<MmapMut>> {
     settle();
     let map = MmapMut::map_anon(nbytes).map(Reaped::from);
     map.map_err(|error| Error::refused(format!("a copy of {nbytes} bytes"), &error))
 }
 
-/// Waits until all that was dropped is unmapped; says whether it is.
+/// Waits until all dropped memory is unmapped. False after a timeout.
 fn settle() -> bool {
     let working = |reaper: &mut Reaper| reaper.at_work;
     let waited = IDLE.wait_timeout_while(reaper(), SETTLE, working);
@@ -177,7 +180,7 @@ extern "C" fn after() {
 
 extern "C" fn after_in_child() {
     if let Some(mut reaper) = FORKING.take() {
-        reaper.at_work = false; // the thread was left behind
+        reaper.at_work = false; // the child does not have the thread
         reaper.queue.clear();
     }
 }
@@ -189,7 +192,7 @@ mod tests {
 
     use super::*;
 
-    /// Memory that counts how much of it is mapped.
+    /// Memory that counts its mapped bytes.
     struct Counted(MmapMut, Arc<AtomicUsize>);
 
     impl Counted {
@@ -211,7 +214,7 @@ mod tests {
         }
     }
 
-    // one test, as others' queues and forks are this one's
+    // a single test: another's queue and forks would disturb this one's
     #[test]
     fn what_is_dropped_is_unmapped_before_long_also_by_a_child() {
         let mapped = Arc::new(AtomicUsize::new(0));
@@ -226,7 +229,7 @@ mod tests {
         }
         let held = (0..WAITING / 2).map(|_| map(LARGE_NBYTES)).collect::<Vec<_>>();
         drop(held);
-        // SAFETY: the child looks at its own memory, and ends.
+        // SAFETY: the child only looks at its own memory, and exits.
         let child = unsafe { libc::fork() };
         if child == 0 {
             drop(map(LARGE_NBYTES));
@@ -235,7 +238,7 @@ mod tests {
             unsafe { libc::_exit(i32::from(!gone)) }
         }
         let mut status = -1;
-        // SAFETY: a child of our own, and an integer of our own.
+        // SAFETY: a child and an integer of this test.
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
         assert_eq!(status, 0);
         assert!(settle());

@@ -1,9 +1,9 @@
-//! Region: memory of this process, by its addresses.
+//! Region: memory of this process, as an address and a length.
 
 use std::ops::Range;
 use std::{ptr, slice};
 
-/// Some bytes of this process that somebody else keeps alive. A span is the same of a block.
+/// Bytes of this process that the caller keeps alive. A span is the same within a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Region {
     /// Address of the first byte.
@@ -13,17 +13,17 @@ pub struct Region {
 }
 
 impl Region {
-    /// Where a slice lies.
+    /// The region of a slice.
     pub fn of(bytes: &[u8]) -> Region {
         Region { address: bytes.as_ptr().addr(), nbytes: bytes.len() }
     }
 
-    /// The addresses of all its bytes, or all there are where it says that it has more.
+    /// The addresses of all its bytes, cut at the end of the address space.
     pub fn addresses(self) -> Range<usize> {
         self.address..self.address.saturating_add(self.nbytes)
     }
 
-    /// The bytes.
+    /// Its bytes.
     ///
     /// # Safety
     /// They are readable, and nobody writes them, for as long as the slice lives.
@@ -35,7 +35,7 @@ impl Region {
         unsafe { slice::from_raw_parts(self.address as *const u8, self.nbytes) }
     }
 
-    /// The bytes, to be written.
+    /// Its bytes, writable.
     ///
     /// # Safety
     /// They are writable, and nobody else reads or writes them, for as long as the slice lives.
@@ -54,7 +54,7 @@ impl From<Range<usize>> for Region {
     }
 }
 
-/// Reads a byte, for which the kernel fills in its page, and those around it.
+/// Reads a byte, so that the kernel maps its page, and those around it.
 ///
 /// # Safety
 /// It is readable.

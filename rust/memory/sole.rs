@@ -1,4 +1,4 @@
-//! Sole: memory that nobody else will read any more.
+//! Sole: memory that nobody else will read.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,31 +7,30 @@ use crate::memory::arena::Lot;
 use crate::memory::region::Region;
 use crate::platform;
 
-/// A region of which only the holder still wants the bytes: its pages can go before the memory itself
-/// does.
+/// A region that only its holder still needs. Its pages can be freed before the memory itself.
 #[derive(Debug, Clone)]
 pub struct Sole {
     region: Region,
-    /// What it is a part of, where it is of an arena; else it is private memory.
+    /// The lot that it is part of, if it lies in an arena. Else it is private memory.
     lot: Option<Arc<Lot>>,
 }
 
 impl Sole {
-    /// Takes a region on.
+    /// Takes over a region.
     ///
     /// # Safety
-    /// It stays mapped, and after a [`give_back`](Sole::give_back) nobody reads what was there: neither
-    /// this process nor a device that has its pages pinned.
+    /// It stays mapped. After a [`give_back`](Sole::give_back), nobody reads those bytes: neither
+    /// this process nor a device that has the pages pinned.
     pub unsafe fn new(region: Region, lot: Option<Arc<Lot>>) -> Sole {
         Sole { region, lot }
     }
 
-    /// Its bytes, of which those that were given back are zeros.
+    /// The region. Bytes that were given back are zeros.
     pub fn region(&self) -> Region {
         self.region
     }
 
-    /// Gives back the pages that lie wholly within a part of it, each part once only.
+    /// Frees the pages that lie wholly within a range of it. Give each range back only once.
     pub fn give_back(&self, part: Range<usize>) {
         let address = self.region.address + part.start;
         let addresses = address..address + part.len();
@@ -55,7 +54,7 @@ mod tests {
         let page = platform::page();
         let mut memory = MmapMut::map_anon(5 * page).unwrap();
         memory.fill(7);
-        // SAFETY: the test's own memory.
+        // SAFETY: only this test has the memory.
         let sole = unsafe { Sole::new(Region::of(&memory[1..]), None) };
         sole.give_back(0..3 * page);
         let given = page..3 * page;

@@ -1,4 +1,4 @@
-//! Ray's store: which file of it lies beneath memory of this process.
+//! Ray's store: finds its file behind an address of this process.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -9,35 +9,36 @@ use crate::memory::region::Region;
 use crate::platform::Mappings;
 use crate::platform::mapping::{Backing, Mapping};
 
-/// A shared mapping of the store, or of a file that what had no room there fell back to.
+/// A shared mapping of the store's file, or of a file in which Ray fell back to disk.
 #[derive(Debug, Clone)]
 struct Store {
     mapping: Mapping,
-    /// Where the file can be opened, once that was found.
+    /// The path that opens the file, once known.
     path: Option<PathBuf>,
 }
 
-/// The stores found so far, without a question to the kernel's list of mappings.
+/// The stores found so far, which saves asking the kernel for its list of mappings.
 static FOUND: Mutex<Vec<Store>> = Mutex::new(Vec::new());
 
-/// More than Ray's store and a few of its files for what fell back to disk are not kept.
+/// The most stores to remember: Ray's, and a few of the files of its fallback to disk.
 const KEEP: usize = 16;
 
-/// The store's file behind this memory; `None` if it is other memory of this process.
+/// The file of the store behind a region. `None` for other memory.
 pub fn backing(region: Region) -> Result<Option<Backing>> {
     Ok(find(region)?.map(|store| store.mapping.backing_at(region.address)))
 }
 
-/// Opens the store's file behind this memory.
+/// Opens the file of the store behind a region.
 pub fn open(region: Region) -> Result<(File, Backing)> {
-    let mut store = find(region)?
-        .ok_or_else(|| Error::Unsupported { reason: "it lies in no shared file".into() })?;
+    let mut store = find(region)?.ok_or_else(|| Error::Unsupported {
+        reason: "the memory belongs to no shared file".into(),
+    })?;
     let opened = store.mapping.open(store.path.as_deref());
     let opened = opened.or_else(|error| store.mapping.open_of_raylet().ok_or(error));
     let (file, path) = opened.map_err(|error| {
         let name = store.mapping.backing.name.display();
         Error::refused(
-            format!("no link of the kernel's nor file of the raylet opens {name}"),
+            format!("neither the kernel's link nor the raylet's descriptors open {name}"),
             &error,
         )
     })?;
@@ -49,7 +50,8 @@ pub fn open(region: Region) -> Result<(File, Backing)> {
     Ok((file, backing))
 }
 
-/// The store around a region: remembered if it still stands, else asked for.
+/// The store around a region: a remembered one if its mapping still exists, or else from the
+/// kernel's list.
 fn find(region: Region) -> Result<Option<Store>> {
     let mut found = found();
     if let Some(store) = found.iter().find(|store| store.mapping.holds(&region.addresses()))
@@ -70,7 +72,7 @@ fn find(region: Region) -> Result<Option<Store>> {
 
 fn remember(found: &mut Vec<Store>, store: Store) {
     let (start, end) = (store.mapping.start, store.mapping.end);
-    // what overlaps it is gone
+    // remembered mappings that overlap it no longer exist
     found.retain(|old| old.mapping.end <= start || end <= old.mapping.start);
     found.truncate(KEEP - 1);
     found.insert(0, store);

@@ -1,15 +1,15 @@
-//! The target: memory that a block is written to, its pages made ready part by part.
+//! The target: the memory that a block is written to. Its pages are made ready part by part.
 //!
 //! ```text
-//!  pages of a part                  it is written
-//!  in the page table                where it is
-//!  in memory, huge                  through a second mapping, where address and offset agree
-//!  in memory, small                 where it is, the page table filled in
-//!  nowhere                          through the second mapping, made huge where that is the cheaper way;
-//!                                   else where it is, filled in with small ones
+//!  pages of a part        how it is written
+//!  in the page table      directly
+//!  in memory, huge        through a second mapping, where address and offset agree modulo 2 MiB
+//!  in memory, small       directly, after its page table is filled in
+//!  none yet               through the second mapping, as huge pages, if these are cheaper;
+//!                         else directly, as small pages
 //! ```
 //!
-//! What is small in the end is made huge behind the caller's back, for the sake of who reads it.
+//! Pages that are small in the end are made huge in the background, for the readers.
 
 use std::io;
 use std::ops::Range;
@@ -28,18 +28,19 @@ use crate::platform::{self, HUGE, Map, PageTable};
 pub struct Target {
     whole: Region,
     page_table: PageTable,
-    /// All of it once more, where pages can be huge, once a part was not in the page table.
+    /// A second mapping of all of it, where pages can be huge. It is made for the first part that
+    /// is not in the page table.
     again: OnceLock<Option<Map>>,
     prices: Prices,
-    /// Which of [`TARGETS`] it is.
+    /// Its number in [`TARGETS`].
     number: u64,
 }
 
-/// How many there have been in this process.
+/// How many targets this process has had.
 static TARGETS: AtomicU64 = AtomicU64::new(0);
 
 impl Target {
-    /// The target that is this memory.
+    /// The target for this memory.
     pub fn of(memory: &[u8]) -> Target {
         Target {
             number: TARGETS.fetch_add(1, Ordering::Relaxed) + 1,
@@ -50,14 +51,15 @@ impl Target {
         }
     }
 
-    /// Makes the pages of a part of it ready, judging all by the middle one: those at the ends may be
-    /// there for a neighbour's sake. Gives the part where it is best written.
+    /// Makes the pages of a part ready, and returns the part at the address where it is best
+    /// written. It judges all pages by the middle one, because those at the ends may belong to a
+    /// neighbour that was written.
     ///
-    /// 400 MiB that the machine has had are written in 43 ms through huge pages, in 270 through small
-    /// ones. Of a file whose pages others have written, in 50 with the page table filled, by faults
-    /// in 70. To fill in what is there already would take 16.
+    /// (400 MiB that the machine has used before: huge pages 43 ms, small ones 270. Pages that
+    /// another process has written: 50 ms if the page table is filled in first, 70 by faults. To
+    /// fill in what the page table already has would take 16 ms.)
     ///
-    /// Refuses a part that there is no memory for: to write it would be a SIGBUS.
+    /// Refuses a part that there is no memory for, because a write would be a SIGBUS.
     pub fn ready<'a>(&'a self, part: &'a mut [u8]) -> Result<&'a mut [u8]> {
         let here = Region::of(part);
         let middle = here.address + here.nbytes / 2;
@@ -71,8 +73,8 @@ impl Target {
             None => None,
         };
         if let Some(there) = huge {
-            // SAFETY: the same bytes at their second address. Nobody else has the part, and while it
-            // is borrowed nobody reads them at the first one.
+            // SAFETY: these are the same bytes at their second address. Nobody else has the part,
+            // and while it is borrowed nobody reads it at the first address.
             return Ok(unsafe { Region::from(there).bytes_mut() });
         }
         let filled = match fresh {
@@ -82,7 +84,7 @@ impl Target {
         if filled { Ok(part) } else { Err(Error::NoRoom { nbytes: self.whole.nbytes as u64 }) }
     }
 
-    /// The second mapping, and the addresses of a part in it; `None` where no page could be huge.
+    /// The second mapping, and the addresses of a part in it. `None` if no page could be huge.
     fn again(&self, part: Region) -> Option<(&Map, Range<usize>)> {
         let before = part.address.checked_sub(self.whole.address);
         let before = before.filter(|before| before + part.nbytes <= self.whole.nbytes);
@@ -93,26 +95,27 @@ impl Target {
     }
 
     fn map_again(&self) -> Option<Map> {
-        // SAFETY: who has the target keeps it mapped, and writes at either address through it alone.
+        // SAFETY: whoever has the target keeps the memory mapped, and writes at either address only
+        // through it.
         let again = || unsafe { Map::again(self.whole.addresses()) };
         (self.whole.nbytes >= 2 * HUGE).then(|| again().ok())?
     }
 
-    /// Makes fresh pages of a part huge; false where they are better small.
+    /// Makes fresh pages of a part huge. False if small ones are cheaper.
     fn make_huge(&self, map: &Map, part: &Range<usize>) -> bool {
-        self.prices.make_huge(map, huge_pages(map, part)) && platform::fill_to_write(part.clone()) // the ends, and what was not collapsed
+        self.prices.make_huge(map, huge_pages(map, part)) && platform::fill_to_write(part.clone()) // and the rest
     }
 
-    /// Gives back what was made ready: of memory that is short, others need some to go on.
+    /// Frees the memory of the target: others need some of it, if memory is short.
     ///
     /// # Safety
-    /// Nobody counts on what was written.
+    /// Nobody relies on what was written.
     pub unsafe fn give_back(self) {
         // SAFETY: the caller's promise.
         unsafe { platform::give_back(self.whole.addresses()) };
     }
 
-    /// Has what was written into small pages made huge, on a thread that ends with that.
+    /// Starts a thread that makes the small pages huge.
     pub fn make_huge_later(mut self) -> Option<JoinHandle<io::Result<()>>> {
         let map = self.again.take().unwrap_or_else(|| self.map_again())?;
         let ours = self.prices.left_some_small();
@@ -123,23 +126,23 @@ impl Target {
             if ours {
                 return map.collapse_all(|| false);
             }
-            // others wrote here before. Who publishes one after the other is not to be held up: 64 ms for
-            // 418 MiB, not 24
+            // others wrote these pages before; do not delay a program that publishes again and
+            // again (418 MiB: 64 ms, not 24)
             thread::sleep(LEAVE_SMALL_FOR);
             map.collapse_all(|| TARGETS.load(Ordering::Relaxed) != self.number)
         };
-        // without a thread, or where the kernel refuses, they stay small
+        // without a thread, or if the kernel refuses, pages stay small
         thread::Builder::new().name("rzc.huge".into()).spawn(collapse).ok()
     }
 }
 
-/// The huge pages that start in a part; the last may reach into the next part.
+/// The huge pages that start in a part. The last may reach into the next part.
 fn huge_pages(map: &Map, part: &Range<usize>) -> Range<usize> {
     let end = part.end.next_multiple_of(HUGE).min(map.huge_range().end);
     part.start.next_multiple_of(HUGE)..end
 }
 
-/// Whether a part lies in huge pages, judging by the middle one.
+/// Whether a part lies in huge pages, judged by the middle one.
 fn is_huge(map: &Map, part: &Range<usize>) -> bool {
     let pages = huge_pages(map, part);
     let middle = pages.start + pages.len() / HUGE / 2 * HUGE;
@@ -156,7 +159,7 @@ mod tests {
 
     const NBYTES: usize = 6 * HUGE;
 
-    /// A new file, mapped shared from a page in it on, as Ray maps its store.
+    /// A new file, mapped shared from its second page on, as Ray maps its store.
     fn store(folder: &str) -> MmapMut {
         let name = format!("rzc-target-{}-{:?}", std::process::id(), thread::current().id());
         let path = std::path::Path::new(folder).join(name);
@@ -173,7 +176,8 @@ mod tests {
         again.huge_nbytes(again.huge_range()).unwrap()
     }
 
-    /// Writes it all in parts, each byte telling where it is, and says how many parts were elsewhere.
+    /// Writes all of it in parts, with bytes that depend on their offset. Returns how many parts
+    /// moved to the second mapping.
     fn write(target: &Target, memory: &mut [u8]) -> usize {
         let mut elsewhere = 0;
         for (index, part) in memory.chunks_mut(3 << 20).enumerate() {
@@ -207,7 +211,7 @@ mod tests {
         make_huge_later(target, &store);
     }
 
-    /// Has small pages made huge, the bytes that [`write`] wrote as they were.
+    /// Has small pages made huge, and checks that the bytes of [`write`] are the same.
     fn make_huge_later(target: Target, store: &[u8]) {
         assert_eq!(huge_nbytes(store), 0);
         target.make_huge_later().unwrap().join().unwrap().unwrap();
@@ -220,7 +224,7 @@ mod tests {
     fn small_pages_that_others_wrote_are_made_huge_afterwards() {
         let mut store = store("/dev/shm");
         store.fill(7);
-        // the targets of tests beside this one go before it
+        // targets of concurrent tests stop it, so retry
         let made =
             || Target::of(&store).make_huge_later().is_none_or(|thread| thread.join().is_err());
         assert!((0..20).any(|_| made()));
