@@ -90,7 +90,7 @@ def test_what_lies_apart_is_copied_and_says_so():
     gathered = gather(bytes(20_000), bytes(20_000))
     block = _core.Block(gathered.table, [bytes(s) for s in gathered.segments()], "shared")
     assert block.held == "copied"
-    assert "3 buffers do not adjoin" in block.fallback
+    assert "3 buffers are not contiguous" in block.fallback
 
 
 def test_large_storages_travel_from_where_they_are():

@@ -280,5 +280,5 @@ def test_views_beyond_the_base_are_refused():
 @pytest.mark.parametrize("numbers", [[0, 0], [0, 2], [1], []])
 def test_numbers_that_nobody_gave_are_refused(numbers):
     block = _core.Block(*of_one_block([torch.zeros(9), torch.ones(9)]), "copy")
-    with pytest.raises(rzc.BlockError, match="the numbers of the tensors"):
+    with pytest.raises(rzc.BlockError, match="the list of tensor numbers"):
         _core.Gather.of_blocks([(block, numbers)])

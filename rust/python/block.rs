@@ -1,4 +1,4 @@
-//! A block where it is read.
+//! A block where it is read, as a Python object.
 
 use std::ffi::{OsString, c_int, c_void};
 use std::io;
@@ -27,14 +27,14 @@ use crate::python::buffer;
 use crate::python::connection::{Connection, Pin};
 use crate::python::loan;
 
-/// A block in this process, with its table: writable memory that keeps the store's buffer alive.
+/// A block in this process, with its table: writable memory that keeps the store's buffer.
 ///
 /// ```text
 ///  tensor ─▶ Block ─▶ pages ─▶ Ray's buffer ─▶ object in the store
 /// ```
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Block {
-    // dropped in this order: what fills in the pages, the pages, what lies beneath them
+    // dropped in this order: the prefault thread, the pages, then the memory beneath them
     prefault: OnceLock<Option<Prefault>>,
     pages: Pages,
     _lease: Option<Lease>,
@@ -42,21 +42,21 @@ pub(super) struct Block {
     table: Table,
     fingerprint: u64,
     source: Option<Backing>,
-    /// Why the pages are not what was asked for, if they are not.
+    /// Why the pages are not held as requested, or None.
     #[pyo3(get)]
     fallback: Option<String>,
 }
 
 #[pymethods]
 impl Block {
-    /// Checks the buffers against the table and maps them.
+    /// Checks the buffers against the table, and maps them.
     ///
-    /// An anchored block is one buffer that is only the block's header: the rest follows it in the
-    /// memory that the buffer keeps, as `Gather.write` has left it. The connection is that of Ray, if
-    /// it has lent the buffers.
+    /// If `anchored`, the only buffer is the block's header. The rest of the block follows it in
+    /// the memory that the buffer keeps, as `Gather.write` left it. `connection` is Ray's, if Ray
+    /// lent the buffers.
     ///
-    /// A variant of the block's object brings the header of the block that it means, and a table of its
-    /// own views over the same spans.
+    /// `variant` gives the header that the block must have, and a table with other views over the
+    /// same spans.
     #[new]
     #[pyo3(signature = (table, buffers, isolation, anchored=false, connection=None, variant=None))]
     fn new(
@@ -81,7 +81,7 @@ impl Block {
             .map(|buffer| Region { address: buffer.buf_ptr() as usize, nbytes: buffer.len_bytes() })
             .collect();
         let first = pieces.first().map_or(&[] as &[u8], |first| {
-            // SAFETY: the buffer is held; objects of the store are sealed before they are read.
+            // SAFETY: the buffer is held. Ray seals an object before others can read it.
             unsafe { first.bytes() }
         });
         if let (true, [anchor]) = (anchored, &mut pieces[..]) {
@@ -98,26 +98,26 @@ impl Block {
         };
         let whole = Region { address: first.as_ptr().addr(), nbytes: table.nbytes as usize };
         let backing = store::backing(whole);
-        // no buffer says how much follows an anchor: all of it lies in one file, or it must be
-        // readable, and what its checksums say
+        // no buffer tells how much follows an anchor: either all of it lies in one mapped file, or
+        // it must be readable, and match its checksums
         if anchored && !matches!(backing, Ok(Some(_))) && !platform::is_readable(whole.addresses())
         {
             let (expected, found) = (table.nbytes, first.len() as u64);
             return Err(Error::BlockLength { expected, found }.into());
         }
         let in_no_file = backing == Ok(None);
-        // others may have the memory already
+        // the store may have reused the memory
         let lost = !in_no_file && connection.as_ref().is_some_and(|it| !it.get().kept());
         let mut fallback = match isolation {
             "copy" => None,
-            _ if !contiguous => Some(format!("its {} buffers do not adjoin", pieces.len())),
+            _ if !contiguous => Some(format!("its {} buffers are not contiguous", pieces.len())),
             _ if lost => Some("this process has no connection to Ray's store".to_owned()),
-            "private" if in_no_file => Some("it lies in no shared file".to_owned()),
+            "private" if in_no_file => Some("the memory belongs to no shared file".to_owned()),
             _ => None,
         };
         let pages = if isolation == "copy" || fallback.is_some() {
-            // SAFETY: the buffers are held; objects of the store are sealed before they are read;
-            // the length was checked.
+            // SAFETY: the buffers are held; Ray seals an object before others can read it;
+            // `is_contiguous` has checked the length.
             Pages::Copied(py.detach(|| unsafe { block::copy(&pieces, table.nbytes) })?)
         } else if isolation == "private" {
             // SAFETY: the buffers are held as long as the pages.
@@ -161,7 +161,7 @@ impl Block {
         }
     }
 
-    /// File name, inode and offset in bytes of the store's file beneath; None for other memory.
+    /// Name, inode and offset in bytes of the store's file; None for other memory.
     #[getter]
     fn source(&self) -> Option<(OsString, u64, u64)> {
         self.source.clone().map(|source| (source.name.into(), source.inode, source.offset))
@@ -188,43 +188,44 @@ impl Block {
     /// The checksum of each span, as it was written.
     #[getter]
     pub(super) fn checksums(&self) -> PyResult<Vec<u64>> {
-        // SAFETY: the pages live; whoever writes into them is to be found out.
+        // SAFETY: the pages live. A process that writes to them meanwhile damages the block, which
+        // the checksums are to detect.
         let block = unsafe { self.pages.region().bytes() };
         Ok(header::checksums(&self.table, self.fingerprint, block)?)
     }
 
-    /// Raises `BlockError` where a byte of a span is not as it was written.
+    /// Checks every span. Raises `BlockError` if a byte has changed.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         // SAFETY: as for `checksums`.
         let block = unsafe { self.pages.region().bytes() };
         Ok(py.detach(|| header::verify(&self.table, self.fingerprint, block))?)
     }
 
-    /// Fills in this process's page table for the whole block, while the caller goes on; where pages are
-    /// small, has them made huge later, if no other process does.
+    /// Starts to fill in this process's page table for the block, in the background. If pages are
+    /// small, has them made huge later, unless another process does.
     fn prefault(&self) {
         self.prefault.get_or_init(|| self.pages.prefault());
     }
 
-    /// Bytes of the block in huge pages; None where that is not known.
+    /// Bytes of the block in huge pages; None if unknown.
     fn huge_nbytes(&self) -> Option<usize> {
         self.pages.huge_nbytes()
     }
 
-    /// The first and last bytes of views.
+    /// The first byte of each view, and one past its last.
     fn ranges(&self, views: Vec<usize>) -> PyResult<Vec<(u64, u64)>> {
         let range = |index: usize| {
             let Table { views, spans, .. } = &self.table;
             let view = views.get(index).ok_or_else(|| PyIndexError::new_err(index))?;
             let own = view.extent()?.unwrap_or_default();
-            let start = spans[view.span].offset; // the table was checked
+            let start = spans[view.span].offset; // no overflow: the table was checked
             Ok((start + own.start, start + own.end))
         };
         views.into_iter().map(range).collect()
     }
 
-    /// A tensor for each view that has a span for itself, and a dtype that DLPack has; None for the
-    /// others, for `buffers`, which are no tensors, and for all where torch does not borrow.
+    /// A tensor for each view that has a span of its own and a dtype of DLPack. None for the other
+    /// views, for `buffers` (views that are not tensors), and for all if torch cannot borrow.
     fn tensors<'py>(slf: &Bound<'py, Self>, buffers: Vec<usize>) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
         let table = &slf.get().table;
@@ -246,7 +247,8 @@ impl Block {
             let made = if alone {
                 let start = table.spans[view.span].offset + view.offset * view.dtype.itemsize();
                 let data = (slf.get().pages.region().address + start as usize) as *mut c_void;
-                // SAFETY: a view of the block's table; neither moves while there is the block.
+                // SAFETY: the view is in the block's table; the block keeps view and memory in
+                // place.
                 unsafe { loan::tensor(data, view, slf) }?
             } else {
                 None
@@ -257,14 +259,14 @@ impl Block {
     }
 
     /// # Safety
-    /// Called by the interpreter with a view to fill.
+    /// The interpreter calls it with a view to fill.
     unsafe fn __getbuffer__(
         slf: Bound<'_, Self>,
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
         let region = slf.get().pages.region();
-        // SAFETY: the interpreter's view; the block, which holds the pages, is its object.
+        // SAFETY: the interpreter gives the view. The block is its object, and holds the pages.
         unsafe { buffer::fill(slf.into_any(), region, false, view, flags) }
     }
 }
@@ -275,12 +277,12 @@ impl Block {
         &self.table
     }
 
-    /// Where it lies in this process.
+    /// The region of its bytes.
     pub(super) fn region(&self) -> Region {
         self.pages.region()
     }
 
-    /// A block over pages of a file.
+    /// A block over the pages of a file.
     pub(super) fn over(
         pages: Pages,
         lease: Option<io::Result<Lease>>,
@@ -303,7 +305,7 @@ impl Block {
             fallback: refused.map(|error| match error.kind() {
                 io::ErrorKind::PermissionDenied => "the file belongs to another user".to_owned(),
                 io::ErrorKind::WouldBlock => "the file is open for writing".to_owned(),
-                _ => format!("the system leases no such file ({error})"),
+                _ => format!("the system gives no lease on this file ({error})"),
             }),
         }
     }
@@ -330,8 +332,8 @@ pub(super) fn huge_pages_obstacle() -> Option<String> {
     huge::obstacle()
 }
 
-/// File name, inode and offset in bytes of the shared file mapping that holds an address; None for other
-/// memory, and where the system does not tell.
+/// Name, inode and offset in bytes of the shared file mapping at an address; None for other memory,
+/// or if the system does not tell.
 #[pyfunction]
 pub(super) fn source_of(address: usize) -> PyResult<Option<(OsString, u64, u64)>> {
     let source = store::backing(Region { address, nbytes: 1 }).ok().flatten();

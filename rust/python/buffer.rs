@@ -1,4 +1,4 @@
-//! Memory of ours for the buffer protocol.
+//! Our memory as Python buffers.
 
 use std::ffi::{c_int, c_void};
 
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 
 use crate::memory::region::Region;
 
-/// The part of `room` from where `anchor` starts; refuses what has no room for a block there.
+/// The part of `room` that starts at `anchor`. Raises if a block does not fit there.
 pub(super) fn room_at(
     anchor: &Bound<'_, PyAny>,
     room: &Bound<'_, PyAny>,
@@ -26,10 +26,10 @@ pub(super) fn room_at(
     Ok(Region { address, nbytes: end - address })
 }
 
-/// Fills a view with a region.
+/// Fills a buffer view with a region.
 ///
 /// # Safety
-/// `view` is the interpreter's to be filled, and `object` keeps the region alive.
+/// The interpreter gives `view` to be filled, and `object` keeps the region alive.
 pub(super) unsafe fn fill(
     object: Bound<'_, PyAny>,
     region: Region,
@@ -41,7 +41,7 @@ pub(super) unsafe fn fill(
         return Err(PyBufferError::new_err("no view to fill"));
     }
     let (address, nbytes) = (region.address as *mut c_void, region.nbytes as ffi::Py_ssize_t);
-    // SAFETY: the view is not null; the bytes live as long as the object, which it will refer to.
+    // SAFETY: the view is not null; the bytes live as long as the object, which the view will hold.
     let status = unsafe {
         ffi::PyBuffer_FillInfo(view, object.as_ptr(), address, nbytes, c_int::from(readonly), flags)
     };

@@ -1,4 +1,5 @@
-//! What the cyclic collector is to judge: modules as they are made, and what can be reached from them.
+//! Python's cyclic collector: notes the modules that a load makes, and collects given objects
+//! early.
 
 use std::cell::RefCell;
 
@@ -7,11 +8,11 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
 
 thread_local! {
-    /// The modules of each load that this thread is in, the innermost last.
+    /// For each load that this thread is in, the modules made so far. The innermost load is last.
     static MODULES: RefCell<Vec<Vec<Py<PyWeakrefReference>>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The modules that a load has made, by weak references.
+/// Weak references to the modules that a load made.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Modules(Vec<Py<PyWeakrefReference>>);
 
@@ -21,7 +22,7 @@ impl Modules {
         self.0.len()
     }
 
-    /// Whether none of them is there any more.
+    /// Whether all of them are freed.
     fn are_gone(&self, py: Python<'_>) -> bool {
         self.0.iter().all(|module| module.bind(py).upgrade().is_none())
     }
@@ -32,7 +33,7 @@ impl Modules {
     }
 }
 
-/// Calls something, and gives its result and the modules that it has made.
+/// Calls `make`. Returns its result and the modules that it made.
 #[pyfunction]
 pub(super) fn noting_modules<'py>(
     make: &Bound<'py, PyAny>,
@@ -54,16 +55,16 @@ pub(super) fn note_module(module: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
-/// Has the cyclic collector judge these objects, which it must know of, and besides no more than were
-/// made since it ran last. The list is empty afterwards.
+/// Collects these objects, which the collector must track, and all that were made since it last
+/// ran, but no others. Empties the list.
 #[pyfunction]
 pub(super) fn collect(objects: &Bound<'_, PyList>) -> PyResult<()> {
     let gc = objects.py().import("gc")?;
     for object in objects {
-        // what is tracked anew is of the youngest generation, and that is all that is collected
-        // SAFETY: an object that the collector knows of; nothing of Python's runs in between.
+        // newly tracked objects belong to the youngest generation, the only one that is collected
+        // SAFETY: the collector tracks the object, and no Python code runs in between.
         unsafe { ffi::PyObject_GC_UnTrack(object.as_ptr().cast()) };
-        // SAFETY: as above, and it is not tracked any more.
+        // SAFETY: as above; the object is no longer tracked.
         unsafe { ffi::PyObject_GC_Track(object.as_ptr().cast()) };
     }
     objects.del_slice(0, objects.len())?;

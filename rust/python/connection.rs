@@ -1,4 +1,4 @@
-//! The connection of this process to Ray's store, and what it keeps there.
+//! This process's connection to Ray's store, and what it keeps there.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use pyo3::prelude::*;
 use crate::memory::connection;
 use crate::memory::forks::Since;
 
-/// Keeps the connection to the store at a socket open: what is mapped stays what it was, also when Ray
-/// closes its side.
+/// Keeps this process's connection to the store at a socket open, also when Ray closes its side, so
+/// that mapped objects keep their memory.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Connection(Option<Arc<connection::Connection>>);
 
@@ -29,12 +29,12 @@ impl Connection {
     }
 }
 
-/// What keeps an object in Ray's store: Ray's buffers over it, which release it, the connection that
-/// they count on, and the children that may still see it.
+/// Keeps an object in Ray's store: Ray's buffers, which release it when they are dropped, the
+/// connection they depend on, and the children that may still see it.
 pub(super) struct Pin(Option<(Since, Vec<PyUntypedBuffer>, Option<Py<Connection>>)>);
 
 impl Pin {
-    /// Those of an object that was, or will be, mapped since.
+    /// Pins an object that was mapped after `since`.
     pub(super) fn new(
         since: Since,
         buffers: Vec<PyUntypedBuffer>,
@@ -49,7 +49,7 @@ impl Drop for Pin {
         if let Some((since, buffers, connection)) = self.0.take() {
             since.release_after(move || {
                 let held = std::mem::ManuallyDrop::new((buffers, connection));
-                // in this order, unless the interpreter is gone
+                // the buffers first; nothing, if the interpreter is gone
                 Python::try_attach(|_| drop(std::mem::ManuallyDrop::into_inner(held)));
             });
         }

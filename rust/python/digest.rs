@@ -9,8 +9,9 @@ use crate::format::header::{checksums, start_nbytes};
 use crate::format::table::{Table, fingerprint};
 use crate::memory::region::Region;
 
-/// The digest of an object, in hexadecimal: its skeleton, its table, its views that are buffers, its
-/// block or the start of it, where the checksums are. `plain` gives what counts of an archive.
+/// The digest of an object in hexadecimal, from its skeleton, its table, its views that are
+/// buffers, and its block (or the start of it, with the checksums). `plain` returns the part of an
+/// archive that counts.
 #[pyfunction]
 pub(super) fn digest(
     py: Python<'_>,
@@ -24,7 +25,7 @@ pub(super) fn digest(
     let block = PyUntypedBuffer::get(block)?;
     let nbytes = block.len_bytes().min(start_nbytes(&decoded));
     let start = Region { address: block.buf_ptr() as usize, nbytes };
-    // SAFETY: within the buffer, which is held; a block is not written any more.
+    // SAFETY: it lies within the buffer, which is held; nobody writes to a finished block.
     let start = unsafe { start.bytes() };
     let sums = checksums(&decoded, fingerprint(table), start)?;
     let plain = |archive: &[u8]| {

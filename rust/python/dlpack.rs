@@ -1,10 +1,11 @@
-//! DLPack: memory that somebody else keeps, lent as a tensor; and tensors of others, described.
+//! DLPack: lends memory to torch as tensors, and describes torch's tensors.
 //!
 //! ```text
 //!  torch's storage ─▶ ManagedTensor ─▶ owner        `deleter` drops the owner with the storage
 //! ```
 //!
-//! As laid down in `dlpack.h`, version 1 (<https://dmlc.github.io/dlpack/latest/c_api.html>).
+//! The layouts are those of `dlpack.h`, version 1
+//! (<https://dmlc.github.io/dlpack/latest/c_api.html>).
 
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
@@ -16,7 +17,7 @@ use crate::format::view::{Dims, View};
 const CPU: i32 = 1;
 const MAJOR_VERSION: u32 = 1;
 
-/// `DLPackVersion`; the layout of all that follows it depends on `major`.
+/// `DLPackVersion`. The layout of the fields after it depends on `major`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Version {
@@ -24,7 +25,7 @@ struct Version {
     minor: u32,
 }
 
-/// `DLTensor`: where the elements lie, and how.
+/// `DLTensor`: the address and geometry of the elements.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Tensor {
@@ -40,7 +41,7 @@ pub struct Tensor {
     byte_offset: u64,
 }
 
-/// `DLManagedTensorVersioned`: a tensor, and what to call when nobody needs it any more.
+/// `DLManagedTensorVersioned`: a tensor, and the function that frees it.
 #[repr(C)]
 #[derive(Debug)]
 pub struct ManagedTensor {
@@ -51,15 +52,16 @@ pub struct ManagedTensor {
     tensor: Tensor,
 }
 
-/// Makes a Python object of a tensor that it takes over, and puts it where the second argument
-/// points; not 0 with a Python exception set.
+/// Turns a tensor, which it takes over, into a Python object, and stores that in the second
+/// argument. Not 0 if a Python exception is set.
 pub type ToPyObject = unsafe extern "C" fn(*mut ManagedTensor, *mut *mut c_void) -> c_int;
 
-/// Fills in the second argument what a Python object is as a tensor, which stays as it is; not 0
-/// with a Python exception set.
+/// Describes a Python object as a tensor in the second argument, without changing the object. Not 0
+/// if a Python exception is set.
 pub type Describe = unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int;
 
-/// `DLPackExchangeAPI`, up to what we call: a table that a library keeps for as long as it lives.
+/// `DLPackExchangeAPI`, up to the functions that we call. The library keeps this table for as long
+/// as it lives.
 #[repr(C)]
 #[derive(Debug)]
 pub struct ExchangeApi {
@@ -77,16 +79,17 @@ impl ExchangeApi {
         self.describe.filter(|_| self.version.major == MAJOR_VERSION)
     }
 
-    /// The library's function that takes a [`ManagedTensor`]; `None` if its DLPack is not ours.
+    /// The library's function that takes a [`ManagedTensor`]. `None` if the library has another
+    /// version of DLPack.
     pub fn to_py_object(&self) -> Option<ToPyObject> {
         (self.version.major == MAJOR_VERSION).then_some(self.to_py_object)
     }
 }
 
-/// A tensor of another library: where its first element lies in host memory, and its geometry.
+/// A tensor of another library: the address of its first element in host memory, and its geometry.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Strided {
-    /// Null only where there is no element, or no memory.
+    /// Null only if the tensor has no element, or no memory.
     pub address: usize,
     /// Type of the elements.
     pub dtype: Dtype,
@@ -96,25 +99,25 @@ pub struct Strided {
     pub stride: Dims,
 }
 
-/// Asks a library for a tensor of its own; `None` where DLPack cannot express it or it does not lie
-/// on the host, and then an exception may be set.
+/// Describes a tensor of the library. `None` if DLPack cannot express it, or it is not in host
+/// memory. Then a Python exception may be set.
 ///
 /// # Safety
-/// `object` is what `describe` takes, alive and left alone meanwhile.
+/// `object` is one that `describe` accepts. It is alive, and nobody changes it during the call.
 pub unsafe fn strided(describe: Describe, object: *mut c_void) -> Option<Strided> {
     let mut tensor = MaybeUninit::uninit();
-    // SAFETY: the caller's object, and room for what it fills in.
+    // SAFETY: the caller's object, and room for the result.
     if unsafe { describe(object, tensor.as_mut_ptr()) } != 0 {
         return None;
     }
-    // SAFETY: 0 says that it is filled in.
+    // SAFETY: 0 means that it is filled in.
     let Tensor { data, device_type, ndim, code, bits, lanes, shape, strides, byte_offset, .. } =
         unsafe { tensor.assume_init() };
     let dtype = Dtype::from_dlpack(code, u64::from(bits) / 8)?;
     let dims = |start: *mut i64| match usize::try_from(ndim) {
         Ok(0) => Some(Dims::new()),
         Ok(n) if !start.is_null() => {
-            // SAFETY: as many as there are dimensions, in the tensor; none is negative in torch.
+            // SAFETY: the tensor has as many as dimensions, and torch has no negative ones.
             Some(Dims::from_slice(unsafe { slice::from_raw_parts(start.cast_const().cast(), n) }))
         }
         _ => None,
@@ -124,19 +127,19 @@ pub unsafe fn strided(describe: Describe, object: *mut c_void) -> Option<Strided
     (device_type == CPU && lanes == 1).then_some(strided)
 }
 
-/// What a loan holds: the tensor first, so that a pointer to it is one to all.
+/// The memory of a loan. The tensor comes first, so that a pointer to it is one to the loan.
 #[repr(C)]
 struct Loan<Owner> {
     managed: ManagedTensor,
     _owner: Owner,
 }
 
-/// Lends the elements of a view that start at `data`; `None` for a dtype that DLPack lacks.
+/// Lends the elements of a view that start at `data`. `None` for a dtype that DLPack lacks.
 ///
-/// Whoever takes it calls its deleter in the end, on whatever thread, which drops the owner.
+/// The borrower finally calls the deleter, on any thread, which drops the owner.
 ///
 /// # Safety
-/// The owner keeps the elements and the view where they are.
+/// The owner keeps the elements and the view in place.
 pub unsafe fn lend<Owner>(
     data: *mut c_void,
     view: &View,
@@ -150,7 +153,7 @@ pub unsafe fn lend<Owner>(
         code: view.dtype.dlpack()?,
         bits: (8 * view.dtype.itemsize()) as u8,
         lanes: 1,
-        // only ever read; what is too large for an `i64` is negative to torch, which refuses it
+        // only read; a number beyond `i64` is negative to torch, which refuses it
         shape: view.shape.as_ptr().cast_mut().cast(),
         strides: view.stride.as_ptr().cast_mut().cast(),
         byte_offset: 0,
@@ -166,7 +169,7 @@ pub unsafe fn lend<Owner>(
 }
 
 /// # Safety
-/// `managed` is the start of a `Loan<Owner>` that `lend` boxed, and nobody uses it from now on.
+/// `managed` is the start of a `Loan<Owner>` that `lend` boxed, and nobody uses it afterwards.
 unsafe extern "C" fn end<Owner>(managed: *mut ManagedTensor) {
     // SAFETY: the caller's promise.
     drop(unsafe { Box::from_raw(managed.cast::<Loan<Owner>>()) });
@@ -197,7 +200,7 @@ mod tests {
         let view = view(Dtype::Bfloat16);
         // SAFETY: the view outlives the loan.
         let loan = unsafe { lend(data, &view, Arc::clone(&owner)) }.unwrap();
-        // SAFETY: not given back yet.
+        // SAFETY: the loan has not ended.
         let tensor = unsafe { &(*loan).tensor };
         assert_eq!((tensor.data, tensor.ndim, tensor.byte_offset), (data, 2, 0));
         assert_eq!((tensor.code, tensor.bits, tensor.lanes), (4, 16, 1));
@@ -206,14 +209,14 @@ mod tests {
         // SAFETY: as many as there are dimensions.
         assert_eq!(unsafe { slice::from_raw_parts(tensor.strides, 2) }, [1, 2]);
         assert_eq!(Arc::strong_count(&owner), 2);
-        // SAFETY: not given back yet.
+        // SAFETY: the loan has not ended.
         let deleter = unsafe { (*loan).deleter }.unwrap();
-        // SAFETY: lent above, and not used below.
+        // SAFETY: it was lent above, and is not used below.
         unsafe { deleter(loan) };
         assert_eq!(Arc::strong_count(&owner), 1);
     }
 
-    /// "Describes" a `Tensor` as itself.
+    /// Describes a `Tensor` as itself.
     unsafe extern "C" fn describe(object: *mut c_void, tensor: *mut Tensor) -> c_int {
         if object.is_null() {
             return -1;
@@ -226,21 +229,21 @@ mod tests {
     #[test]
     fn what_was_lent_is_described_as_it_was() {
         let (data, view) = (0x1000 as *mut c_void, view(Dtype::Bfloat16));
-        // SAFETY: nobody looks at the elements.
+        // SAFETY: nobody reads the elements.
         let loan = unsafe { lend(data, &view, ()) }.unwrap();
-        // SAFETY: not given back yet.
+        // SAFETY: the loan has not ended.
         let tensor = unsafe { &raw mut (*loan).tensor };
         let (shape, stride) = (view.shape.clone(), view.stride.clone());
         let expected = Strided { address: 0x1000, dtype: Dtype::Bfloat16, shape, stride };
-        // SAFETY: a tensor of ours.
+        // SAFETY: our own tensor.
         assert_eq!(unsafe { strided(describe, tensor.cast()) }, Some(expected));
-        // SAFETY: not given back yet.
+        // SAFETY: the loan has not ended.
         unsafe { (*tensor).device_type = CPU + 1 };
-        // SAFETY: a tensor of ours.
+        // SAFETY: our own tensor.
         assert_eq!(unsafe { strided(describe, tensor.cast()) }, None);
-        // SAFETY: it refuses what is no object.
+        // SAFETY: `describe` refuses null.
         assert_eq!(unsafe { strided(describe, std::ptr::null_mut()) }, None);
-        // SAFETY: lent above, and not used below.
+        // SAFETY: it was lent above, and is not used below.
         unsafe { end::<()>(loan.cast()) };
     }
 

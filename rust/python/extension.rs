@@ -1,4 +1,5 @@
-//! The extension `_core`: its classes, functions and exceptions. Stub: `python/ray_zerocopy/_core.pyi`.
+//! The extension module `_core`: its classes, functions and constants. Its stub is
+//! `python/ray_zerocopy/_core.pyi`.
 
 use pyo3::prelude::*;
 

@@ -1,4 +1,4 @@
-//! Sources on their way into a block.
+//! Gathers storages and writes them into a block.
 
 use std::ffi::c_int;
 use std::iter;
@@ -30,12 +30,12 @@ use crate::python::release::Release;
 use crate::python::sources::Sources;
 use crate::python::torch::Torch;
 
-/// Storages and views on their way into a block.
+/// Storages and views that are to become a block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Gather {
     layout: Layout,
     storages: Vec<Region>,
-    /// What keeps the storages where they are.
+    /// The objects that keep the storages alive.
     owners: Mutex<Vec<Py<PyAny>>>,
     /// The offset table, encoded.
     #[pyo3(get)]
@@ -87,8 +87,8 @@ impl Gather {
         Gather::of(py, storages, owners, views)
     }
 
-    /// What lies in blocks, to be written as one. Each view has a number, none twice, by which it is
-    /// ordered.
+    /// Joins the storages of several blocks into one block to be written. The numbers of the views
+    /// give their order; no number may occur twice.
     #[staticmethod]
     fn of_blocks(py: Python<'_>, blocks: Vec<(Bound<'_, Block>, Vec<usize>)>) -> PyResult<Gather> {
         let (mut storages, mut owners) = (Vec::new(), Vec::new());
@@ -116,11 +116,12 @@ impl Gather {
         Gather::of(py, storages, owners, views)
     }
 
-    /// Leaves out storages whose bytes lie in a span of one of these blocks, each span for one of them.
+    /// Leaves out storages whose bytes are in a span of one of these blocks. No two storages get
+    /// the same span.
     ///
-    /// Gives what is left and the numbers of its views; for each block the table of the views that lie
-    /// there, and their numbers. A block is not used that has less than a sixteenth of the bytes, of which
-    /// less than half is found.
+    /// Returns the rest, and the numbers of its views. For each block, returns the table of the
+    /// views that lie there, and their numbers. Ignores a block that has less than a sixteenth of
+    /// the bytes if less than half of the block is found.
     #[allow(clippy::type_complexity)]
     fn without(
         &self,
@@ -140,10 +141,10 @@ impl Gather {
             sums.extend(block.get().checksums()?);
         }
         let found = py.detach(|| {
-            // SAFETY: the blocks are held, and nobody writes what lies in the store.
+            // SAFETY: the blocks are held, and nobody writes to an object in the store.
             let there = spans.iter().map(|(_, _, region)| unsafe { region.bytes() });
-            // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
-            // published is the caller's part, as with any pickle.
+            // SAFETY: the owners keep the storages alive. The caller must not write to a model
+            // while publishing it, as with any pickle.
             unsafe { Storages::of(&self.storages).find(&there.collect::<Vec<_>>(), &sums) }
         });
         let mut found = found.map_err(refused)?;
@@ -185,12 +186,12 @@ impl Gather {
         Ok((Gather::of(py, storages, owners, own.0)?, own.1, tables))
     }
 
-    /// The block as buffers in order: the small storages packed, the large ones where they are.
+    /// The block as a list of buffers: the small storages packed, each large one in place.
     fn segments(slf: &Bound<'_, Self>) -> PyResult<Vec<Segment>> {
         let (py, gather) = (slf.py(), slf.get());
         let fingerprint = fingerprint(gather.table.as_bytes(py));
-        // SAFETY: the owners keep the storages alive; that nobody writes a model while it is
-        // published is the caller's part, as with any pickle.
+        // SAFETY: the owners keep the storages alive. The caller must not write to a model while
+        // publishing it, as with any pickle.
         let packed =
             py.detach(|| unsafe { block::pack(&gather.layout, &gather.storages, fingerprint) })?;
         let new =
@@ -209,10 +210,10 @@ impl Gather {
         self.layout.nbytes
     }
 
-    /// Writes the whole block where `anchor` starts, and clears what is left of `room`.
+    /// Writes the whole block to `room`, from `anchor` on, and zeros to the end of `room`.
     ///
-    /// With an arena the storages are let go as they are written, once only: what nobody else holds is
-    /// gone then.
+    /// With an arena, releases the storages while it writes them: those that nobody else holds are
+    /// freed. Possible only once.
     #[pyo3(signature = (anchor, room, arena = None))]
     fn write(
         &self,
@@ -234,19 +235,19 @@ impl Gather {
         let filled = release.as_ref().map(|release| |range| release.filled(range));
         let filled = filled.as_ref().map(|filled| filled as fill::Release<'_>);
         py.detach(|| {
-            // SAFETY: within the room, which can be written and is held; nobody else has the
-            // object's reference yet, so nobody reads or writes it.
+            // SAFETY: it lies within the room, which is writable and held. Nobody else has a
+            // reference to the object yet, so nobody reads or writes it.
             let target = unsafe { target.bytes_mut() };
             let sources = self.sources(holders);
-            // SAFETY: as for `segments`; what lies in an arena is kept by its lot, and the others by
-            // `release` until they are filled in.
+            // SAFETY: as for `segments`. A lot keeps the storages in an arena, and `release` keeps
+            // the others until they are written.
             unsafe { block::write(sources, &self.layout, fingerprint, target, filled) }
         })
         .map_err(refused)
     }
 }
 
-/// What a file that cannot be read is to one who puts what lies there.
+/// The exception for an error. A source file that cannot be read is a `PublishError`.
 fn refused(error: Error) -> PyErr {
     match error {
         Error::Unreadable { .. } => PublishError::new_err(error.to_string()),
@@ -254,11 +255,11 @@ fn refused(error: Error) -> PyErr {
     }
 }
 
-/// Said of numbers that nobody gave.
-const NUMBERS: Error = Error::Corrupt { what: "the numbers of the tensors of a variant" };
+/// The error for numbers that are not those of a variant.
+const NUMBERS: Error = Error::Corrupt { what: "the list of tensor numbers of a variant" };
 
 impl Gather {
-    /// Plans the block of storages, which their owners keep, and of views over them.
+    /// Plans the block for these storages, which the owners keep, and for views over them.
     fn of(
         py: Python<'_>,
         storages: Vec<Region>,
@@ -271,7 +272,7 @@ impl Gather {
         Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
     }
 
-    /// Who has each storage besides this. The lot that one lies in takes the place of its owner.
+    /// Who else holds each storage. For a storage in a lot, the lot replaces the owner.
     fn holders(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Holder>> {
         let torch = Torch::get(py)?;
         let holder = |(storage, owner): (&Region, &mut Py<PyAny>)| {
@@ -284,7 +285,7 @@ impl Gather {
         self.storages.iter().zip(lock(&self.owners).iter_mut()).map(holder).collect()
     }
 
-    /// Where the block's bytes lie, each with the offset that it goes to.
+    /// The sources of the block, each with its offset there.
     fn sources(&self, holders: Vec<Holder>) -> Vec<(u64, Source)> {
         let mut holders = holders.into_iter();
         let (mut sources, mut others) = (Vec::new(), Vec::new());
@@ -297,8 +298,8 @@ impl Gather {
                     continue;
                 }
             };
-            // SAFETY: its lot keeps it mapped, or `release` its owner, until all is written. Nobody else
-            // has it, so nobody reads it then, and none of its pages is pinned.
+            // SAFETY: the lot, or the owner in `release`, keeps it mapped until all is written.
+            // Nobody else holds it, so nobody reads it then, and none of its pages is pinned.
             sources.push((span.offset, Source::Sole(unsafe { Sole::new(storage, lot) })));
         }
         sources.extend(source::trace(others.into_iter()));
@@ -306,10 +307,10 @@ impl Gather {
     }
 }
 
-/// Who can reach the bytes of a storage besides the one who writes them to a block.
+/// Who else can reach a storage.
 enum Holder {
     Nobody,
-    /// Whoever else holds the lot that it lies in: nobody, once it has no second holder.
+    /// The holders of its lot: nobody, if this is the only one.
     Lot(Arc<Lot>),
     Others,
 }
@@ -318,27 +319,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A part of the block on its way: a read-only buffer.
+/// A part of a block that is being written: a read-only buffer.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Segment {
     region: Region,
-    /// The bytes, where they were packed ...
+    /// The bytes of the packed storages ...
     _packed: Vec<u8>,
-    /// ... and what keeps them, where they lie in the model.
+    /// ... or the object that keeps a storage of the model.
     _gather: Py<Gather>,
 }
 
 #[pymethods]
 impl Segment {
     /// # Safety
-    /// Called by the interpreter with a view to fill.
+    /// The interpreter calls it with a view to fill.
     unsafe fn __getbuffer__(
         slf: Bound<'_, Self>,
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
         let region = slf.get().region;
-        // SAFETY: the interpreter's view; the segment, which keeps the bytes, is its object.
+        // SAFETY: the interpreter gives the view. The segment is its object, and keeps the bytes.
         unsafe { buffer::fill(slf.into_any(), region, true, view, flags) }
     }
 }

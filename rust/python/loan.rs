@@ -1,4 +1,4 @@
-//! Tensors over memory that a Python object keeps, lent to torch by DLPack.
+//! Tensors over the memory of a Python object, lent to torch by DLPack.
 
 use std::ffi::c_void;
 use std::{mem, ptr};
@@ -10,11 +10,11 @@ use crate::format::view::{Flags, View};
 use crate::python::dlpack;
 use crate::python::torch::Torch;
 
-/// A tensor with a storage of its own, whose first element is at `data`; `None` where DLPack has no
-/// such dtype, or torch does not borrow.
+/// A tensor with its own storage, whose first element is at `data`. `None` if DLPack lacks the
+/// dtype, or torch cannot borrow.
 ///
 /// # Safety
-/// The owner keeps the elements and the view where they are.
+/// The owner keeps the elements and the view in place.
 pub(super) unsafe fn tensor<'py>(
     data: *mut c_void,
     view: &View,
@@ -31,14 +31,15 @@ pub(super) unsafe fn tensor<'py>(
         return Ok(None);
     };
     let mut tensor = ptr::null_mut();
-    // SAFETY: a loan that torch takes over, and room for the tensor; `py` proves that we may.
+    // SAFETY: torch takes over the loan, and there is room for the tensor; `py` proves that this
+    // thread has the interpreter.
     if unsafe { to_py_object(loan, &raw mut tensor) } != 0 {
         return Err(PyErr::fetch(py));
     }
-    // SAFETY: a new reference.
+    // SAFETY: it is a new reference.
     let tensor = unsafe { Bound::from_owned_ptr_or_err(py, tensor.cast()) }?;
     if view.flags.contains(Flags::PARAMETER) {
-        // as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor, 2 us more
+        // as torch's lazy modules do it; `Parameter(tensor)` makes a second tensor (2 us more)
         tensor.setattr(intern!(py, "__class__"), &torch.parameter)?;
     }
     if view.flags.contains(Flags::REQUIRES_GRAD) {
@@ -47,20 +48,20 @@ pub(super) unsafe fn tensor<'py>(
     Ok(Some(tensor))
 }
 
-/// An owner whose memory is on loan to torch, which may give it back on any thread, or after the
-/// interpreter.
+/// The owner of memory that torch has borrowed. Torch may drop it on any thread, or after the
+/// interpreter has ended.
 struct Lender(Option<Py<PyAny>>);
 
 impl Drop for Lender {
     fn drop(&mut self) {
         let mut owner = mem::ManuallyDrop::new(self.0.take());
         Python::try_attach(|_| {
-            // Torch lets go of the interpreter while it frees, also inside of a call of ours, where PyO3
-            // takes it for attached: the interpreter itself knows.
-            // SAFETY: it is there, as PyO3 has found.
+            // Torch releases the interpreter while it frees, even within a call of ours, where PyO3
+            // believes that this thread has it. So the interpreter itself is asked.
+            // SAFETY: the interpreter exists, as PyO3 has checked.
             let state = unsafe { ffi::PyGILState_Ensure() };
             drop(owner.take());
-            // SAFETY: of this thread's last call to ensure it.
+            // SAFETY: the state is from this thread's last `PyGILState_Ensure`.
             unsafe { ffi::PyGILState_Release(state) };
         });
     }

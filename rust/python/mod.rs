@@ -1,6 +1,6 @@
-//! Python: the edge. Nothing else knows PyO3, and only this folder knows torch.
+//! Python: the extension. Only this folder uses PyO3, and only this folder knows torch.
 //!
-//! In: tensors and buffers of Python. Out: the same, over a block. Imports all other folders; nobody
+//! In: Python's tensors and buffers. Out: the same, over a block. Imports all other folders; none
 //! imports it. `dlpack` is plain C and needs no interpreter.
 
 pub mod dlpack;

@@ -1,4 +1,4 @@
-//! Modules taken apart and made again: defaults, and what differs.
+//! Takes modules apart and rebuilds them: the defaults of `torch.nn.Module`, and the differences.
 
 use std::ffi::c_void;
 use std::{mem, ptr};
@@ -10,18 +10,19 @@ use pyo3::{IntoPyObjectExt, ffi, intern};
 
 use crate::python::collector::note_module;
 
-/// What `torch.nn.Module.__init__` gives every module, of which most stays as it was: of 17
-/// attributes a module of BERT has about 14.
+/// The attributes that `torch.nn.Module.__init__` sets. Most keep their value: in a module of BERT
+/// about 14 of 17.
 struct Defaults {
-    /// Each attribute's name and what makes it.
+    /// Each attribute's name, and its default.
     kinds: Vec<(Py<PyString>, Default)>,
     ordered_dict: Py<PyType>,
-    /// Makes an empty one without `__init__`, which has nothing to do there: half the time.
+    /// Makes an empty `OrderedDict` without `__init__`, which would do nothing and take as long
+    /// again.
     new_ordered_dict: ffi::newfunc,
     no_arguments: Py<PyTuple>,
 }
 
-/// A default attribute: an empty container of its own for each module, or one constant for all.
+/// A default value: an empty container of its own for each module, or one constant for all.
 enum Default {
     Dict,
     OrderedDict,
@@ -50,7 +51,7 @@ impl Defaults {
                 Ok((name.cast_into::<PyString>()?.unbind(), default))
             });
             let kinds = kinds.collect::<PyResult<_>>()?;
-            // SAFETY: a type object; the slot is checked before it is used.
+            // SAFETY: a type object. The slot is checked before use.
             let slot = unsafe { ffi::PyType_GetSlot(ordered_dict.as_type_ptr(), ffi::Py_tp_new) };
             if slot.is_null() {
                 return Err(PyErr::fetch(py));
@@ -67,13 +68,13 @@ impl Defaults {
 
     fn new_ordered_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (kind, no_arguments) = (self.ordered_dict.as_ptr(), self.no_arguments.as_ptr());
-        // SAFETY: this is the `tp_new` of this type, which takes a type and a tuple.
+        // SAFETY: it is the `tp_new` of this type, which takes a type and a tuple.
         let new = unsafe { (self.new_ordered_dict)(kind.cast(), no_arguments, ptr::null_mut()) };
-        // SAFETY: a new reference, or null with an exception set.
+        // SAFETY: it is a new reference, or null with an exception set.
         unsafe { Bound::from_owned_ptr_or_err(py, new) }
     }
 
-    /// Sets the defaults, then what differs from them.
+    /// Sets the defaults, then the differences.
     fn set<'py>(
         &self,
         differing: &Bound<'py, PyDict>,
@@ -97,7 +98,7 @@ impl Defaults {
         })
     }
 
-    /// Whether this attribute of a module holds hooks, by number.
+    /// Whether this attribute of a module holds hooks by number.
     fn holds_hooks(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
         for (hooks, default) in &self.kinds {
             if matches!(default, Default::OrderedDict) && name.eq(hooks)? {
@@ -107,7 +108,7 @@ impl Defaults {
         Ok(false)
     }
 
-    /// Whether a module's attribute is as it was made.
+    /// Whether an attribute still has its default value.
     fn is_untouched(&self, default: &Default, value: &Bound<'_, PyAny>) -> PyResult<bool> {
         Ok(match default {
             Default::Dict => value.is_exact_instance_of::<PyDict>() && value.is_empty()?,
@@ -120,10 +121,10 @@ impl Defaults {
     }
 }
 
-/// Has torch give the next hook of this process a number that none of these has.
+/// Makes torch number the next hook of this process above all of these.
 ///
-/// torch numbers hooks by process, from 0, and pickles them by number: in a process that has none, a
-/// new one would take the place of one that came with a model. (torch 2.15)
+/// torch numbers hooks per process, from 0, and pickles the numbers. In a process without hooks, a
+/// new hook would replace one that came with a model. (torch 2.15)
 fn keep_numbers(hooks: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = hooks.py();
     let handle = py.import("torch.utils.hooks")?.getattr("RemovableHandle")?;
@@ -137,14 +138,14 @@ fn keep_numbers(hooks: &Bound<'_, PyAny>) -> PyResult<()> {
     }
 }
 
-/// Reduces modules of one class, for a pickler, to the class and what differs from the defaults.
+/// For a pickler, reduces modules of one class to the class and the differences from the defaults.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct ModuleReducer {
     /// Makes a bare module ...
     make: Py<PyAny>,
     /// ... of this class ...
     arguments: Py<PyTuple>,
-    /// ... and restores it from what differs.
+    /// ... and restores its state from the differences.
     restore: Py<PyAny>,
     /// The class's own `__getstate__`, if it has one.
     getstate: Option<Py<PyAny>>,
@@ -174,7 +175,7 @@ impl ModuleReducer {
         };
         let Some(differing) = differing else {
             if state.is_instance_of::<PyDict>() {
-                return Ok(py.NotImplemented().into_bound(py)); // as pickle does it, then
+                return Ok(py.NotImplemented().into_bound(py)); // then pickle does it in its own way
             }
             let initialized = py.import("ray_zerocopy._core")?.getattr("initialized_module")?;
             return (initialized, &self.arguments, state).into_bound_py_any(py);
@@ -186,8 +187,8 @@ impl ModuleReducer {
 
 /// The attributes of a module that differ from the defaults of `torch.nn.Module`.
 ///
-/// None where `state` does not start with all of these, in their order, as it does in any module
-/// whose `__init__` has run.
+/// None if `state` does not start with all defaults in their order, as it does after
+/// `nn.Module.__init__`.
 fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDict>>> {
     let defaults = Defaults::get(state.py())?;
     let differing = PyDict::new(state.py());
@@ -203,7 +204,7 @@ fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDi
         }
     }
     for (name, value) in attributes {
-        // what a compiler made of it stays here, as in `Module.__getstate__`
+        // compiled code stays here, as in `Module.__getstate__`
         if !name.eq(intern!(state.py(), "_compiled_call_impl"))? {
             differing.set_item(name, value)?;
         }
@@ -211,7 +212,7 @@ fn differing<'py>(state: &Bound<'py, PyDict>) -> PyResult<Option<Bound<'py, PyDi
     Ok(Some(differing))
 }
 
-/// The whole state of a module, its defaults fresh; the inverse of `differing`.
+/// The whole state of a module, with fresh defaults. The inverse of `differing`.
 #[pyfunction]
 pub(super) fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
     let state = PyDict::new(differing.py());
@@ -219,10 +220,11 @@ pub(super) fn module_state<'py>(differing: &Bound<'py, PyDict>) -> PyResult<Boun
     Ok(state)
 }
 
-/// A module of which only `nn.Module.__init__` has run.
+/// A module on which only `nn.Module.__init__` has run.
 ///
-/// For a `__setstate__` that takes something else than a dict and sets attributes one by one, as
-/// torch's quantized convolutions do: on a bare module that fails, in plain pickle too. (torch 2.15)
+/// For a `__setstate__` that takes something other than a dict and sets attributes one by one, such
+/// as that of torch's quantized convolutions. On a bare module it fails, in plain pickle too.
+/// (torch 2.15)
 #[pyfunction]
 pub(super) fn initialized_module<'py>(kind: &Bound<'py, PyType>) -> PyResult<Bound<'py, PyAny>> {
     let py = kind.py();
@@ -233,10 +235,10 @@ pub(super) fn initialized_module<'py>(kind: &Bound<'py, PyType>) -> PyResult<Bou
     Ok(module)
 }
 
-/// Gives a bare module its whole state, as `nn.Module.__setstate__` would.
+/// Gives a bare module its whole state, as `nn.Module.__setstate__` does.
 ///
-/// Attribute by attribute, as `__init__` does: until someone asks for its `__dict__`, a module then
-/// needs none.
+/// Sets one attribute after another, as `__init__` does: then a module has no `__dict__` until
+/// somebody asks for it.
 #[pyfunction]
 pub(super) fn restore_module<'py>(
     module: &Bound<'py, PyAny>,

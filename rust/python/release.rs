@@ -1,9 +1,9 @@
-//! Release: what keeps the sources goes once these are written, so that the node never has all of
-//! them beside all of the block.
+//! Release: drops the owners of sources once these are written, so that the node never holds all
+//! sources and the whole block together.
 //!
 //! ```text
-//!  sources  ░░░░░░░░░░░░░▒▒▒▒▒████████████     ░ their owners are dropped
-//!  block    █████████████████                  ▒ written, and not many enough to be dropped yet
+//!  sources  ░░░░░░░░░░░░░▒▒▒▒▒████████████     ░ owners dropped
+//!  block    █████████████████                  ▒ written, but too few bytes to drop owners yet
 //! ```
 
 use std::mem;
@@ -16,29 +16,30 @@ use pyo3::prelude::*;
 use crate::format::layout::Span;
 use crate::platform;
 
-/// One of so many parts of a block is written before owners are dropped ...
+/// Owners are dropped after each 1/32 of the block ...
 const PARTS: usize = 32;
 
-/// ... and at most so many bytes: each time takes the interpreter, and a walk through the heap.
+/// ... or after this many bytes, if that is less: to drop takes the interpreter, and a walk through
+/// the heap.
 const MOST: usize = 64 << 20;
 
-/// Owners by the spans that are made of what they keep.
+/// The owners of sources, with the spans that are written from these.
 pub(super) struct Release {
     /// By rising offset.
     kept: Vec<Kept>,
     written: Mutex<Written>,
-    /// Bytes that are written before owners are dropped.
+    /// Bytes to be written before owners are dropped.
     batch: usize,
 }
 
 struct Kept {
     span: Span,
     owner: Mutex<Option<Py<PyAny>>>,
-    /// Bytes that are not written yet.
+    /// Bytes of the span that are not yet written.
     left: AtomicUsize,
 }
 
-/// What was written since owners were dropped the last time.
+/// The bytes and owners since the last drop.
 #[derive(Default)]
 struct Written {
     nbytes: usize,
@@ -46,7 +47,7 @@ struct Written {
 }
 
 impl Release {
-    /// Takes on the owner of each span's source.
+    /// Takes the owner of each span's source.
     pub(super) fn new(spans: &[Span], owners: Vec<Py<PyAny>>) -> Release {
         let keep = |(&span, owner): (&Span, _)| {
             let left = AtomicUsize::new(span.nbytes as usize);
@@ -59,7 +60,7 @@ impl Release {
         Release { kept, written: Mutex::default(), batch }
     }
 
-    /// Takes note of a range of the block that has been written: each once only.
+    /// Notes that a range of the block has been written. Each range comes only once.
     pub(super) fn filled(&self, range: Range<usize>) {
         let start = |kept: &Kept| kept.span.offset as usize;
         let end = |kept: &Kept| start(kept) + kept.span.nbytes as usize;

@@ -1,4 +1,4 @@
-//! Snapshots: what precedes the block in the file, and the block on its way in.
+//! Snapshots: decodes all that precedes the block in the file, and reads or maps the block.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -20,7 +20,7 @@ use crate::memory::region::Region;
 use crate::python::block::{self, Block};
 use crate::python::buffer;
 
-/// What precedes a block in a snapshot: read, and as it was written.
+/// The decoded head of a snapshot: all that precedes its block.
 #[pyclass(frozen, module = "ray_zerocopy._core")]
 pub(super) struct Snapshot {
     /// The object minus its tensors.
@@ -29,10 +29,10 @@ pub(super) struct Snapshot {
     /// The offset table, encoded.
     #[pyo3(get)]
     table: Py<PyBytes>,
-    /// The views that are buffers.
+    /// The numbers of the views that are buffers.
     #[pyo3(get)]
     buffers: Vec<u32>,
-    /// Where in the file the block starts.
+    /// The offset of the block in the file.
     #[pyo3(get)]
     offset: u64,
     decoded: Table,
@@ -40,7 +40,7 @@ pub(super) struct Snapshot {
 
 #[pymethods]
 impl Snapshot {
-    /// Reads all that precedes the block of a snapshot that is `nbytes` long.
+    /// Decodes `head`, all that precedes the block, of a snapshot that is `nbytes` long.
     #[new]
     fn new(py: Python<'_>, head: &[u8], nbytes: u64) -> PyResult<Snapshot> {
         let decoded = Head::decode(head, nbytes)?;
@@ -76,8 +76,8 @@ impl Snapshot {
         Ok(checksums(&self.decoded, self.fingerprint(py), start)?)
     }
 
-    /// Raises `BlockError` unless each span is as it was written. `read` gives bytes of the block from
-    /// an offset on, and is asked for at most a MiB, by rising offset.
+    /// Checks every span. Raises `BlockError` if one has changed. Calls `read` for at most a MiB at
+    /// a time, by rising offset in the block.
     fn verify(&self, py: Python<'_>, read: &Bound<'_, PyAny>) -> PyResult<()> {
         let table = &self.decoded;
         let bytes = |offset, nbytes| read.call1((offset, nbytes))?.extract::<Vec<u8>>();
@@ -88,10 +88,10 @@ impl Snapshot {
         Ok(check_spans(table, &expected, &chunks.combine(&sums))?)
     }
 
-    /// Reads the block of a local file, by its descriptor, to where `anchor` starts in `room`, by several
-    /// threads; `path` is what errors call it.
+    /// Reads the block of a local file to `anchor` in `room`, by several threads. `path` is the
+    /// file's name in errors.
     ///
-    /// Raises `BlockError` where it is not as it was written; what it leaves is then no block.
+    /// Raises `BlockError` if the block has changed. Then `room` holds no block.
     fn read(
         &self,
         py: Python<'_>,
@@ -100,18 +100,19 @@ impl Snapshot {
         anchor: &Bound<'_, PyAny>,
         room: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        // SAFETY: the caller's file object, which is held, has it open.
+        // SAFETY: the caller's file object is held, and has the descriptor open.
         let file = unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?;
         let reader = Reader::new(file.into(), &path)?;
         let target = buffer::room_at(anchor, room, self.nbytes())?;
         let fingerprint = self.fingerprint(py);
-        // SAFETY: the room can be written and is held; nobody else knows of it yet.
+        // SAFETY: the room is writable and held; nobody else knows of it yet.
         let target = unsafe { target.bytes_mut() };
         py.detach(|| read(&self.decoded, fingerprint, Arc::new(reader), self.offset, target))?;
         Ok(())
     }
 
-    /// Raises `BlockError` unless the block that was written where `anchor` starts is as it was saved.
+    /// Checks the block that was written to `anchor`. Raises `BlockError` if it differs from the
+    /// one that was saved.
     fn check(
         &self,
         py: Python<'_>,
@@ -120,7 +121,7 @@ impl Snapshot {
     ) -> PyResult<()> {
         let Region { address, .. } = buffer::room_at(anchor, room, self.nbytes())?;
         let fingerprint = self.fingerprint(py);
-        // SAFETY: within the room, which is held and which nobody else knows of yet.
+        // SAFETY: it lies within the room, which is held, and which nobody else knows of yet.
         let block = unsafe { Region { address, nbytes: self.nbytes() as usize }.bytes() };
         Ok(py.detach(|| verify(&self.decoded, fingerprint, block))?)
     }
@@ -143,9 +144,8 @@ impl Snapshot {
     }
 }
 
-/// What precedes the block of a snapshot, and the block: mapped privately, or with "copy" read into memory of
-/// this process. Both come from the file of the descriptor, which stays the caller's; `path` is what errors
-/// call it.
+/// The head and the block of a snapshot. The block is mapped privately, or with "copy" read into
+/// memory of this process. The descriptor stays the caller's. `path` is the file's name in errors.
 #[pyfunction]
 pub(super) fn open_snapshot(
     py: Python<'_>,
@@ -153,7 +153,7 @@ pub(super) fn open_snapshot(
     path: PathBuf,
     copied: bool,
 ) -> PyResult<(Snapshot, Block)> {
-    // SAFETY: the caller's file object, which is held, has it open.
+    // SAFETY: the caller's file object is held, and has the descriptor open.
     let file = File::from(unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?);
     let opened = py
         .detach(|| if copied { snapshot::copy(file, &path) } else { snapshot::open(file, &path) });
@@ -162,25 +162,25 @@ pub(super) fn open_snapshot(
     Ok((Snapshot::of(py, &bytes, head), block))
 }
 
-/// To be called before a fork: the child is to have leases of its own on the snapshots that are open here.
+/// Call before a fork: it takes leases for the child on all open snapshots.
 #[pyfunction]
 pub(super) fn before_fork(py: Python<'_>) {
     py.detach(lease::before_fork);
 }
 
-/// To be called after a fork, in the parent.
+/// Call in the parent after a fork.
 #[pyfunction]
 pub(super) fn after_fork_in_parent() {
     lease::after_fork_in_parent();
 }
 
-/// To be called after a fork, in the child.
+/// Call in the child after a fork.
 #[pyfunction]
 pub(super) fn after_fork_in_child() {
     lease::after_fork_in_child();
 }
 
-/// All that precedes the block of a snapshot.
+/// All bytes that precede the block of a snapshot.
 #[pyfunction]
 pub(super) fn snapshot_head(skeleton: &[u8], table: &[u8], buffers: Vec<u32>) -> PyResult<Vec<u8>> {
     let buffers: Vec<_> = buffers.iter().flat_map(|view| view.to_le_bytes()).collect();
@@ -190,7 +190,7 @@ pub(super) fn snapshot_head(skeleton: &[u8], table: &[u8], buffers: Vec<u32>) ->
     Ok(head)
 }
 
-/// Bytes of all that precedes the block of a snapshot that starts so.
+/// The number of bytes that precede the block, from the start of a snapshot.
 #[pyfunction]
 pub(super) fn snapshot_head_nbytes(start: &[u8]) -> PyResult<u64> {
     Ok(Header::decode(start)?.block_offset()?)

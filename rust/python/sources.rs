@@ -1,4 +1,4 @@
-//! What is to be published, as a pickler meets it.
+//! The tensors of an object that is to be published, as a pickler finds them.
 
 use std::collections::HashMap;
 
@@ -14,21 +14,21 @@ use crate::memory::region::Region;
 use crate::python::dlpack::{self, Strided};
 use crate::python::torch::Torch;
 
-/// The tensors of an object graph as a pickler meets them: views over storages of the source.
+/// The tensors that a pickler finds in an object graph: views over storages.
 ///
-/// `to_host` is called with each storage that does not lie in the host's memory, and gives one that
-/// does.
+/// Calls `to_host` with each storage that is not in host memory. It returns a copy that is.
 #[pyclass(module = "ray_zerocopy._core")]
 pub(super) struct Sources {
     to_host: Py<PyAny>,
     pub(super) views: Vec<View>,
     pub(super) storages: Vec<(Region, Py<PyAny>)>,
-    /// The bytes in an item of each storage that is a buffer.
+    /// The item size in bytes of each storage that is a buffer.
     pub(super) buffers: HashMap<usize, usize>,
-    /// What the views describe. It keeps the tensors alive, so that none takes another's address.
+    /// The tensors of the views. They stay alive, so that no new tensor gets the address of an old
+    /// one.
     #[pyo3(get)]
     tensors: Py<PyList>,
-    /// The number of each tensor, by its own address.
+    /// The number of each tensor, by its address.
     tensor_ids: HashMap<usize, usize>,
     /// The number of each storage, by the address of torch's `StorageImpl`.
     storage_ids: HashMap<usize, usize>,
@@ -49,10 +49,10 @@ impl Sources {
         }
     }
 
-    /// Takes a plain tensor or parameter and gives its number; None for all else.
+    /// Takes a plain tensor or parameter, and returns its number. None for all other objects.
     ///
-    /// A pickler's `persistent_id`, which it calls for every object, thousands of times a model: a
-    /// method, as a call of the object itself would take twice as long.
+    /// This is a pickler's `persistent_id`, called for every object, thousands of times a model. It
+    /// is a method because calling the object itself would take twice as long.
     fn take(&mut self, object: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
         let torch = Torch::get(object.py())?;
         let kind = object.get_type();
@@ -79,15 +79,14 @@ impl Sources {
         Ok(Some(index))
     }
 
-    /// Takes a buffer that is no tensor, such as numpy's, as a view of uint8; gives its number.
+    /// Takes a buffer that is not a tensor (numpy's, for example) as a view of uint8. Returns its
+    /// number.
     ///
-    /// Its items tell how it is aligned.
+    /// Its item size gives its alignment.
     fn take_buffer(&mut self, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let bytes = PyUntypedBuffer::get(buffer)?;
         if !bytes.is_c_contiguous() && !bytes.is_fortran_contiguous() {
-            return Err(PyBufferError::new_err(
-                "a buffer with gaps cannot be taken out of a pickle",
-            ));
+            return Err(PyBufferError::new_err("a buffer that is not contiguous cannot be stored"));
         }
         let region = Region { address: bytes.buf_ptr() as usize, nbytes: bytes.len_bytes() };
         self.buffers.insert(self.storages.len(), bytes.item_size());
@@ -112,8 +111,8 @@ impl Sources {
         Ok(self.views.len() - 1)
     }
 
-    /// The view of a tensor that DLPack can express and that has memory, from one question where
-    /// `view` asks nine: half the time, and there are thousands of them in a model.
+    /// The view of a tensor with memory that DLPack can express. One call instead of the nine of
+    /// `view`: half the time, for thousands of tensors.
     fn described(
         &mut self,
         torch: &Torch,
@@ -121,7 +120,7 @@ impl Sources {
         flags: Flags,
     ) -> PyResult<Option<View>> {
         let Some(describe) = torch.describe else { return Ok(None) };
-        // SAFETY: a tensor of torch's, which is ours to look at while we hold the interpreter.
+        // SAFETY: a tensor of torch, which nobody changes while this thread has the interpreter.
         let Some(strided) = (unsafe { dlpack::strided(describe, tensor.as_ptr().cast()) }) else {
             drop(PyErr::take(tensor.py()));
             return Ok(None);
@@ -130,7 +129,7 @@ impl Sources {
             return Ok(None);
         }
         let dtype = match strided.dtype {
-            // to torch, integers of less than a byte are these to DLPack as well (2.15)
+            // torch gives these to DLPack for integers of less than a byte, too (2.15)
             Dtype::Int8 | Dtype::Uint8 => {
                 torch.dtype(&tensor.getattr(intern!(tensor.py(), "dtype"))?)?
             }
@@ -145,7 +144,7 @@ impl Sources {
         Ok(Some(View { span, dtype, flags, offset, shape, stride }))
     }
 
-    /// What autograd and lazy negation know of a tensor.
+    /// The flags of a tensor: those of autograd and of lazy negation.
     fn flags(
         &self,
         torch: &Torch,
@@ -193,7 +192,7 @@ impl Sources {
         let host = if is_cpu { &storage } else { &self.to_host.bind(py).call1((&storage,))? };
         let address = host.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let nbytes = host.call_method0(intern!(py, "nbytes"))?.extract()?;
-        // the storage itself as well: as long as it lives, no other has its address
+        // keep the storage itself, so that no new one gets its address
         let owner = if is_cpu { storage.unbind() } else { (host, &storage).into_py_any(py)? };
         self.storages.push((Region { address, nbytes }, owner));
         self.storage_ids.insert(id, self.storages.len() - 1);
@@ -201,7 +200,7 @@ impl Sources {
     }
 }
 
-/// Whether a storage, a dtype and strides are all there is to a tensor.
+/// Whether a tensor consists only of a storage, a dtype and strides.
 #[pyfunction]
 pub(super) fn has_plain_storage(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
     let py = tensor.py();

@@ -1,4 +1,4 @@
-//! What of torch a tensor is made of and asked about.
+//! The objects of torch that make and describe tensors.
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -8,9 +8,9 @@ use crate::error::Error;
 use crate::format::dtype::Dtype;
 use crate::python::dlpack::{Describe, ExchangeApi, ToPyObject};
 
-/// Looked up once.
+/// Objects of torch, looked up once.
 pub(super) struct Torch {
-    /// None in a torch below 2.10, or of another DLPack than ours.
+    /// None in a torch older than 2.10, or with another version of DLPack.
     pub(super) to_py_object: Option<ToPyObject>,
     pub(super) describe: Option<Describe>,
     pub(super) has_storage: Py<PyAny>,
@@ -20,7 +20,7 @@ pub(super) struct Torch {
     pub(super) strided: Py<PyAny>,
     pub(super) tensor: Py<PyAny>,
     pub(super) warn_if_has_hooks: Py<PyAny>,
-    /// torch has one object for each.
+    /// torch has one object for each dtype.
     dtypes: Vec<(Py<PyAny>, Dtype)>,
 }
 
@@ -32,7 +32,7 @@ impl Torch {
             let (inside, hooks) =
                 (py.import("ray_zerocopy.objects.torch_inside")?, py.import("torch.utils.hooks")?);
             let dtypes = Dtype::ALL.iter().filter_map(|&dtype| {
-                let object = torch.getattr(dtype.name()).ok()?; // not every torch has every one
+                let object = torch.getattr(dtype.name()).ok()?; // not every torch has every dtype
                 Some((object.unbind(), dtype))
             });
             let (to_py_object, describe) = exchange(&torch.getattr("Tensor")?)?;
@@ -51,7 +51,7 @@ impl Torch {
         })
     }
 
-    /// Whether a storage is in memory that nobody but this reference can reach.
+    /// Whether nothing but this reference can reach a storage.
     pub(super) fn is_sole(&self, owner: &Bound<'_, PyAny>) -> PyResult<bool> {
         let ours = owner.get_type().is(&self.untyped_storage);
         let asked = || self.is_sole.bind(owner.py()).call1((owner,))?.is_truthy();
@@ -67,18 +67,18 @@ impl Torch {
 }
 
 fn refcount(object: &Bound<'_, PyAny>) -> isize {
-    // SAFETY: an object that is held, by a thread that has the interpreter.
+    // SAFETY: the object is held, and this thread has the interpreter.
     unsafe { ffi::Py_REFCNT(object.as_ptr()) }
 }
 
-/// Whether tensors can be lent to this torch, by the exchange API of DLPack 1.
+/// Whether this torch can borrow tensors through the exchange API of DLPack 1.
 #[pyfunction]
 pub(super) fn borrows(py: Python<'_>) -> PyResult<bool> {
     Ok(Torch::get(py)?.to_py_object.is_some())
 }
 
-/// What `torch.from_dlpack` comes to in the end, after ten questions to an exporter; and what answers
-/// in one go what we ask of a tensor that is to be published.
+/// torch's DLPack functions. `torch.from_dlpack` calls the first in the end, after asking the
+/// exporter ten questions. The second describes a tensor in one call.
 fn exchange(tensor: &Bound<'_, PyAny>) -> PyResult<(Option<ToPyObject>, Option<Describe>)> {
     let Some(capsule) = tensor.getattr_opt("__dlpack_c_exchange_api__")? else {
         return Ok((None, None));
@@ -86,7 +86,7 @@ fn exchange(tensor: &Bound<'_, PyAny>) -> PyResult<(Option<ToPyObject>, Option<D
     // SAFETY: an object, and a static name.
     let api =
         unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), c"dlpack_exchange_api".as_ptr()) };
-    // SAFETY: null with an exception set, or the table that the name promises, there for good.
+    // SAFETY: null with an exception set, or the table with that name, which lives for ever.
     let Some(api) = (unsafe { api.cast::<ExchangeApi>().as_ref() }) else {
         return Err(PyErr::fetch(tensor.py()));
     };
