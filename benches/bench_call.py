@@ -1,7 +1,7 @@
 """Calls as tasks, by pytest-benchmark: `pytest benches/bench_call.py --benchmark-only`.
 
-A call is compared with the sum of an empty task and a forward in the caller. In `report.py` the
-ways take turns, which a busy machine needs.
+The baseline is the sum of an empty task and a forward in the caller. On a busy machine use
+`report.py`, where the ways take turns.
 """
 
 import math
@@ -18,7 +18,7 @@ from ray_zerocopy.invoke import call_model
 
 
 class Way(NamedTuple):
-    """One way to run a model on `case`: over our `block`, or as Ray has it, `plain`."""
+    """One way to run a model on `case`: from our `block`, or as a `plain` object of Ray."""
 
     name: str
     call: object
@@ -54,7 +54,7 @@ WAYS = (TASK, HOME, CALL, LOADING, PLAIN)
 
 @contextmanager
 def arguments():
-    """Give what every way takes; the caller has the threads of a task of one CPU."""
+    """Return the arguments of every way. The caller gets the threads of a task with one CPU."""
     case, threads = bert_base(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +64,7 @@ def arguments():
 
 
 def time_calls(seconds):
-    """Seconds of each way, {name: [seconds]}, in turns."""
+    """Seconds of each way, measured in turns: {name: [seconds]}."""
     with arguments() as taken:
         for way in WAYS:
             way.call(*taken)

@@ -1,6 +1,6 @@
 """From files into the store: `python benches/bench_disk.py` prints the page "From disk".
 
-Warm is what the page cache has; before a cold turn the kernel is told to forget these files.
+Warm turns read from the page cache. Before a cold turn, the files are dropped from it.
 """
 
 import gc
@@ -43,8 +43,8 @@ FLOAT32, MIXTRAL = "float32", "mixtral"
 
 
 def save(folder):
-    """A checkpoint in three shards, the same tied, its snapshot and `torch.save`; two that a loader
-    converts, in float32 and of experts, and of each the like with one layer; and an array.
+    """Write a checkpoint in three shards, the same tied, its snapshot and `torch.save`; two that a
+    loader converts (float32, experts), and each of these with one layer; and an array.
     """
     from safetensors.torch import load_file
 
@@ -63,7 +63,7 @@ def save(folder):
 
 
 def like(name):
-    """The small checkpoint that goes with one."""
+    """The small checkpoint with the same architecture."""
     return f"{name}-like"
 
 
@@ -73,7 +73,7 @@ def files(path):
 
 
 def evict(paths):
-    """Have the kernel forget files, and a virtual disk get its breath: it has a budget of bytes."""
+    """Drop files from the page cache. Waits first: a virtual disk has a budget of bytes."""
     time.sleep(2)
     for path in paths:
         with path.open("rb") as file:
@@ -82,9 +82,9 @@ def evict(paths):
 
 
 class Floor:
-    """The same bytes into memory that was written to before, by threads and nothing else.
+    """Threads that only read the same bytes into memory that was written to before.
 
-    In huge pages: into small ones, which lie anywhere, a disk may take two or three times as long.
+    The memory has huge pages. Into small, scattered ones a disk may take two or three times as long.
     """
 
     def __init__(self, paths):
@@ -95,7 +95,7 @@ class Floor:
         self.target[:] = bytes(nbytes)
 
     def read(self, threads, flags=0):
-        """Seconds that it takes."""
+        """Read all files; return the seconds."""
         opened = {path: os.open(path, os.O_RDONLY | flags) for path in self.sizes}
         parts = [
             (file, offset)
@@ -124,7 +124,7 @@ class Floor:
         return self.read(threads=2)
 
     def cold(self):
-        """Through the page cache, and past it."""
+        """Seconds through the page cache, and past it."""
         buffered = self.read(threads=8)
         evict(self.sizes)
         return buffered, self.read(threads=8, flags=os.O_DIRECT)
@@ -152,7 +152,7 @@ def fastsafetensors(path):
     loader.add_filenames({0: [str(file) for file in files(path)]})
     buffer = loader.copy_files_to_device()
     tensors = {name: buffer.get_tensor(name) for name in loader.get_keys()}
-    # each is a view of a whole file, which would be pickled with every one of them
+    # each is a view of a whole file, and pickle would write the whole file for each
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -166,7 +166,7 @@ def numpy_load(path):
 
 @dataclass
 class Way:
-    """From a file or folder under the bench's folder to a reference, in two timed steps."""
+    """Loads a file or folder and puts it, in two timed steps."""
 
     name: str
     path: str
@@ -193,7 +193,7 @@ RIVALS = [
 
 @dataclass
 class Turn:
-    """Seconds that one publication from files took."""
+    """Seconds to publish once from files."""
 
     load: float
     put: float
@@ -204,7 +204,7 @@ class Turn:
 
 
 def take(way, folder, between=nothing):
-    """Load and put, off the clock `between`."""
+    """Load and put. `between` runs in between, off the clock."""
     load, loaded = timed(way.load, folder / way.path)
     between()
     put, ref = timed(way.put, loaded)
@@ -215,11 +215,11 @@ def take(way, folder, between=nothing):
 
 
 def race(ways, folder, warm, cold, between=nothing):
-    """What ways and floors take in turns: {way: ([Turn], [Turn])}, {path: ([s], [(s, s)])}.
+    """Time ways and floors in turns: {way: ([Turn], [Turn])}, {path: ([s], [(s, s)])}.
 
-    So many rounds warm and cold; a cold floor is buffered and direct. And by way, how much private
-    memory. Cold, the files go from the page cache before the load, and what `between` takes there
-    before the put.
+    Runs `warm` and `cold` rounds. A cold floor is read through the page cache and past it. Also
+    returns the private memory of each way. In a cold turn the files are dropped from the page cache
+    before the load, and those given to `between` again before the put.
     """
     floors = {path: Floor(files(folder / path)) for path in {way.path for way in ways}}
     turns = {way.name: ([], []) for way in ways}
@@ -227,7 +227,7 @@ def race(ways, folder, warm, cold, between=nothing):
     contenders = [*((None, path) for path in floors), *((way, way.path) for way in ways)]
     private = {}
     for way in ways:
-        take(way, folder)  # what is imported on the way is not counted
+        take(way, folder)  # imports are not counted
         evict(files(folder / way.path))
         _, private[way.name] = with_peak(partial(take, way, folder))
 
@@ -252,8 +252,8 @@ def race(ways, folder, warm, cold, between=nothing):
 
 
 BUILDS = {"float32 files, cast to bfloat16": FLOAT32, "Mixtral, experts merged": MIXTRAL}
-# A guest that gives free memory back to its host gets it again at a price: then what is free is
-# small pages that it has kept, of which shared ones cost 1.7 times as much as private ones.
+# A virtual machine that gives free memory back to its host pays to get it again. Then its free
+# memory is small pages that it has kept; shared ones cost 1.7 times as much as private ones.
 MEMORY = {"had before": lambda: np.ones(3 * GIB, np.uint8), "as found": partial(time.sleep, 3)}
 ACTS = {
     "loaded": from_pretrained,
@@ -264,7 +264,7 @@ ACTS = {
 
 @ray.remote(num_cpus=0)
 class Builder:
-    """A process that has imported what it will need: a publisher, too, loads a model once."""
+    """A process with all imports done, as a publisher loads a model only once."""
 
     def __init__(self, path, small):
         self.path = path
@@ -276,18 +276,18 @@ class Builder:
         return timed(ACTS[act], self.path)[0]
 
     def shares(self):
-        """What building takes at most: private memory, and all that is beside the block."""
+        """Peak memory of `build` as a share of the block: private, and all besides the block."""
         ref, private = with_peak(partial(rzc.build, from_pretrained, self.path))
         nbytes = rzc.inspect(ref).nbytes
         del ref
         trim()
-        # of the block, this process maps what it writes
+        # resident memory includes the block, which this process maps to write
         _, resident = with_peak(partial(rzc.build, from_pretrained, self.path), resident_memory)
         return private / nbytes, resident / nbytes - 1
 
 
 def builds(folder, rounds):
-    """A row of the table for each build and kind of free memory, each time in a new process."""
+    """Table rows: one for each build and kind of free memory, each measured in new processes."""
     for (name, path), (kind, make_free) in itertools.product(BUILDS.items(), MEMORY.items()):
         new = partial(Builder.remote, folder / path, folder / like(path))
         seconds = {act: [] for act in ACTS}
@@ -310,7 +310,7 @@ def builds(folder, rounds):
 
 @contextmanager
 def saved():
-    """The files, on the disk that the repository is on."""
+    """Write the files to the repository's disk."""
     (ROOT / "target").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "target") as folder, silence():
         from transformers import logging
@@ -365,19 +365,19 @@ def from_disk():
 
 
 def enlist(ways, folder):
-    """Who can, and why others cannot."""
+    """The ways that work, and why the others do not."""
     able, refusals = [], {}
     for way in ways:
         try:
             take(way, folder)
             able.append(way)
-        except Exception as error:  # whatever a rival raises is a row of the table
+        except Exception as error:  # any error of a rival is a row of the table
             refusals[way.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return able, refusals
 
 
 def rows(ways, folder, part, *how):
-    """A row of the table for each way; `part` is of a `Turn`, the rest as for `race`."""
+    """Table rows: one for each way. `part` takes a part of a `Turn`, the rest goes to `race`."""
     turns, read, private = race(ways, folder, *how)
     for way in ways:
         warm, cold = (median(map(part, each)) for each in turns[way.name])

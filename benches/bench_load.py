@@ -1,7 +1,7 @@
 """Loading, by pytest-benchmark: `pytest benches/bench_load.py --benchmark-only`.
 
-This process is the warm worker. The rivals of a model stand in one group; `report.py` has them take
-turns, which a busy machine needs.
+This process is the warm worker. Each model is a group of rivals. On a busy machine use `report.py`,
+where the rivals take turns.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from rivals import CONTENDERS
 
 @pytest.fixture(scope="module", params=["BERT-base", "conv net", "160 layers"])
 def published(request):
-    """The model's name, {rival: handle}, and {rival: why it cannot}."""
+    """The model's name, {rival: handle}, and {rival: error}."""
     entries, refusals = enlist(CONTENDERS, subjects.build(request.param))
     yield request.param, {rival.name: handle for rival, handle in entries}, refusals
     for rival, handle in entries:

@@ -1,6 +1,6 @@
 """Publishing, by pytest-benchmark: `pytest benches/bench_put.py --benchmark-only`.
 
-Into pages of the store written to before, each publish after the one before it is gone.
+The store's pages were written to before. The previous object is freed before each publish.
 """
 
 import pytest

@@ -1,8 +1,8 @@
-"""A block on its way to 1,000 nodes, simulated: star, doubling waves, a chunked pipeline.
+"""Simulate sending a block to 1,000 nodes: star, doubling waves, a chunked pipeline.
 
 `python benches/broadcast.py` prints the tables of `docs/explanation/broadcast.md`. Each node has
-one link, as fast in both directions at once; a transfer gets an even share of the sender's. One
-node has a link of a tenth, and one dies when half of the transfer to it is done.
+one full-duplex link; transfers share the sender's link evenly. One node has a tenth of the speed,
+and one dies halfway through its transfer.
 """
 
 import math
@@ -12,12 +12,12 @@ import simpy
 
 NODES, NBYTES = 1000, 140e9
 GBIT_S = (10, 25, 100)
-TIMEOUT_S, START_S = 600.0, 0.05  # until a dead node is given up; a task and a pull
+TIMEOUT_S, START_S = 600.0, 0.05  # to give up a dead node; to start a task and a pull
 CHUNK_NBYTES = 5 << 20  # Ray's object_manager_default_chunk_size
 
 
 class Cluster:
-    """Links of nodes; node 0 has the block, one other is slow, one dies."""
+    """The links of the nodes. Node 0 has the block, one other is slow, one dies."""
 
     def __init__(self, gbit_s, nodes=NODES, faults=True, seed=0):
         self.env = simpy.Environment()
@@ -34,7 +34,7 @@ class Cluster:
 
 
 def star(cluster):
-    """Everybody pulls from node 0 at once; its link is shared by those that are left."""
+    """All nodes pull from node 0 at once and share its link."""
     count = len(cluster.speed) - 1
     for node in range(1, len(cluster.speed)):
         if node != cluster.dying:
@@ -43,7 +43,7 @@ def star(cluster):
 
 
 def waves(cluster, fan_out=1):
-    """Who has the block sends it to `fan_out` at a time, slow ones beside the others."""
+    """Each node with the block sends it to `fan_out` nodes at a time, not counting slow ones."""
     env, waiting = cluster.env, list(range(len(cluster.speed) - 1, 0, -1))
 
     def hold(node):
@@ -54,7 +54,7 @@ def waves(cluster, fan_out=1):
                 if not waiting:
                     return
                 transfer = env.process(send(node, waiting.pop()))
-                # a transfer that is much too slow gives up its place, not itself
+                # a transfer that is much too slow continues, but frees its place
                 usual_s = NBYTES / (cluster.speed[0] / fan_out)
                 yield transfer | env.timeout(3 * usual_s + 2)
 
@@ -75,11 +75,11 @@ def waves(cluster, fan_out=1):
 
 
 def pipeline(cluster):
-    """A chain in which each sends on, chunk by chunk; the slowest link is everybody's."""
+    """A chain: each node passes on every chunk. The slowest link limits all nodes after it."""
     end_s, speed = START_S, math.inf
     for node in range(1, len(cluster.speed)):
         if node == cluster.dying:
-            end_s += TIMEOUT_S  # its successor pulls from its predecessor, from where it was
+            end_s += TIMEOUT_S  # then its successor continues from its predecessor
             continue
         speed = min(speed, cluster.speed[node - 1], cluster.speed[node])
         end_s += CHUNK_NBYTES / speed + START_S

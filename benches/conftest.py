@@ -1,4 +1,4 @@
-"""One Ray for the benches of a file, with every page of its store written to before."""
+"""One Ray for the benches of a file. All pages of its store were written to before."""
 
 import pytest
 from duel import session, touch_store

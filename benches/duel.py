@@ -1,7 +1,7 @@
-"""Rivals against each other: in one process, in turns, in shuffled order, judged by medians.
+"""Compare rivals by medians: in one process, in turns, in shuffled order.
 
-A machine that others use too changes its speed by the second. Only what is measured within the same
-second can be compared, so every round times each rival once, and ratios are between medians.
+The speed of a shared machine changes by the second, so only measurements of the same second can be
+compared. Each round times every rival once. Ratios are between medians.
 """
 
 import os
@@ -18,16 +18,16 @@ import torch
 from footprint import page_table_nbytes, trim, unique_set_size, with_peak
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW_RATIO = 8  # times the fastest; what takes longer sits out four rounds of five
+SLOW_RATIO = 8  # times the fastest: slower rivals skip four of five rounds
 MIN_ROUNDS = 20
 
 
 @contextmanager
 def session(store_nbytes):
-    """A Ray of our own whose workers find what lies in benches/ and tests/.
+    """Start a Ray whose workers can import from benches/ and tests/.
 
-    Ray gives its workers niceness 15; here they have none, or on a busy machine what runs in this
-    process would be the faster by that.
+    Ray gives its workers niceness 15. Here they have 0, because otherwise, on a busy machine, this
+    process would be faster than its workers.
     """
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benches", "tests"))
@@ -46,9 +46,9 @@ def session(store_nbytes):
 
 
 def touch_store():
-    """Write to the store's pages once, so that nobody later pays the kernel for fresh ones.
+    """Write to the store's pages once, so that no rival pays the kernel for fresh ones.
 
-    What this spares is for all to find pages, and for this process to find them mapped.
+    Afterwards all processes find the pages in memory, and this process has them mapped.
     """
     nbytes = ray.cluster_resources()["object_store_memory"]
     ray.put(np.zeros(int(nbytes * 0.9), np.uint8))
@@ -56,17 +56,17 @@ def touch_store():
 
 
 def settle():
-    """Let the raylet take back what was dropped; it hears of it asynchronously."""
+    """Wait until the raylet has freed dropped objects: it is told asynchronously."""
     time.sleep(0.05)
 
 
 def silence():
-    """Without the warnings that rivals raise on a first load, about arrays that are read-only."""
+    """Suppress the warnings about read-only arrays that rivals raise on a first load."""
     return warnings.catch_warnings(action="ignore")
 
 
 def enlist(rivals, model):
-    """Publish and load with every rival: who can, as (rival, handle), and why others cannot."""
+    """Publish and load with every rival. Returns [(rival, handle)], and {rival: error}."""
     entries, refusals = [], {}
     for rival in rivals:
         try:
@@ -74,13 +74,13 @@ def enlist(rivals, model):
             with silence():
                 check(model, rival.load(handle))
             entries.append((rival, handle))
-        except Exception as error:  # whatever a rival raises is a row of the table
+        except Exception as error:  # any error of a rival is a row of the table
             refusals[rival.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return entries, refusals
 
 
 def check(model, loaded):
-    """Every weight is what it was, to the bit; the floor returns a list, without names to go by."""
+    """Assert that every weight is equal to the bit. The floor returns a list, without names."""
     if isinstance(loaded, torch.nn.Module):
         state = loaded.state_dict()
         for name, tensor in model.state_dict().items():
@@ -89,7 +89,7 @@ def check(model, loaded):
 
 
 def time_loads(entries, seconds):
-    """Seconds of each load, {name: [seconds]}; the collector runs as users have it."""
+    """Seconds of each load, {name: [seconds]}. The garbage collector runs as it does for users."""
     with silence():
         for rival, handle in entries:
             rival.load(handle)
@@ -97,7 +97,7 @@ def time_loads(entries, seconds):
 
 
 def time_publishes(rivals, model, seconds):
-    """Seconds of each publish, {name: [seconds]}; what is published goes before the next begins."""
+    """Seconds of each publish, {name: [seconds]}. Each object is freed before the next publish."""
     entries = [(rival, rival.prepare(model)) for rival in rivals]
     return take_turns(
         entries,
@@ -143,7 +143,7 @@ def take_turns(entries, act, seconds, before=nothing, after=nothing, slow_ratio=
 
 @contextmanager
 def shared(rival, model):
-    """A model's handle, for as long as it is wanted."""
+    """Publish a model, and withdraw it at the end."""
     handle = rival.publish(rival.prepare(model))
     try:
         yield handle
@@ -152,7 +152,7 @@ def shared(rival, model):
 
 
 def publish_growth(rival, model):
-    """By how many bytes private memory (RssAnon) of this process grows, at most, in a publish."""
+    """Peak growth of this process's private memory (RssAnon) in a publish, in bytes."""
     ready = rival.prepare(model)
     handle, growth = with_peak(lambda: rival.publish(ready))
     rival.withdraw(handle)
@@ -161,21 +161,21 @@ def publish_growth(rival, model):
 
 @ray.remote(num_cpus=0)
 class Worker:
-    """A process that loads, each rival once before a clock starts, or one that publishes."""
+    """A process that loads (each rival once before it is timed) or publishes."""
 
     def time_loads(self, entries, seconds):
         return time_loads(entries, seconds)
 
     def time_publishes(self, rivals, subject, seconds):
-        model = subjects.build(subject)  # first, as in a process that does nothing else
+        model = subjects.build(subject)  # first, as in a process that only publishes
         touch_store()
         return time_publishes(rivals, model, seconds)
 
     def keep(self, entry):
-        """Load, read every weight, and keep what was loaded; gives the load's seconds."""
+        """Load, read every weight, and keep the model. Returns the seconds of the load."""
         rival, handle = entry
         with silence():
-            rival.load(handle)  # what is imported on the way is not counted
+            rival.load(handle)  # imports are not counted
             self.before, self.page_table = unique_set_size(), page_table_nbytes()
             elapsed, self.kept = timed(rival.load, handle)
         for tensor in self.kept if isinstance(self.kept, list) else self.kept.state_dict().values():
@@ -186,7 +186,7 @@ class Worker:
         return page_table_nbytes() - self.page_table
 
     def growth(self):
-        """Bytes of unique set size gained since just before the load; free heap is not counted."""
+        """Bytes of unique set size gained since the load began, without free heap."""
         return unique_set_size() - self.before
 
     def drop(self):

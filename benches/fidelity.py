@@ -1,6 +1,6 @@
-"""What comes back as it went in: one small model a trait, published and loaded by every rival.
+"""What survives publish and load, for every rival: one small model for each trait.
 
-A trait is a model and a law: `law(source, load)`, where each `load()` loads the model anew.
+A trait is a model and a law: `law(source, load)`. Each `load()` loads the model again.
 """
 
 import torch
@@ -73,7 +73,7 @@ def has_gradients(_, load):
 
 
 def hides_writes(source, load):
-    with torch.inference_mode():  # the tensors of some rivals can be written nowhere else
+    with torch.inference_mode():  # some rivals' tensors are writable only in this mode
         load().weight.zero_()
     return has_same_values(source, load)
 
@@ -92,10 +92,10 @@ TRAITS = {
 
 
 def obeys(rival, factory, law):
-    """Whether the law holds; a rival that raises does not keep the trait either."""
+    """Whether the law holds. An exception of the rival counts as no."""
     source = factory()
     try:
         with silence(), shared(rival, source) as handle:
             return law(source, lambda: rival.load(handle))
-    except Exception:  # what rivals raise is as various as they are
+    except Exception:  # rivals raise all kinds of exceptions
         return False

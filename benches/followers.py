@@ -1,7 +1,7 @@
-"""Many who follow one name: how soon after a publish each of them answers with it.
+"""Many followers of one name: how long after a publish each of them serves the new version.
 
-A process here takes 300 MB, so beyond 20 of them each stands for several: every follower has a
-long poll of its own and loads for itself, as it would in a process of its own.
+A process takes 300 MB, so at most 20 processes run, with several followers each. Every follower has
+its own long poll and its own load, as in a process of its own.
 """
 
 import os
@@ -16,7 +16,7 @@ import ray_zerocopy as rzc
 import subjects
 from ray_zerocopy.registry import catalog, follower
 
-SETTLE_S = 2.0  # for the last swaps, and their garbage
+SETTLE_S = 2.0  # for the last swaps, and the garbage collection after them
 PATIENCE_S = 120.0
 
 
@@ -32,7 +32,7 @@ class Crowd:
             return rzc.follow(name)
 
     def when(self, number):
-        """When each of them answers with this version, by the machine's monotonic clock."""
+        """When each follower first served this version, by the machine's monotonic clock."""
         waiting, seen_s = list(self.lives), []
         deadline_s = time.monotonic() + PATIENCE_S
         while waiting and time.monotonic() < deadline_s:
@@ -44,9 +44,9 @@ class Crowd:
 
 
 def time_updates(processes, each, rounds=10):
-    """Publish again and again: (seconds to the first half, to all, of the catalog's CPU).
+    """Publish repeatedly: (seconds until half have it, until all have it, of the catalog's CPU).
 
-    Medians; seconds from when `publish` returns.
+    Medians, in seconds since `publish` returned.
     """
     name, count = f"followed/{processes}x{each}", processes * each
     number = rzc.publish(name, weights(0)).number
@@ -71,7 +71,7 @@ def time_updates(processes, each, rounds=10):
 
 
 def weights(value):
-    """Another model of the same 32 MiB each time."""
+    """A new model of 32 MiB."""
     model = subjects.linears(8, 1024)
     next(model.parameters()).data.fill_(value)
     return model
@@ -83,7 +83,7 @@ def process(name):
 
 
 def message_nbytes():
-    """What a follower of one name sends, and what it is told: pickled, without Ray's envelope."""
+    """Bytes of a follower's request and of the reply, pickled, without Ray's envelope."""
     name = rzc.publish("followed/message", weights(0)).name
     asked = "0" * 32, [name]
     actor = ray.get_actor("catalog", catalog.NAMESPACE)

@@ -1,5 +1,5 @@
-//! Moving bytes: writing a block from many storages, packing the small ones, and copying a block that
-//! came in pieces, against `memcpy`.
+//! Moves bytes: writes a block from many storages, packs small storages, and copies a block that
+//! came in pieces. Compared with `memcpy`.
 #![allow(missing_docs, unsafe_code)] // the macros of criterion; the pieces are named by address
 
 use std::hint::black_box;

@@ -1,4 +1,4 @@
-//! Planning the layout of many storages.
+//! Plans the layout of many storages.
 #![allow(missing_docs)] // the macros of criterion
 
 use std::hint::black_box;
@@ -6,7 +6,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ray_zerocopy::format::layout::Layout;
 
-/// As in a transformer, a large matrix and a small vector in turns.
+/// Large matrices and small vectors alternate, as in a transformer.
 fn storages(count: usize) -> Vec<u64> {
     (0..count).map(|i| if i % 2 == 0 { 2_359_296 } else { 3_072 }).collect()
 }

@@ -1,6 +1,6 @@
-"""A worker that is new: from having the reference to the first output, each time in a new process.
+"""A new worker: the time from the reference to the first output, each in a new process.
 
-A worker loads once, so this is what its user waits for. Imports are over before the clock starts.
+A worker loads once, so its user waits for this. All imports are done before the clock starts.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from rivals import PlainRay
 
 
 class AtHome(PlainRay):
-    """A copy in private memory before the clock starts: how slow a first forward is by itself."""
+    """A private copy, made before the clock starts: shows the cost of a first forward alone."""
 
     name = "a private copy, there before"
 
@@ -30,7 +30,7 @@ class AtHome(PlainRay):
 
 @dataclass
 class First:
-    """What a newcomer has to tell: seconds, and bytes by which its page table grew."""
+    """The result of a newcomer: seconds, and the growth of its page table in bytes."""
 
     load: float
     output: float = np.nan
@@ -42,10 +42,10 @@ class First:
 
 @ray.remote(num_cpus=0)
 class Newcomer:
-    """A process that has imported what it will need, and has loaded nothing."""
+    """A process that has done its imports, and has loaded nothing."""
 
     def __init__(self, entry, kind):
-        """`kind`, the class of the model, is imported by being an argument."""
+        """`kind`, the model's class, is an argument because that imports it."""
         self.rival, self.handle = entry
         torch.set_num_threads(1)
         for module in self.rival.needs:
@@ -57,7 +57,7 @@ class Newcomer:
         before = page_table_nbytes()
         with silence():
             load, model = timed(self.rival.load, self.handle)
-        if not isinstance(model, torch.nn.Module):  # the floor's list
+        if not isinstance(model, torch.nn.Module):  # the floor returns a list
             return First(load)
         with torch.inference_mode():
             forward, _ = timed(model, **kwargs)
@@ -67,10 +67,10 @@ class Newcomer:
 
 
 def time_firsts(entries, kind, kwargs, rounds=MIN_ROUNDS):
-    """{rival: the medians of what its newcomers tell}.
+    """{rival: medians over its newcomers}.
 
-    Newcomers start two at a time, in shuffled order, and have their turns as soon as both have
-    imported what they need: a worker does not wait for all others.
+    Newcomers start two at a time, in shuffled order. Both run as soon as both have done their
+    imports, because a real worker does not wait for all others.
     """
     told = {rival.name: [] for rival, _ in entries}
     for count in range(rounds):

@@ -1,10 +1,10 @@
-"""BERT-base in fresh processes: `rzc.open` beside `rzc.get` and what people use for files.
+"""BERT-base in fresh processes: `rzc.open` against `rzc.get` and the usual ways to load files.
 
     PYTHONPATH=tests python benches/opening.py
 
-Each row is the median of four actors, in turns with those of the other rows, that have imported all
-that they need and loaded nothing. Timed is the first load, and a first forward after it; private
-memory is RssAnon that the load takes. The files are in the page cache.
+Each row is the median of four new actors, interleaved with those of the other rows. The actors have
+done their imports and loaded nothing. Times: the first load, then a first forward. Private memory:
+the growth of RssAnon in the load. The files are in the page cache.
 """
 
 import statistics
@@ -38,7 +38,7 @@ def by_safetensors(source):
     with torch.device("meta"):
         model = BertModel(BertConfig())
     model.load_state_dict(load_file(source["safetensors"]), assign=True)
-    embeddings = model.embeddings  # their buffers are not in the state dict
+    embeddings = model.embeddings  # its buffers are not in the state dict
     embeddings.position_ids = torch.arange(512)[None]
     embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.long)
     return model.eval()

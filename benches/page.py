@@ -1,4 +1,4 @@
-"""The page a report is written on: the machine, tables in Markdown, plots as PNG."""
+"""Writes a report's page: the machine, tables in Markdown, plots as PNG."""
 
 import os
 import platform
@@ -67,7 +67,7 @@ def section(title, *parts):
 
 
 def table(header, rows):
-    """The first column is text, the others are figures."""
+    """A table. The first column is text, the others are figures."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -92,7 +92,7 @@ def times(value):
 
 
 def plot(name, lines, x, y, title, log=True):
-    """Draw {rival: ([x], [y])} and give the Markdown that shows it."""
+    """Draw {rival: ([x], [y])}. Returns the Markdown that shows it."""
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=100, layout="constrained")
     for rival, (across, up) in lines.items():
         ours = rival == Ours.name
@@ -121,7 +121,7 @@ def plot(name, lines, x, y, title, log=True):
 
 
 def bars(name, groups, y, title, top=None):
-    """Draw {group: {rival: height}} beside a line at 1, and give the Markdown that shows it."""
+    """Draw {group: {rival: height}} and a line at 1. Returns the Markdown that shows it."""
     figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=100, layout="constrained")
     rivals = list(dict.fromkeys(rival for heights in groups.values() for rival in heights))
     width = 0.84 / len(rivals)
@@ -152,7 +152,7 @@ def save(figure, name, title):
 
 
 def label_ends(axes, lines):
-    """A legend in the order of the lines' right ends, so that it reads from top to bottom."""
+    """Label the lines in the order of their right ends, from top to bottom."""
     order = sorted(lines, key=lambda rival: -lines[rival][1][-1])
     handles = dict(zip(lines, axes.get_lines(), strict=True))
     axes.legend(

@@ -1,5 +1,5 @@
-//! Mapping a block privately: what a load pays, and what filling its page table pays, against the
-//! faults of a first touch and a copy.
+//! Maps a block privately: the cost of a load, and of filling its page table. Compared with the
+//! faults of a first touch, and with a copy.
 #![allow(missing_docs, unsafe_code)] // the macros of criterion; the store is named by address
 #![cfg(target_os = "linux")]
 
@@ -15,7 +15,7 @@ use ray_zerocopy::memory::region::Region;
 const NBYTES: usize = 64 << 20;
 const PAGE: usize = 4096;
 
-/// A file as Ray has it: deleted, in shared memory, mapped shared and written to.
+/// A file like Ray's: deleted, in shared memory, mapped shared and written to.
 fn store() -> MmapMut {
     let path = Path::new("/dev/shm").join(format!("rzc-bench-{}", std::process::id()));
     let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();

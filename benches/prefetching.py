@@ -1,4 +1,4 @@
-"""A block on its way to four other nodes of this machine: in waves, and pulled by all at once."""
+"""Send a block to four other nodes on this machine: in waves, and pulled by all at once."""
 
 import re
 import time
@@ -18,14 +18,14 @@ PUSHED = r'^ray_object_manager_bytes{.*Type="Pushed.*} (.*)$'
 
 @ray.remote(num_cpus=0)
 class Node:
-    """Somebody on a node, who fetches what all fetch."""
+    """A process on a node that gets the object."""
 
     def get(self, refs):
         return ray.get(refs[0]).nbytes
 
 
 def time_sending():
-    """{way: (median seconds, [bytes that left each node in a round, most first])}."""
+    """{way: (median seconds, [bytes each node sent in a round, descending])}."""
     cluster = Cluster()
     try:
         for node in range(NODES):
@@ -55,7 +55,7 @@ def time_ways(ways):
         start_s = time.perf_counter()
         ways[way](ref)
         elapsed_s = time.perf_counter() - start_s
-        if turn >= 2:  # the first of each starts processes, and touches pages
+        if turn >= 2:  # the first turn of each way starts processes and touches pages
             seconds[way].append(elapsed_s)
             sent[way].update({node: n - before[node] for node, n in settled().items()})
         else:
@@ -68,7 +68,7 @@ def time_ways(ways):
 
 
 def settled():
-    """Bytes that have left each node, when Ray's agents have heard of all."""
+    """Bytes that each node has sent, once Ray's agents have counted all."""
     before = sent_nbytes()
     while True:
         time.sleep(3)
@@ -78,7 +78,7 @@ def settled():
 
 
 def sent_nbytes():
-    """{node: bytes that its object manager has sent, as Ray's metrics say}."""
+    """{node: bytes sent by its object manager, from Ray's metrics}."""
     told = {}
     for node in ray.nodes():
         with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as answer:

@@ -1,9 +1,9 @@
-"""New weights for workers, again and again: `publish` and `follow` beside `put`, and what users do.
+"""New weights for workers, repeatedly: `publish` and `follow`, `put`, and the usual way.
 
     PYTHONPATH=tests python benches/publishing.py [FOLLOWERS] [ROUNDS]
 
-What users do: `ray.put(model.state_dict())`, and in each worker `ray.get` and `load_state_dict`.
-All in the same workers, in turn in each round; medians, and their ratios in each round.
+The usual way: `ray.put(model.state_dict())`, and in each worker `ray.get` and `load_state_dict`.
+All run in the same workers, in turn in each round. Prints medians, and medians of the ratios.
 """
 
 import sys
@@ -16,7 +16,7 @@ import ray
 import ray_zerocopy as rzc
 import torch
 from ray_zerocopy.registry import catalog, follower
-from subjects import linears  # which needs `tests` on PYTHONPATH
+from subjects import linears  # it needs `tests` on PYTHONPATH
 
 MIB = 2**20
 SIZES = {"4 MiB": (104, 100), "400 MiB": (100, 1024)}
@@ -25,7 +25,7 @@ PATIENCE_S = 120
 
 @ray.remote(num_cpus=0)
 class Worker:
-    """Follows a name, and holds a model of its own as users do."""
+    """Follows a name, and has its own copy of the model for the usual way."""
 
     def __init__(self, shape):
         torch.set_num_threads(1)
@@ -46,7 +46,7 @@ class Worker:
         self.live = rzc.follow(name)
 
     def when(self, name, number):
-        """When it had this version."""
+        """When this worker had the version."""
         with self.changed:
             assert self.changed.wait_for(lambda: (name, number) in self.seen_s, PATIENCE_S)
         return self.seen_s[name, number]
@@ -57,7 +57,7 @@ class Worker:
 
 
 def times(size, followers, rounds):
-    """Give, for each round, seconds: of put, publish, until the last has it, and what users do."""
+    """Seconds in each round: put, publish, until the last worker has it, the usual way."""
     shape, name = SIZES[size], f"weights/{size.replace(' ', '')}"
     model = linears(*shape)
     rzc.publish(name, model, keep=1)
@@ -96,7 +96,7 @@ def times(size, followers, rounds):
 
 
 def busy_s():
-    """Seconds of CPU that the catalog has taken."""
+    """CPU seconds of the catalog."""
     handle = ray.get_actor("catalog", catalog.NAMESPACE)
     pid = ray.get(handle.__ray_call__.remote(lambda _: __import__("os").getpid()))
     return sum(psutil.Process(pid).cpu_times()[:2])

@@ -1,5 +1,5 @@
-//! Modules and tensors made again, by the installed extension in an interpreter of our own,
-//! against pickle, `__init__` and `torch.from_numpy`. Wants the feature `python`.
+//! Rebuilds modules and tensors, with the installed extension in an interpreter of its own.
+//! Compared with pickle, `__init__` and `torch.from_numpy`. Needs the feature `python`.
 #![allow(missing_docs)] // the macros of criterion
 
 use criterion::{Criterion, criterion_group, criterion_main};

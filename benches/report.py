@@ -1,8 +1,7 @@
-"""The comparison as a whole: `python benches/report.py` writes BENCHMARKS.md and its plots.
+"""The whole comparison: `python benches/report.py` writes BENCHMARKS.md and its plots.
 
-With `--only fresh_worker ...` it writes the sections of these functions and keeps the others, with
-`--quick` it prints the ratios for BERT-base and leaves the page alone. The bars are for people to
-look at: no test asserts a time.
+`--only fresh_worker ...` writes the sections of these functions and keeps the others. `--quick`
+prints the ratios for BERT-base and writes nothing. The bars are for people: no test asserts a time.
 """
 
 import argparse
@@ -101,17 +100,17 @@ def print_calls(seconds):
 
 
 def to_parts(seconds, name):
-    """How a way of calling compares with the sum of an empty task and a forward in the caller."""
+    """The ratio of a call to the sum of an empty task and a forward in the caller."""
     return median(seconds[name]) / (median(seconds[TASK.name]) + median(seconds[HOME.name]))
 
 
 def ratio(seconds, name, to=FLOOR):
-    """Between medians of what was timed in turns."""
+    """The ratio of two medians that were timed in turns."""
     return median(seconds[name]) / median(seconds[to])
 
 
 class Race:
-    """One subject: loads in a warm worker, publishes in a new one, and who could not and why."""
+    """One subject: loads in a warm worker, publishes in a new one, and the rivals that failed."""
 
     def __init__(self, worker, subject, load_seconds, publish_seconds):
         self.model = subjects.build(subject)
@@ -121,7 +120,7 @@ class Race:
 
 
 def race_loads(worker, model, seconds, rivals=CONTENDERS):
-    """({rival: [seconds]}, {rival: why it cannot})."""
+    """({rival: [seconds]}, {rival: error})."""
     entries, refusals = enlist(rivals, model)
     try:
         return ray.get(worker.time_loads.remote(entries, seconds)), refusals
@@ -131,9 +130,9 @@ def race_loads(worker, model, seconds, rivals=CONTENDERS):
 
 
 def race_publishes(rivals, subject, seconds):
-    """{rival: [seconds]}, in a process that has done nothing but build the model.
+    """{rival: [seconds]}, in a process that has only built the model.
 
-    How storages lie in memory decides the speed, and that the allocator decides by what was before.
+    The speed depends on how storages lie in memory, which depends on earlier allocations.
     """
     worker = Worker.remote()
     try:
@@ -146,8 +145,8 @@ def race_publishes(rivals, subject, seconds):
 
 
 def sections(only=None):
-    """Write the page's sections, in their order; all need 15 GiB of memory, and most of an hour."""
-    stores = (  # what is written into a store that is new, and what once each page was written to
+    """Write the page's sections in order. All together need 15 GiB of memory and almost an hour."""
+    stores = (  # sections with a new store, then with one whose pages were all written to
         (
             8 * GIB,
             [],
@@ -185,7 +184,7 @@ def step(write, *arguments):
 
 
 def figures(seconds, name):
-    """Two cells: milliseconds, and times the floor."""
+    """Two cells: milliseconds, and the ratio to the floor."""
     return ms(median(seconds[name])), times(ratio(seconds, name))
 
 
@@ -205,7 +204,7 @@ def first_publish():
 
 
 def time_first_publishes(make_free):
-    """Seconds of each, {name: [seconds]}; nothing that is published goes."""
+    """Seconds of each, {name: [seconds]}. Published objects are kept."""
     model = subjects.build("BERT-base")
     ready = [(rival, rival.prepare(model)) for rival in (Floor(), Ours(), RayFlag())]
     kept, seconds = [], {rival.name: [] for rival, _ in ready}
@@ -380,7 +379,7 @@ def publish_memory():
 def memory():
     counts = (1, 2, 4, 8)
     workers = [Worker.remote() for _ in range(max(counts))]
-    model = subjects.linears(104, 1024)  # BERT-base's bytes, without eight imports of transformers
+    model = subjects.linears(104, 1024)  # BERT-base's size, without eight imports of transformers
     curves = {rival.name: memory_curve(rival, model, workers, counts) for rival in CONTENDERS}
     for worker in workers:
         ray.kill(worker)
@@ -599,7 +598,7 @@ def eight_workers():
 
 
 def eight_times(rival):
-    """Cells: milliseconds of a load, and what memory a worker and the whole node need for it."""
+    """Cells: milliseconds of a load, and the memory of a worker and of the whole node."""
     model = subjects.untouched(gib=8)
     workers = [Worker.remote() for _ in range(8)]
     ray.get([worker.__ray_ready__.remote() for worker in workers])

@@ -1,11 +1,11 @@
 """The ways people share a model between Ray workers, each behind the same four verbs.
 
-    prepare(model) -> ready      what is not timed
+    prepare(model) -> ready      not timed
     publish(ready) -> handle     once, in the process that has the model
-    load(handle)   -> model      in every worker; a handle holds ObjectRefs and travels in a list
-    withdraw(handle)             what Ray's reference counting does not do
+    load(handle)   -> model      in every worker; a handle holds ObjectRefs and is passed in a list
+    withdraw(handle)             frees what Ray's reference counting does not
 
-Every load is written the fastest way its makers document, so that a rival loses on its merits.
+Every rival loads in the fastest way that its documentation gives.
 """
 
 import copy
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 ALIGN = 64
-FILES = Path("/dev/shm")  # a file in memory: the kindest place for what loads from files
+FILES = Path("/dev/shm")  # files in memory: the best case for rivals that load files
 
 
 class Rival:
-    """One way to share a model; `loses` says what comes back other than it went in."""
+    """One way to share a model. `loses` says what it does not preserve."""
 
     name: str
     loses: str
@@ -41,11 +41,11 @@ class Rival:
         raise NotImplementedError
 
     def withdraw(self, handle):
-        """Objects go with their last reference; files need more."""
+        """Delete files. Objects are freed with their last reference."""
 
 
 class Floor(Rival):
-    """No model at all: one ready array in the store, one bare Parameter a tensor in return."""
+    """Not a model: one array in the store, and for each tensor a bare Parameter over it."""
 
     name = "floor"
     loses = "everything but the weights: it returns a list of Parameters"
@@ -58,7 +58,7 @@ class Floor(Rival):
         for offset, tensor in zip(offsets, tensors, strict=False):
             plain = tensor.detach().contiguous()
             flat[offset : offset + plain.nbytes] = plain.reshape(-1).view(torch.uint8).numpy()
-            # bfloat16 is unknown to numpy and goes through an integer of its width
+            # numpy has no bfloat16: use an integer of the same width
             via = torch.int16 if plain.dtype == torch.bfloat16 else plain.dtype
             dtype = plain.view(via).numpy().dtype
             retype = None if via == plain.dtype else plain.dtype
@@ -105,7 +105,7 @@ class NotPrefaulted(Ours):
 
 
 class PlainWay(Ours):
-    """As with a torch before 2.10, and a Ray whose inside nobody knows."""
+    """The fallback code: a torch older than 2.10, and a Ray whose private parts are unknown."""
 
     name = "ray_zerocopy, portable path"
 
@@ -145,8 +145,8 @@ class PlainRay(Rival):
 class RayFlag(Rival):
     """Ray started with RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1.
 
-    The flag does one thing: when a worker starts, it registers a reducer for `torch.Tensor`.
-    Registering it around the put gives the same bytes in a session that has the flag off.
+    The flag only registers a reducer for `torch.Tensor` when a worker starts. Registering it around
+    the put gives the same bytes, in a session without the flag.
     """
 
     name = "Ray's flag"
@@ -212,9 +212,9 @@ class TorchMmap(Rival):
 
 
 class Safetensors(Rival):
-    """The weights in a safetensors file, the model without them, on `meta`, in the store.
+    """The weights in a safetensors file; the model without weights (on `meta`) in the store.
 
-    `safetensors.torch.load_model` would copy; `assign=True` takes the mapped tensors as they are.
+    `safetensors.torch.load_model` would copy; `assign=True` uses the mapped tensors.
     """
 
     name = "safetensors"
@@ -245,7 +245,7 @@ class Safetensors(Rival):
 
 
 def without_weights(model, state):
-    """A copy of the model with what `state` holds on `meta`; no weight is copied on the way."""
+    """A copy of the model whose tensors in `state` are on `meta`. Copies no weight."""
     on_meta = {
         id(t): nn.Parameter(t.to("meta"), t.requires_grad)
         if isinstance(t, nn.Parameter)
@@ -256,7 +256,7 @@ def without_weights(model, state):
 
 
 def aliases(state):
-    """The groups of names under which the state dict holds the same tensor more than once."""
+    """Groups of names that refer to the same tensor in the state dict."""
     names = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)

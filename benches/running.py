@@ -1,4 +1,4 @@
-"""A model that runs: on a shared block, beside copies of it in the worker's own memory."""
+"""A running model: on a shared block, against copies in the worker's own memory."""
 
 import copy
 import mmap
@@ -14,7 +14,7 @@ HUGE_NBYTES = 2 << 20
 
 
 class Copy(Rival):
-    """A copy in pages of 4 KiB, as `enabled` says `madvise` on most machines."""
+    """A copy in pages of 4 KiB, because most machines make huge pages only on `madvise`."""
 
     name = "a private copy"
 
@@ -23,7 +23,7 @@ class Copy(Rival):
 
 
 class HugeCopy(Copy):
-    """A copy in huge pages, as torch makes them with THP_MEM_ALLOC_ENABLE=1."""
+    """A copy in huge pages, as with THP_MEM_ALLOC_ENABLE=1 in torch."""
 
     name = "a private copy, huge pages"
 
@@ -61,7 +61,7 @@ class Encoding:
 
 
 class Decoding:
-    """Token after token, each from all that went before."""
+    """One token after another, with a cache of all before."""
 
     unit = "tokens"
 
@@ -75,7 +75,7 @@ class Decoding:
 
 @ray.remote(num_cpus=0)
 class Runner:
-    """A process with the same model three times, which run in turns."""
+    """A process with the same model three times. They run in turns."""
 
     def time_steps(self, entries, way, kwargs, seconds):
         """{threads: {runner: median seconds of a step}}."""
@@ -90,6 +90,6 @@ def time_steps(models, way, kwargs, threads, seconds):
     torch.set_num_threads(threads)
     entries = [(runner, way(model, kwargs)) for runner, model in models]
     for _, running in entries:
-        running.step()  # faults, thread pools, and what oneDNN makes once
+        running.step()  # faults, thread pools, and one-time work of oneDNN
     times = take_turns(entries, lambda _, running: running.step(), seconds)
     return {name: median(samples) for name, samples in times.items()}

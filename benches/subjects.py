@@ -1,4 +1,4 @@
-"""The models that are measured: seeded, built on demand, fetched from nowhere."""
+"""The models to measure: seeded, built on demand, without downloads."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def llama(layers=15, tied=True):
 
 
 def mixtral(layers=8):
-    """743 MiB of bfloat16: experts, which lie in a checkpoint one by one and are merged on load."""
+    """743 MiB of bfloat16. A checkpoint has each expert alone; a load merges them."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -82,9 +82,9 @@ SUBJECTS = {
     "160 layers": deep_net,
 }
 
-# BERT-base's bytes in 44 storages: side by side in memory, or with holes of their size between.
+# BERT-base's size in 44 storages: adjacent in memory, or with gaps of their own size.
 TOGETHER, SCATTERED = "together", "scattered"
-# Rows of `Linear(1024, 1024)`, 4 MiB each, by how many.
+# Rows of `Linear(1024, 1024)`, 4 MiB each, by size.
 ROWS = {f"{4 * count:,} MiB": count for count in (4, 16, 64, 256)}
 
 
@@ -98,23 +98,23 @@ def build(name):
 
 
 def sentence(tokens=7):
-    """What a model of language takes: one sequence."""
+    """The input of a language model: one sequence."""
     return {"input_ids": torch.arange(1, 1 + tokens)[None]}
 
 
 def untouched(gib):
-    """Zeros in parts of 64 MiB; no memory lies behind them, as nobody has written to them."""
+    """Zeros in parts of 64 MiB, without memory behind them, because nobody has written to them."""
     flat = torch.from_numpy(np.zeros(gib << 30, np.uint8)).view(torch.bfloat16)
     return nn.ParameterList(nn.Parameter(part, False) for part in flat.split(32 << 20))
 
 
 def in_pieces(count, step):
-    """`count` tensors of 9 MiB: each `step`th of many made one after the other."""
+    """`count` tensors of 9 MiB: every `step`th of a sequence of allocations."""
     return nn.ParameterList([torch.ones(9 << 18) for _ in range(count * step)][::step])
 
 
 def linears(count, width):
-    """`count` Linears: two tensors a module."""
+    """`count` Linears, with two tensors each."""
     return in_blocks(nn.Linear(width, width) for _ in range(count))
 
 
@@ -124,12 +124,12 @@ def one_module(tensors):
 
 
 def bare_modules(count):
-    """`count` modules without a tensor, beside one that has some."""
+    """`count` modules without tensors, and one that has some."""
     return nn.Sequential(nn.Linear(64, 64), in_blocks(nn.ReLU() for _ in range(count)))
 
 
 def in_blocks(layers):
-    """Layers in blocks of 50, as models are built: `load_state_dict` is quadratic in a flat row."""
+    """Layers in blocks of 50, as in real models: `load_state_dict` is quadratic in a flat list."""
     layers = list(layers)
     return nn.Sequential(
         *(nn.Sequential(*layers[start : start + 50]) for start in range(0, len(layers), 50))

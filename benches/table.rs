@@ -1,4 +1,4 @@
-//! Encoding the offset table, and decoding it with all its checks.
+//! Encodes the offset table, and decodes it with all its checks.
 #![allow(missing_docs)] // the macros of criterion
 
 use std::hint::black_box;

@@ -1,4 +1,4 @@
-"""Classifiers on one backbone: BERT-base, and variants of it with another pooler each."""
+"""Classifiers on one backbone: BERT-base, and variants with different poolers."""
 
 import random
 import time
@@ -16,13 +16,13 @@ _ROUNDS = 20
 
 
 def change(model):
-    """Make the model another variant."""
+    """Turn the model into a new variant."""
     with torch.no_grad():
         model.pooler.dense.weight.add_(1)
 
 
 def memory_of_node(model):
-    """{rival: bytes of the store that the backbone and n variants take, for each n of COUNTS}."""
+    """{rival: bytes of the store for the backbone and n variants, for each n in COUNTS}."""
     refs, totals = [rzc.put(model)], {PlainRay.name: [], Ours.name: []}
     whole = ours = located(refs[0])[1]
     for number in range(1, VARIANTS + 1):
@@ -37,7 +37,7 @@ def memory_of_node(model):
 
 
 def times_of_variant(model):
-    """{what: median seconds}, in turns: a variant put and loaded, whole and over its base."""
+    """{step: median seconds}, in turns: put and load a variant, whole and over its base."""
     base = rzc.put(model)
     change(model)
     refs = {"whole": rzc.put(model), "over its base": rzc.put(model, base=base)}
@@ -54,5 +54,5 @@ def times_of_variant(model):
             made = acts[what]()
             seconds[what].append(time.perf_counter() - start)
             del made
-            time.sleep(0.05)  # what was dropped is unmapped
+            time.sleep(0.05)  # dropped memory is unmapped meanwhile
     return {what: median(each) for what, each in seconds.items()}
