@@ -84,7 +84,7 @@ def evict(paths):
 class Floor:
     """Threads that only read the same bytes into memory that was written to before.
 
-    The memory has huge pages. Into small, scattered ones a disk may take two or three times as long.
+    The memory has huge pages. Into small, scattered ones a disk may take two to three times longer.
     """
 
     def __init__(self, paths):

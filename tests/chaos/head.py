@@ -1,9 +1,9 @@
-"""The head node lost, and started again with its state in Redis: names stand, what heals loads.
+"""Lose the head node and restart it with its state in Redis: names survive, healing models load.
 
     head        Redis, catalog, owner ─ raylet and GCS killed, another head started
     other       stays, and finds the new head
 
-`python tests/chaos/head.py` takes `redis-server` (Debian's package) and two minutes.
+`python tests/chaos/head.py` needs `redis-server` (Debian's package), and takes two minutes.
 """
 
 import os
@@ -21,7 +21,7 @@ from losses import runs_on
 from ray_zerocopy.registry import catalog
 
 SOON_S = 180
-# Ray refuses a second head on a machine where a raylet of the cluster lives, as the other node's.
+# Ray refuses a second head on a machine that runs a raylet of the cluster (the other node's).
 START = """
 from ray._private import services
 from ray.scripts.scripts import main
@@ -43,7 +43,7 @@ def start(*options):
 
 
 def processes(name, folder):
-    """Those of this cluster, the oldest first."""
+    """This cluster's processes of that name, oldest first."""
     found = []
     for process in psutil.process_iter(["name", "cmdline", "create_time"]):
         if name in process.info["name"] and folder in " ".join(process.info["cmdline"] or ()):
@@ -80,7 +80,7 @@ def after():
 
 
 def drive(act, address):
-    """In a driver of its own, as the one before is lost with its node."""
+    """Runs in a new driver, because the previous one is lost with its node."""
     subprocess.run([sys.executable, "-W", "ignore", __file__, act, address], check=True)
 
 

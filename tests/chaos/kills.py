@@ -1,10 +1,10 @@
-"""Killed at random: who publishes, and who loads. The store and what lies in it stand.
+"""Kill publishers and loaders at random moments: the store and its objects stay intact.
 
     python tests/chaos/kills.py KILLS SEED
 
-A worker does one thing again and again, and is killed at a random moment of it. Then the store has
-what it held, shared memory and the driver's descriptors and threads are what they were, and every
-object that has a reference loads whole. The same seed kills in the same order.
+A worker repeats one action, and is killed at a random moment. Afterwards the store holds the same
+objects, shared memory and the driver's descriptors and threads are as before, and every object with
+a reference loads whole. The same seed kills in the same order.
 """
 
 import collections
@@ -28,7 +28,7 @@ from ray._private.internal_api import memory_summary
 MIB = 2**20
 SOON_S = 60
 STORE = 300 * MIB
-BUSY_S = 0.3  # about what the longest of these takes, on a machine that has other things to do
+BUSY_S = 0.3  # about the longest of these actions, on a busy machine
 
 
 def model():
@@ -37,7 +37,7 @@ def model():
 
 
 class Worker:
-    """Does one thing of these until it is killed."""
+    """Repeats one of these actions until it is killed."""
 
     def __init__(self, refs, folder):
         self.ref, self.folder, self.model = refs[0], folder, model()
@@ -68,17 +68,17 @@ class Worker:
         rzc.get(self.ref, prefault=True)
 
     def collapse(self):
-        kept = ray.get(ray.put(rzc.Shared(self.model)))  # small pages: huge a second later
+        kept = ray.get(ray.put(rzc.Shared(self.model)))  # small pages, made huge a second later
         time.sleep(1.1)
         del kept
 
 
 DOING = ("put", "build", "save", "restore", "load", "prefault", "collapse")
-SHORT = ("put", "restore", "collapse")  # of the suite: a worker takes seconds to start
+SHORT = ("put", "restore", "collapse")  # the suite runs only these: a worker takes seconds to start
 
 
 class Kills:
-    """A Ray with one object, a snapshot of it, and what it was before anyone was killed."""
+    """A Ray with one object, its snapshot, and the state before the first kill."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -89,8 +89,8 @@ class Kills:
         self.loaded = ray.get(self.ref)
         rzc.save(self.ref, f"{self.folder}/model.rzc")
         self.done = collections.Counter()
-        self.kill("load")  # what Ray opens for the first worker stays open
-        self.before = self.state() | {"threads": 0}  # that of the load may still be there
+        self.kill("load")  # Ray keeps open what it opens for the first worker
+        self.before = self.state() | {"threads": 0}  # the load's thread may still run
 
     def kill(self, what):
         worker = ray.remote(Worker).options(num_cpus=0).remote([self.ref], self.folder)
@@ -104,7 +104,7 @@ class Kills:
             self.done[what] += 1
 
     def state(self):
-        """MiB in the store, names in shared memory, and what this process holds of either."""
+        """MiB in the store, names in shared memory, and this process's descriptors and threads."""
         summary = memory_summary(self.address, stats_only=True)
         descriptors = [told(os.readlink, path) for path in Path("/proc/self/fd").iterdir()]
         threads = [
@@ -125,12 +125,12 @@ class Kills:
         assert_exact(self.source, self.loaded)
         assert_exact(self.source, ray.get(self.ref))
         left = {"model.rzc", "new.rzc"}
-        for name in left & set(os.listdir(self.folder)):  # whole, or not there
+        for name in left & set(os.listdir(self.folder)):  # complete, or absent
             rzc.inspect(f"{self.folder}/{name}", verify=True)
 
 
 def told(read, path):
-    """What there is to read of a descriptor or a thread; nothing of one that has gone."""
+    """The target of a descriptor, or the name of a thread; empty if it is gone."""
     try:
         return read(path)
     except OSError:

@@ -1,6 +1,6 @@
-"""What a process and a node may run out of, one after the other: exact by another way, or refused.
+"""A process or node reaches each of its limits: a load is exact by another way, or is refused.
 
-Run by `test_limits.py` in an interpreter of its own, which has mounts and limits of its own.
+`test_limits.py` runs this in a separate interpreter, with its own mounts and limits.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ TAKEN = Path("/dev/shm/taken")
 
 
 def start(store_nbytes):
-    """Start a Ray as any user does, whose workers have the limits of this process."""
+    """Start a Ray as users do. Its workers inherit the limits of this process."""
     ray.init(
         "local",
         num_cpus=1,
@@ -46,7 +46,7 @@ def start(store_nbytes):
 
 @functools.cache
 def restart_without_privileges_and_disk():
-    """For good: they are those of root to open the kernel's links to mapped files."""
+    """Drop, for good, the capabilities that let root open the kernel's links to mapped files."""
     ray.shutdown()
     drop_privileges()
     os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # noqa: SIM112
@@ -86,16 +86,16 @@ def limited(what, most):
 
 
 def address_space_for(nbytes):
-    """This process may map so much more than it has."""
+    """Limit the address space to this much more than it has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     return limited(resource.RLIMIT_AS, used + nbytes)
 
 
 @contextlib.contextmanager
 def charged_at_most(nbytes):
-    """This process is in a cgroup that has so much for what it takes from now on.
+    """This process is in a cgroup that allows it this many more bytes.
 
-    Where no cgroup can be made, its address space is what is limited.
+    If no cgroup can be made, the address space is limited instead.
     """
     group = Path(f"/sys/fs/cgroup/memory/rzc-{os.getpid()}")
     try:
@@ -129,13 +129,13 @@ def no_file_left():
 
 @contextlib.contextmanager
 def mounts_of_its_own():
-    """For this thread, and what it starts, until the end."""
+    """For this thread and its children, until the end."""
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
     try:
         unshared_mounts()
         yield
     finally:
-        own_folder = 0x200  # setns refuses where a thread started since shares it
+        own_folder = 0x200  # setns fails if a newer thread shares it
         assert LIBC.unshare(own_folder) == 0
         assert LIBC.setns(before, 0) == 0, os.strerror(ctypes.get_errno())
         os.close(before)
@@ -160,7 +160,7 @@ def no_file_descriptor():
         for use in (rzc.get, rzc.put):
             with pytest.raises(rzc.ResourceError, match=r"connection.*Too many .*ulimit -n"):
                 use(first if use is rzc.get else MODEL)
-    held = rzc.get(first)  # and with it the connection to the store
+    held = rzc.get(first)  # this also keeps the connection to the store
     with tempfile.TemporaryDirectory() as folder, no_file_left():
         loads_shared_and_says(first, r"Too many open files .*ulimit -n")
         loads_shared_and_says(second, "Too many open files .*ulimit -n")
@@ -175,7 +175,7 @@ def no_file_descriptor():
 
 
 def thousands_of_loads_held():
-    """A mapping each, of which a process may have 65,530."""
+    """Each needs a mapping, and a process may have 65,530."""
     ref = rzc.put(MODEL)
     held = [rzc.get(ref, prefault=False) for _ in range(30_000)]
     assert len({loaded.data_ptr() for loaded in held}) == 30_000
@@ -183,7 +183,7 @@ def thousands_of_loads_held():
 
 
 def no_room_for_what_was_dropped():
-    """What is unmapped by another thread is gone before the next load finds no room."""
+    """A load that finds no room waits for the thread that unmaps dropped models."""
     ref = rzc.put(LARGE)
     kinds = itertools.cycle([("private", True), ("copy", False), ("private", False)])
     with address_space_for(3 * LARGE.nbytes):
@@ -205,11 +205,11 @@ def no_address_space():
 
 @contextlib.contextmanager
 def no_thread_left():
-    """This process is in a cgroup that has no room for another one."""
+    """This process is in a cgroup that allows no further thread."""
     group = Path(f"/sys/fs/cgroup/pids/rzc-{os.getpid()}")
     try:
         group.mkdir()
-    except OSError:  # where no cgroup can be made, a stack finds no room
+    except OSError:  # no cgroup can be made: leave no address space for a stack
         with limited(resource.RLIMIT_STACK, 2**46):
             yield
         return
@@ -227,7 +227,7 @@ def no_thread_left():
 
 
 def no_thread():
-    """Whatever wants threads goes on with fewer; metrics wait for one, and are bounded."""
+    """All code works with fewer threads. Metrics wait for a thread, in a bounded queue."""
     ref, model = rzc.put(LARGE), LARGE.clone()
     with tempfile.TemporaryDirectory() as folder:
         rzc.save(ref, f"{folder}/model.rzc")
@@ -243,7 +243,7 @@ def no_thread():
             for _ in range(2 * metrics._KEPT):
                 metrics.record("rzc_published_bytes", 0)
             deadline_s = time.monotonic() + 30
-            while len(metrics._recorded) > metrics._KEPT:  # one could start after all
+            while len(metrics._recorded) > metrics._KEPT:  # a thread could start after all
                 assert time.monotonic() < deadline_s
                 time.sleep(0.2)
         assert_whole(rzc.restore(f"{folder}/other.rzc"), model=LARGE)
@@ -257,11 +257,11 @@ def no_thread():
 
 
 def no_memory_for_huge_pages():
-    """The kernel charges them to whom it makes them for; it refuses, and the small ones stay."""
+    """The kernel charges huge pages to the process. It refuses them, and the small ones stay."""
     ref = ray.put(rzc.Shared(LARGE))
     with charged_at_most(16 * MIB):
         loaded = rzc.get(ref)
-        time.sleep(1.5)  # the thread that makes huge pages begins after a second
+        time.sleep(1.5)  # the thread that makes huge pages waits a second
         assert torch.equal(loaded, LARGE)
         loaded[0] = 7
         assert_whole(ref, model=LARGE)
@@ -270,7 +270,7 @@ def no_memory_for_huge_pages():
 
 
 def another_user():
-    """Who may open neither the kernel's link nor the raylet's files."""
+    """A process that may open neither the kernel's link nor the raylet's files."""
     ref, nobody = rzc.put(MODEL), 65534
     os.seteuid(nobody)
     try:
@@ -306,7 +306,7 @@ def shared_memory_is_read_only():
 
 @contextlib.contextmanager
 def little_shared_memory_left():
-    """Ray writes a few pages of its own beside each object: without those the raylet dies."""
+    """The raylet writes a few pages of its own next to each object, and dies if there are none."""
     free = os.statvfs("/dev/shm")
     try:
         with TAKEN.open("wb") as file:
@@ -317,7 +317,7 @@ def little_shared_memory_left():
 
 
 def shared_memory_is_full():
-    """Ray's own `put` dies of it, by SIGBUS."""
+    """Ray's own `put` dies of SIGBUS here."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.rzc"
         rzc.save(LARGE, path)
@@ -330,7 +330,7 @@ def shared_memory_is_full():
 
 
 def spilled_in_the_middle_of_loads():
-    """Four threads load objects of which the store has room for two, and another puts more."""
+    """Four threads load objects, the store has room for two, and another thread puts more."""
     models = [torch.full((8 * MIB,), float(value)) for value in range(6)]
     refs = [rzc.put(model) for model in models]
 
@@ -349,7 +349,7 @@ def spilled_in_the_middle_of_loads():
 
 
 def shared_memory_is_smaller_than_the_store():
-    """Ray has its store on the disk then."""
+    """Then Ray keeps its store on disk."""
     ray.shutdown()
     start(400 * MIB)
     refs = [rzc.put(LARGE) for _ in range(3)]
@@ -362,8 +362,8 @@ def shared_memory_is_smaller_than_the_store():
 
 
 def no_privileges():
-    """Pages are private through the raylet's files, and a mapped file is read from memory."""
-    with tempfile.NamedTemporaryFile() as file:  # without a name, only its link leads to it
+    """Pages are private through the raylet's descriptors; a mapped file is read from memory."""
+    with tempfile.NamedTemporaryFile() as file:  # without a name, only the kernel's link opens it
         MODEL.numpy().tofile(file.name)
         storage = torch.UntypedStorage.from_file(file.name, False, MODEL.nbytes)
     restart_without_privileges_and_disk()
@@ -391,7 +391,7 @@ def store_too_small():
 
 
 def store_full_of_what_is_used():
-    """The doctor finds it, and says to have a larger one."""
+    """The doctor reports it, and advises a larger one."""
     restart_without_privileges_and_disk()
     held = ray.get(ray.put(np.ones(70 * MIB, np.uint8)))
     (finding,) = (each for each in doctor._round_trip() if each.check == "store")
@@ -409,7 +409,7 @@ ROWS = {
         another_user,
         no_proc,
         shared_memory_is_read_only,
-        shared_memory_is_full,  # before any row has the store take as much
+        shared_memory_is_full,  # before another row fills the store as far
         no_room_for_what_was_dropped,
         no_thread,
         no_memory_for_huge_pages,

@@ -1,11 +1,11 @@
-"""Every loss of the table, one after the other, in one cluster whose nodes go.
+"""Every row of the table of losses, one after the other, in one cluster that loses nodes.
 
     head        driver, in the end alone
     b           publisher; catalog and owner ─ killed, then lost
     c           publisher; no disk ─────────── lost before
     d           ─────────────────────────────── joins between, is lost after
 
-Run by `test_losses.py` in an interpreter of its own; tells of each row as it stands.
+`test_losses.py` runs this in a separate interpreter. It reports each row as soon as it is done.
 """
 
 import functools
@@ -30,11 +30,11 @@ from ray_zerocopy.registry import catalog
 from ray_zerocopy.registry.owner import Owner
 
 STORE = 150 * 2**20
-SOON_S = 90  # no wait is longer, on a machine that has other things to do
+SOON_S = 90  # the longest wait, on a busy machine
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
 QUICK |= {"health_check_failure_threshold": 3}
-QUICK |= {"health_check_timeout_ms": 10_000}  # who is killed refuses at once; others may be busy
-QUICK |= {"num_workers_soft_limit": 4}  # idle ones stay: each has imported torch
+QUICK |= {"health_check_timeout_ms": 10_000}  # killed nodes refuse at once; others may be busy
+QUICK |= {"num_workers_soft_limit": 4}  # idle workers stay, as each has imported torch
 
 
 def filled(value, size=1500):
@@ -57,7 +57,7 @@ def until(condition):
 
 
 class Reader:
-    """Somebody on a node: who publishes, loads, and keeps what it has loaded."""
+    """An actor on a node that publishes, loads, and keeps its models."""
 
     def __init__(self):
         self.views = {}
@@ -133,7 +133,7 @@ class Stage:
         return set(ray.get(calls, timeout=2 * SOON_S))
 
     def used(self):
-        """Bytes in the store of each node that are not Ray's to drop for others."""
+        """Bytes in the store of each node that Ray may not evict."""
         where = [(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]
         stats = [node_stats(*each, include_memory_info=False).store_stats for each in where]
         return [each.object_store_bytes_primary_copy for each in stats]
@@ -145,16 +145,16 @@ class Stage:
             try:
                 pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=SOON_S)
                 break
-            except ray.exceptions.RayActorError:  # killed before, and not up again
+            except ray.exceptions.RayActorError:  # killed before, and not restarted yet
                 assert time.monotonic() < deadline_s
                 time.sleep(0.2)
         os.kill(pid, signal.SIGKILL)
 
 
 def place(node):
-    """Have the cluster's actors run on this node, until it is lost."""
+    """Make the cluster's actors run on this node, until it is lost."""
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
-    anywhere = catalog.ACTOR | {"resources": {}, "memory": 1}  # soft counts where one is asked for
+    anywhere = catalog.ACTOR | {"resources": {}, "memory": 1}  # soft needs a resource
     for name, kind in (("owner", Owner), ("catalog", catalog.Catalog)):
         actor = ray.remote(kind).options(name=name, scheduling_strategy=where, **anywhere).remote()
         assert runs_on(actor) == node.node_id
@@ -166,13 +166,13 @@ def runs_on(actor):
 
 
 def nodes_of(name):
-    """Where the block of a name lies."""
+    """The ids of the nodes that have the block of a name."""
     ref = rzc.versions(name)[-1].ref
     return ray.experimental.get_object_locations([ref])[ref]["node_ids"]
 
 
 def refused(error, told, action):
-    """The action ends with an error of ours that says what to do."""
+    """The action raises an error of ours that says what to do."""
     with pytest.raises(error, match=told):
         action()
 
@@ -187,7 +187,7 @@ def nothing_starts_before_the_first_publish(stage):
 
 
 def actors_start_on_the_head(stage):
-    """Ray puts an actor without resources anywhere. Then they go where the rows need them."""
+    """Ray places actors without resources anywhere. Move them where the rows need them."""
     rzc.publish("first", filled(1))
     for name in ("catalog", "owner"):
         actor = ray.get_actor(name, catalog.NAMESPACE)
@@ -224,7 +224,7 @@ def sent_to_every_node_but_one_without_room(stage):
 
 
 def driver(address):
-    """Publish, and go on publishing until killed: an object, and what takes long to make."""
+    """Publish repeatedly until killed: an object, and a model that takes long to make."""
     ray.init(address, log_to_driver=False, logging_level="ERROR")
     rzc.publish("driver", filled(1))
     slow = {"make": lambda: time.sleep(10) or torch.ones(1)}
@@ -255,7 +255,7 @@ def store_without_room(stage):
 
 
 def publisher_killed(stage):
-    """In the middle of whatever it did: `driver` is dead since a while."""
+    """The driver dies in the middle of its work: `driver` died a while ago."""
     until(lambda: "staging" not in {v.state for v in rzc.versions("torn")})
     for version in rzc.versions("torn"):
         if version.state == "live":
@@ -268,7 +268,7 @@ KINDS = {"make": 1, "object": 2}
 
 
 def _published(stage):
-    """What heals, and what does not; in use everywhere."""
+    """Healing and other versions, in use on all nodes."""
     _, b, c = stage.nodes
     stage.on(b, "publish", "make", KINDS["make"], True)
     stage.on(c, "publish", "object", KINDS["object"], False)
@@ -289,7 +289,7 @@ def _stands(stage):
 
 
 def owner_killed(stage):
-    """Twice: views in use are then of a generation before the last."""
+    """Twice, so that views in use are older than the last generation."""
     _published(stage)
     stage.kill("owner")
     until(lambda: [version.generation for version in rzc.versions("object")] == [1])
@@ -298,7 +298,7 @@ def owner_killed(stage):
 
 
 def make_that_gives_another_model(stage):
-    """The owner is another than made it first."""
+    """A new owner makes it, not the first one."""
     until(lambda: not rzc.versions("random")[0].heals)
     refused(rzc.LostVersionError, "another model", lambda: rzc.load("random", timeout=SOON_S))
     rzc.retire("random")
@@ -318,7 +318,7 @@ def both_killed(stage):
 
 
 def memory_is_returned(stage):
-    """In the stores of all nodes, when names are retired and views dropped."""
+    """The stores of all nodes are empty when names are retired and views dropped."""
     assert sum(stage.used()) > 0
     for name in rzc.published():
         rzc.retire(name)
@@ -327,7 +327,7 @@ def memory_is_returned(stage):
 
 
 def too_large_for_a_store(stage):
-    """Ray has it on the node's disk, and maps it from there."""
+    """Ray keeps it on the node's disk, and maps it from there."""
     version = rzc.publish("large", make=lambda: filled(1, 7000))  # 187 MB
     assert rzc.inspect(version.ref).where == "disk"
     assert value_of(rzc.load("large")) == 1

@@ -1,10 +1,10 @@
-"""What a process has mapped stays what it was, until it lets go; then the store has its memory.
+"""Mapped models keep their bytes until the process drops them. Then the store gets its memory back.
 
     connection   closed by `ray.shutdown()`, or with the raylet
     object       spilled, its references gone
-    children     forked ones that let go, or see what the parent has let go of
+    children     forked ones that drop models, or see models that the parent has dropped
 
-Run by `test_pins.py` in an interpreter of its own.
+`test_pins.py` runs this in a separate interpreter.
 """
 
 import gc
@@ -31,7 +31,7 @@ STORE = 100 * MIB
 MODEL = {"weight": torch.randn(3 * MIB), "array": np.arange(MIB), "bias": torch.randn(3)}  # 20 MiB
 FORK = multiprocessing.get_context("fork")
 
-torch.set_num_threads(1)  # a forked child has no others
+torch.set_num_threads(1)  # a forked child has only one
 
 
 def connect():
@@ -57,7 +57,7 @@ def used_nbytes():
 
 
 def fill():
-    """Data of others over all that the store has free, and some that it has to make room for."""
+    """Fill the store's free memory, and more, with other data."""
     for _ in range(STORE // (4 * MIB)):
         ray.put(np.full(4 * MIB, 7, np.uint8))
     held = [ray.put(np.full(4 * MIB, 7, np.uint8)) for _ in range(STORE // (4 * MIB))]
@@ -65,10 +65,10 @@ def fill():
 
 
 def loaded():
-    """A model by each way in which memory of the store is held; nobody else holds the object."""
+    """A model held in each way that keeps store memory. Nothing else holds the object."""
     ref = rzc.put(MODEL)
     plain, shared, one = ray.get(ref), rzc.get(ref, isolation="shared"), ray.get(ref)
-    derived = {  # of what was loaded, only this is kept
+    derived = {  # only these parts of the loaded model are kept
         "weight": torch.from_dlpack(one["weight"]),
         "array": one["array"][:],
         "bias": torch.from_numpy(one["bias"].numpy()),
@@ -121,7 +121,7 @@ def shut_down_while_an_object_is_written():
 
 
 def no_connection_is_found():
-    """Of a Ray whose inside is another: what was copied in time is right, or refused."""
+    """With another Ray inside: a load copies in time, or is refused."""
     ref = rzc.put(MODEL)
     known, ray_inside.connection = ray_inside.connection, lambda: _core.Connection(None)
     try:
@@ -157,9 +157,9 @@ def spilled():
 
 
 class Child:
-    """A forked process that has models, and says whether they are whole when it is asked.
+    """A forked process with models. When asked, it says whether they are whole.
 
-    With `orphan` it is the child of a child that has ended.
+    With `orphan`, its parent has ended.
     """
 
     def __init__(self, models, behave=lambda models: None, orphan=False):
@@ -198,7 +198,7 @@ class Child:
 def child_lets_go():
     models = loaded()
     child = Child(models, behave=lambda models: (models.clear(), gc.collect()))
-    assert child.is_whole()  # it has let go
+    assert child.is_whole()  # it has dropped its models
     fill()
     assert all(map(is_whole, models))
     child.end()
@@ -235,7 +235,7 @@ def child_of_a_child_that_has_ended():
 
 
 def many_forks():
-    """None of what they need is left."""
+    """No descriptor is left over."""
     models = loaded()
     before = psutil.Process().num_fds()
     for _ in range(30):
@@ -259,7 +259,7 @@ def child_outlives_the_connection():
 
 
 def threads_fork_and_let_go():
-    """Whatever the order: no child ever sees another's data."""
+    """In every order, no child ever sees other data."""
     wrong, end_s = [], time.monotonic() + 5
 
     def put_others():
@@ -289,7 +289,7 @@ def threads_fork_and_let_go():
 
 
 def raylet_killed():
-    """A driver ends with it. A forked child goes on, and sees what it had."""
+    """A driver ends with its raylet. A forked child continues, and sees the same models."""
 
     @run
     def lose():
@@ -323,7 +323,7 @@ def raylet_killed():
             fork.Process(target=child).start()
             held.clear()
             os.kill(raylet.pid, signal.SIGKILL)
-            os._exit(0)  # as Ray has it do
+            os._exit(0)  # as Ray ends it
 
         fork.Process(target=driver).start()
         assert answers.poll(60)

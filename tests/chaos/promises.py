@@ -1,6 +1,6 @@
-"""What `publish` promises, each promise in a cluster of one node whose owner is killed.
+"""The promises of `publish`, tested in a cluster of one node whose owner is killed.
 
-Run by `test_promises.py` in an interpreter of its own; tells of each row as it stands.
+`test_promises.py` runs this in a separate interpreter. It reports each row as soon as it is done.
 """
 
 import json
@@ -23,7 +23,7 @@ from ray_zerocopy.errors import BlockError
 from ray_zerocopy.registry import catalog, publication
 from torch import nn
 
-SOON_S = 90  # no wait is longer, on a machine that has other things to do
+SOON_S = 90  # the longest wait, on a busy machine
 FOLDER = Path(tempfile.mkdtemp())
 
 
@@ -51,7 +51,7 @@ def actor(name):
 
 
 def kill(name):
-    """Kill the catalog or the owner, which starts again."""
+    """Kill the catalog or the owner. Ray restarts it."""
     pid = ray.get(actor(name).__ray_call__.remote(lambda _: os.getpid()), timeout=SOON_S)
     os.kill(pid, signal.SIGKILL)
 
@@ -81,7 +81,7 @@ print(json.dumps([told(sys.argv[2] + "-v", variable), told(sys.argv[2] + "-m", m
 
 
 def job(address, who):
-    """What two makes give in a job with a variable and a module of its own, as if submitted."""
+    """The results of two makes in a job with its own variable and module, as if submitted."""
     folder = Path(tempfile.mkdtemp())
     (folder / "recipe.py").write_text(f"WHO = {who!r}\n")
     runtime_env = {"env_vars": {"WHO": who}, "working_dir": str(folder)}
@@ -100,14 +100,14 @@ def job(address, who):
 
 
 def make_runs_outside_of_every_job():
-    """Whoever publishes first, and so starts the catalog."""
+    """The first job to publish starts the catalog."""
     address = ray.get_runtime_context().gcs_address
     for who in ("a", "b"):
         assert job(address, who) == [None, "PublishError"]
         rzc.retire(f"{who}-v")
 
 
-# --- what heals is made again ---------------------------------------------------------------------
+# --- healing versions are made again --------------------------------------------------------------
 
 
 def buffers():
@@ -162,7 +162,7 @@ def of_all_kinds():
 
 
 def what_heals_is_made_again():
-    """Twice, as an order of two names is the same in every second process."""
+    """Twice, because a hash seed orders two names the same way in half of all processes."""
     assert rzc.publish("kinds", make=of_all_kinds).heals
     for generation in (1, 2):
         kill("owner")
@@ -172,7 +172,7 @@ def what_heals_is_made_again():
 
 
 def what_a_make_gives_anew_heals_no_more():
-    """And says so, once that was seen."""
+    """And the version says so, once this was observed."""
     assert rzc.publish("random", make=lambda: nn.Linear(600, 600)).heals
     kill("owner")
     until(lambda: not rzc.versions("random")[0].heals)
@@ -182,7 +182,7 @@ def what_a_make_gives_anew_heals_no_more():
 
 
 def one_snapshot_path():
-    """Of several versions, of two names, of a publication that failed: what says so heals."""
+    """Several versions, two names, a failed publication: each version heals if it says so."""
     want = {}
 
     def publish(name, value, path, **how):
@@ -211,7 +211,7 @@ def one_snapshot_path():
         rzc.retire(name)
 
 
-# --- what hangs holds up nobody -------------------------------------------------------------------
+# --- a make that hangs delays nobody --------------------------------------------------------------
 
 HANGS = FOLDER.parent / f"{FOLDER.name}-hangs"
 
@@ -233,7 +233,7 @@ def making():
 
 
 def a_make_that_hangs():
-    """It is given up at its timeout, and when it is retired; others are made again beside it."""
+    """It is given up at its timeout, and when it is retired. Meanwhile others are made again."""
     before = making()
     start_s = time.monotonic()
     with pytest.raises(rzc.CatalogError, match="not published in 5 s"):
@@ -265,7 +265,7 @@ def a_make_that_hangs():
 
 
 def at_a_limit(name):
-    loaded = rzc.load(name)  # all imports and connections are there
+    loaded = rzc.load(name)  # all imports and connections are done
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), limits[1]))
@@ -275,11 +275,11 @@ def at_a_limit(name):
         return type(error).__name__, str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        del loaded  # not before: what is unmapped meanwhile makes room
+        del loaded  # not earlier: to unmap it makes room
 
 
 def of_other_bytes(name):
-    """A process that reads wrong bytes where others read the right ones."""
+    """A process that reads wrong bytes, while others read the right ones."""
     from ray_zerocopy.store import envelope
 
     def damaged(*args):
@@ -295,7 +295,7 @@ def of_other_bytes(name):
 
 
 def a_limit_of_one_process():
-    """The error names it, and nothing is made again for the others."""
+    """The error names the limit, and nothing is made again for the others."""
 
     def seeded():
         torch.manual_seed(0)
@@ -317,7 +317,7 @@ def a_limit_of_one_process():
 
 
 def damage_that_others_see():
-    """A byte has changed in the store: made again."""
+    """A byte has changed in the store: the version is made again."""
     rzc.publish("damaged", make=lambda: filled(5, 600))
     ray.get(flip.remote([rzc.versions("damaged")[0].ref]))
     with pytest.raises(rzc.BlockError):
@@ -336,7 +336,7 @@ def flip(refs):
 
 
 def no_copy_anywhere():
-    """It is said as soon as every node has been asked."""
+    """The error comes as soon as all nodes have been asked."""
     rzc.publish("lost", filled(1, 600))
     kill("owner")
     until(lambda: rzc.versions("lost")[0].ref is None)

@@ -1,6 +1,6 @@
-"""What `serve deploy` and `serve run` deploy stays as long as it is deployed, and no longer.
+"""Models that `serve deploy` and `serve run` deploy stay exactly as long as they are deployed.
 
-Run by `make chaos`: the command starts many processes, one after the other.
+`make chaos` runs this, because the command starts many processes, one after the other.
 """
 
 import os
@@ -101,7 +101,7 @@ def main(folder):
     serve("shutdown", "--yes")
     keeps(0)
 
-    # `serve run` deploys from its own process, and takes it back when that is interrupted.
+    # `serve run` deploys from its own process, and undeploys when that is interrupted.
     serve("start", "--http-host=127.0.0.1", f"--http-port={port}")
     command = [str(Path(sys.executable).parent / "serve"), "run", "one:application"]
     running = subprocess.Popen([*command, "--route-prefix=/app1"], cwd=folder)

@@ -1,9 +1,9 @@
-"""Publishing, promoting, retiring and loading, while what holds it all is killed at random.
+"""Publish, promote, retire and load, while the processes behind it are killed at random.
 
     python tests/chaos/soak.py MINUTES SEED
 
-Every answer is compared with what was published under its name and number; the same seed does the
-same again. Ends with how often each thing was done, and exit status 1 if an answer was wrong.
+Compares every answer with the model that was published under its name and number. The same seed
+repeats the same run. Prints how often each action was done. Exit status 1 if an answer was wrong.
 """
 
 import collections
@@ -17,17 +17,17 @@ import ray_zerocopy as rzc
 from losses import SOON_S, Stage, place
 
 NAMES = ["a", "b/c", "d"]
-HEALS = 0.8  # of what is published
+HEALS = 0.8  # the share of publications that heal
 
 
 class Soak:
-    """A cluster, what was published in it, and what may happen next."""
+    """A cluster, the versions published in it, and the possible next actions."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
         self.stage = Stage()
         place(self.stage.nodes[0])
-        self.values = {}  # by name and number: every weight of it
+        self.values = {}  # by name and number: the value of all weights
         self.heals = {}
         self.fresh = itertools.count(1)
         self.done = collections.Counter()

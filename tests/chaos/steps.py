@@ -1,12 +1,12 @@
-"""The catalog killed, or without its memory, at each step of each change.
+"""Kill the catalog, or fail its writes, at each step of each change.
 
     python tests/chaos/steps.py [CHANGE ...]
 
-A change takes some steps that others see: what is written, and what is sent to the owner. For each
-of them the change is begun anew, and the catalog dies before it, or after it; or the write fails,
-before it is done or after. What began the change does not try again: it may have died, too. Then
-each name stands as before the change or as after it, every live version loads, and who was told
-that it is done was told the truth. Made again, the change is done.
+A change takes steps that other processes see: writes, and messages to the owner. For each step the
+change starts anew. The catalog dies before or after the step, or the write fails before or after it
+is done. The caller does not retry, because it may have died, too. Then each name is as before the
+change or as after it, every live version loads, and a caller that was told "done" was told the
+truth. When the change is requested again, it completes.
 """
 
 import itertools
@@ -31,14 +31,14 @@ from ray_zerocopy.store.envelope import Anchored, Parts
 
 SIZE = 300  # 360 kB: in the store
 
-ray.cloudpickle.register_pickle_by_value(promises)  # no worker has this folder in its path
+ray.cloudpickle.register_pickle_by_value(promises)  # workers cannot import from this folder
 
 
 # --- the catalog at a step ------------------------------------------------------------------------
 
 
 def fail_at(catalog, at, how):
-    """Have the catalog die at a step, or fail its write; runs in it."""
+    """Make the catalog die at a step, or fail its write. Runs in the catalog."""
     catalog.steps = 0
 
     def step(may_fail):
@@ -47,7 +47,7 @@ def fail_at(catalog, at, how):
         catalog.steps += 1
         if catalog.steps == at:
             if how == "dies":
-                time.sleep(0.2)  # what was sent is on its way
+                time.sleep(0.2)  # lets messages leave
                 os._exit(1)
             if may_fail:
                 raise ConnectionError("the GCS is gone, for a moment")
@@ -81,13 +81,13 @@ def fail_at(catalog, at, how):
 
 
 def steps_taken(catalog):
-    """Count the steps, and let it be; runs in the catalog, if it lives."""
+    """Count the steps, and remove the faults. Runs in the catalog, if it is alive."""
     vars(catalog._manifest._kept).pop("put", None)
     return getattr(catalog, "steps", 0)
 
 
 def told(method, *args):
-    """Ask the catalog once, and give its answer or error."""
+    """Ask the catalog once. Returns its answer or error."""
     try:
         return ray.get(getattr(actor("catalog"), method).remote(*args), timeout=SOON_S)
     except (ray.exceptions.RayError, rzc.RayZeroCopyError) as error:
@@ -98,7 +98,7 @@ def told(method, *args):
 
 
 class Change:
-    """One that may be made to a name; `values` are those of its versions before and after."""
+    """A change of a name. `values` are those of its versions before and after."""
 
     def __init__(self, name):
         self.name = name
@@ -114,7 +114,7 @@ class Change:
         raise NotImplementedError
 
     def current(self, done):
-        """The value that the name stands for; None where it stands for nothing."""
+        """The value of the name's current version; None without one."""
         return 3 if done else 2
 
     def live(self, done):
@@ -122,7 +122,7 @@ class Change:
 
 
 class PublishAnObject(Change):
-    """That its publisher writes."""
+    """Publishes an object that its publisher writes."""
 
     def begin(self):
         shared = Anchored(filled(3, SIZE))
@@ -161,7 +161,7 @@ class PublishAMake(Change):
 
 
 class PublishWhatIsCurrent(PublishAMake):
-    """It heals from then on."""
+    """It heals afterwards."""
 
     def begin(self):
         make = ray.cloudpickle.dumps(lambda: filled(2, SIZE))
@@ -179,7 +179,7 @@ class PublishWhatIsCurrent(PublishAMake):
 
 
 class Supersede(PublishAMake):
-    """A file that another name heals from is this one's: that heals no more, before."""
+    """This name overwrites the file that another name heals from. First the other stops healing."""
 
     def prepare(self):
         super().prepare()
@@ -253,7 +253,7 @@ class RetireAName(Change):
 
 
 class MakeAgain(Change):
-    """A block that is said to be lost, of a version that heals."""
+    """Somebody reports the block of a healing version as lost."""
 
     def prepare(self):
         rzc.publish(self.name, make=lambda: filled(1, SIZE), keep=2)
@@ -275,7 +275,7 @@ class MakeAgain(Change):
 
 
 def lose(catalog, name):
-    """Have the catalog think that it has no block of a name; runs in it."""
+    """Make the catalog believe that it has no block of a name. Runs in the catalog."""
     record = catalog._manifest.record(name)
     catalog._healing._blocks.pop(record.kept[record.number].block, None)
 
@@ -291,7 +291,7 @@ CHANGES = {
     "a_name_is_retired": RetireAName,
     "a_block_is_made_again": MakeAgain,
 }
-SHORT = {  # of the suite: a minute
+SHORT = {  # the suite runs only these, in a minute
     "an_object_is_published": ("dies",),
     "a_version_is_retired": ("fails",),
 }
@@ -301,7 +301,7 @@ SHORT = {  # of the suite: a minute
 
 
 def stands(change, done):
-    """Whether a name is whole: as before the change or as after it; if told, as told."""
+    """Assert that a name is as before the change or as after it; if told, as told."""
     live = {
         number: value_of(rzc.load(change.name, version=number, timeout=SOON_S))
         for number in generations(change.name)
@@ -320,7 +320,7 @@ def stands(change, done):
 
 
 def held():
-    """The owner holds what is live, and no more."""
+    """The owner holds exactly the live versions."""
     _, tokens = ray.get(actor("owner").held.remote(), timeout=SOON_S)
     blocks = ray.get(actor("catalog").__ray_call__.remote(lambda it: it._healing._live_blocks()))
     return set(tokens) == blocks

@@ -1,4 +1,4 @@
-"""Whoever is killed while it publishes or loads: the store and what lies in it stand.
+"""A process is killed while it publishes or loads: the store and its objects stay intact.
 
 A few kills; `kills.py` makes a hundred at random moments (`make chaos`).
 """

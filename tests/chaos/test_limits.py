@@ -1,4 +1,4 @@
-"""At a limit a load is exact by another way, and says so, or is refused with the numbers.
+"""At a limit, a load is exact by another way and says so, or is refused with the numbers.
 
 The rows are in `limits.py`; all share one process.
 """

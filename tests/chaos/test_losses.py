@@ -1,4 +1,4 @@
-"""Whatever is lost, a published name stands: views in hands, and loads on every node.
+"""After any loss, a published name works: loaded models stay valid, and every node can load.
 
 The rows of the table of losses, in one cluster of three nodes and more; see `losses.py`.
 """

@@ -1,4 +1,4 @@
-"""What a process has mapped stays what it was, and then the store has its memory back.
+"""Mapped models keep their bytes; when they are dropped, the store gets its memory back.
 
 The rows are in `pins.py`; all share one process.
 """

@@ -1,4 +1,4 @@
-"""What a version says of itself is so: it heals as it says, and holds up nobody.
+"""A version keeps its promises: it heals as it says, and delays nobody.
 
 The rows are in `promises.py`; all share one cluster.
 """

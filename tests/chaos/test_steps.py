@@ -1,6 +1,6 @@
-"""The catalog killed, or refused by the GCS, at each step of some changes: names stand.
+"""The catalog is killed, or the GCS refuses its writes, at each step of a change: names stay whole.
 
-A few; `steps.py` goes through all steps of all changes (`make chaos`).
+A few changes; `steps.py` does all of them (`make chaos`).
 """
 
 import sys
