@@ -1,7 +1,7 @@
-"""Checkpoints of real architectures, made tiny and saved, and how users load them again.
+"""Tiny checkpoints of real architectures, saved, and loaded as users do.
 
-`CHECKPOINTS` maps a name to a `Checkpoint` of transformers or an `Other` library's; what its `load`
-gives depends on the files alone.
+`CHECKPOINTS` maps a name to a `Checkpoint` of transformers, or of an `Other` library. The result of
+`load` depends only on the files.
 """
 
 import os
@@ -20,12 +20,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An architecture of `models/`, and what `save_pretrained` and `from_pretrained` are told."""
+    """An architecture of `models/`, with arguments of `save_pretrained` and `from_pretrained`."""
 
     architecture: str
     saved: dict[str, Any] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
-    kind: str = ""  # the class that loads it, where it is not the one that saved it
+    kind: str = ""  # the class that loads it, if another one saved it
     quantize: Callable[[], Any] | None = None
 
     def save(self, path):
@@ -38,7 +38,7 @@ class Checkpoint:
         model.save_pretrained(path, **self.saved)
 
     def load(self, path):
-        """Load it as users do; seeded, as what a checkpoint lacks is drawn at random."""
+        """Load it as users do; seeded, because weights that a checkpoint lacks are random."""
         import transformers
 
         if not (kind := self.kind):
@@ -49,7 +49,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Other:
-    """A checkpoint of another library than transformers; both take its folder."""
+    """A checkpoint of another library; `save` and `load` take its folder."""
 
     save: Callable[[Path], None]
     load: Callable[[Path], Any]

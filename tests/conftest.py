@@ -1,4 +1,4 @@
-"""One small Ray for the whole run, actors in it, and the ways of making views."""
+"""One small Ray for the whole run, actors in it, and the ways to make views."""
 
 import os
 from pathlib import Path
@@ -9,14 +9,14 @@ import rays
 import torch
 from ways import WAYS, made_by
 
-# Workers import what tests define by name, so they need this folder on their path, too.
+# Workers import the tests' functions by name, so this folder must be on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
 )
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # at 15 they wait for all
+os.environ.setdefault("RAY_worker_niceness", "0")  # at 15 they wait for all other processes
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-torch.set_num_threads(1)  # as in Ray's workers: how a sum is split decides its last bits
+torch.set_num_threads(1)  # as in Ray's workers: it changes the last bits of a sum
 
 
 @pytest.fixture(scope="session")

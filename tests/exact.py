@@ -1,10 +1,10 @@
 """The oracle: two object graphs are exact copies when their descriptions are equal.
 
-A description maps the path of every node of a graph to what must survive there: class, keys in
-order, and for tensors dtype, shape, strides, flags and a digest of the bytes. A node met before is
-described by the path where it was met first, and a storage by the path and address of the tensor
-that showed it first, so ties and shared storages are part of a description. It is plain data: one
-made in a worker can be sent home and compared there.
+A description maps the path of each node of a graph to the properties that must survive: class, keys
+in order, and for tensors dtype, shape, strides, flags and a digest of the bytes. A node that occurs
+again is described by its first path, and a storage by the path and address of its first tensor, so
+a description contains ties and shared storages. It is plain data: a worker can send it to the
+driver, which compares it.
 """
 
 import enum
@@ -44,7 +44,7 @@ _SPARSE = {
 
 
 def describe(obj) -> dict[str, object]:
-    """Path -> what must survive there, for every node of the object graph."""
+    """{path: properties that must survive}, for every node of the object graph."""
     walk = _Walk()
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         walk.visit("", obj)
@@ -66,7 +66,7 @@ def assert_exact(source, loaded):
 
 
 def assert_same_output(case, source, loaded):
-    """The case's call gives the same bits on both."""
+    """The case's call returns the same bits on both."""
     assert_same_description(describe(case.run(source)), describe(case.run(loaded)))
 
 
@@ -81,7 +81,7 @@ def assert_same_description(expected: dict, actual: dict):
 
 
 class _Walk:
-    """One traversal; it keeps what it has met alive, so that no id is used twice."""
+    """One traversal. It keeps all nodes alive, so that no id is reused."""
 
     def __init__(self):
         self.found, self.met, self.storages, self.alive = {}, {}, {}, []
@@ -103,7 +103,7 @@ class _Walk:
                 self.visit(path + suffix, child)
 
     def place(self, path, node, storage):
-        """(path of the first node met in this storage, bytes from its start to this one's)."""
+        """(path of the first node in this storage, bytes from its start to this one's)."""
         self.alive.append(storage)
         first, address = self.storages.setdefault(storage._cdata, (path, node.data_ptr()))
         return first, node.data_ptr() - address
@@ -115,7 +115,7 @@ def _name(node):
 
 
 def _importable(node):
-    """A class or function that its name leads to, so that every copy must be the thing itself."""
+    """A class or function that is importable by name: each copy must be the same object."""
     found = sys.modules.get(getattr(node, "__module__", None))
     for part in (getattr(node, "__qualname__", None) or "?").split("."):
         found = getattr(found, part, None)
@@ -123,13 +123,13 @@ def _importable(node):
 
 
 def _class(node):
-    """The class; one that travelled by value keeps its module and name but not its qualname."""
+    """The class. One pickled by value keeps its module and name, but not its qualname."""
     cls = type(node)
     return _name(cls) if _importable(cls) else (cls.__module__, cls.__name__, "by value")
 
 
 def _parts(node):
-    """What `node` is by itself, and its children as (suffix of the path, child)."""
+    """The properties of `node` alone, and its children as (suffix of the path, child)."""
     match node:
         case torch.Tensor():
             return _tensor_parts(node)
@@ -137,11 +137,11 @@ def _parts(node):
             return _module_parts(node)
         case np.ndarray():
             array = node.tolist() if node.dtype.hasobject else _digest(node)
-            order = np.empty_like(np.asarray(node)).strides  # its own, but for gaps
-            # a memory map's attributes speak of its file
+            order = np.empty_like(np.asarray(node)).strides  # its own order, without gaps
+            # a memory map's attributes describe its file
             attributes = [] if isinstance(node, np.memmap) else _attributes(node)
             return (_class(node), str(node.dtype), node.shape, order, array), attributes
-        case torch.fx.Graph():  # each node holds the next one, too deep to follow
+        case torch.fx.Graph():  # each node refers to the next: too deep to follow
             nodes = [
                 (node.op, node.name, node.format_node(), _name(node.target)) for node in node.nodes
             ]
@@ -173,7 +173,7 @@ def _parts(node):
             return (node.__module__, node.__name__, "by value"), []
         case torch.UntypedStorage():
             return (_class(node), node.nbytes(), _digest(_storage_bytes(node))), []
-        case torch.SymInt():  # the numbers of ragged sizes are each process's own
+        case torch.SymInt():  # each process numbers ragged sizes itself
             return _class(node), []
         case _ if type(node).__getstate__ is not object.__getstate__:
             return _class(node), [(".__getstate__()", node.__getstate__())]
@@ -270,7 +270,7 @@ def _storage_bytes(storage) -> np.ndarray:
 def _elements(tensor) -> np.ndarray:
     """The raw elements in logical order, as void: any dtype, any strides, no arithmetic."""
     raw, size = _storage_bytes(tensor.untyped_storage()), tensor.dtype.itemsize
-    if tensor.dtype in (torch.quint4x2, torch.quint2x4):  # several elements to a byte
+    if tensor.dtype in (torch.quint4x2, torch.quint2x4):  # several elements in a byte
         return raw
     start, strides = tensor.storage_offset() * size, [size * step for step in tensor.stride()]
     return np.ndarray(tensor.shape, f"V{size}", raw, start, strides)

@@ -1,4 +1,4 @@
-"""What a process has of memory for itself, in bytes: the measures of the tests and the benches."""
+"""Measures of a process's own memory, in bytes, for the tests and the benches."""
 
 import ctypes
 import gc
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def trim():
-    """Collect garbage and give free memory back to the kernel: growth could hide in it."""
+    """Collect garbage and give free memory back to the kernel, so that no growth hides in it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def small_pages():
-    """This process gets no huge page meanwhile.
+    """Let this process get no huge pages meanwhile.
 
     Allocators, numpy's and pyarrow's among them, ask for such, and give back what is in them: the
     next few bytes that they take there would be 2 MiB more of memory.
@@ -40,7 +40,7 @@ def inode_beneath(address: int) -> int | None:
 
 
 def unique_set_size() -> int:
-    """The memory that would be free if this process ended.
+    """The memory that would be freed if this process ended.
 
     Of files in shared memory that is what it has written to private pages: the rest stays in the
     store, even where no other process has it mapped now.
@@ -65,7 +65,7 @@ def anonymous_memory() -> int:
 
 
 def resident_memory() -> int:
-    """RssAnon and RssShmem: private memory, and what this process has mapped of shared memory.
+    """RssAnon and RssShmem: private memory, and the shared memory that this process has mapped.
 
     Both from one read: weights move from the one to the other meanwhile, and would count twice.
     """
@@ -73,7 +73,7 @@ def resident_memory() -> int:
 
 
 def page_table_nbytes() -> int:
-    """VmPTE of this process: what tells where its pages are."""
+    """VmPTE of this process: the size of its page table."""
     return _status("VmPTE")
 
 
@@ -83,7 +83,7 @@ def _status(*fields):
 
 
 def with_peak(act, measure=anonymous_memory):
-    """What `act()` returns, and by how much a measure was up at any moment of it."""
+    """The result of `act()`, and the peak growth of a measure during it."""
     trim()
     before = peak = measure()
     done = threading.Event()

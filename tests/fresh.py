@@ -1,4 +1,4 @@
-"""Runs a function or a script in an interpreter of its own: for another Ray than the suite's."""
+"""Runs a function or a script in a separate interpreter, for a Ray other than the suite's."""
 
 import inspect
 import os
@@ -17,7 +17,7 @@ import template
 
 
 def run(function, *, address="local", timeout=150):
-    """Run the body of a function without arguments or closures; what it raises fails the test.
+    """Run the body of a function without arguments or closures. An exception in it fails the test.
 
     There `ray.init` connects to this address. By default it starts a Ray, whichever clusters the
     machine has.
@@ -33,14 +33,14 @@ def run(function, *, address="local", timeout=150):
 
 
 def execute(code, *arguments, timeout=150):
-    """Run code with these arguments; gives its `returncode`, and its `stdout` and `stderr`."""
+    """Run code with these arguments. Returns its `returncode`, `stdout` and `stderr`."""
     return _fork(textwrap.dedent(code), ["-c", *map(str, arguments)], timeout)
 
 
 def rows_of(script, *arguments, timeout=300):
-    """What became of each row of a script that ends with `tell`, by name.
+    """The result of each row of a script that ends with `tell`, by name.
 
-    Of those that it did not come to: what it said in the end.
+    For rows that it did not reach: its last output.
     """
     done = _fork(Path(script).read_text(), [str(script), *map(str, arguments)], timeout)
     lines = [line.split("\t") for line in done.stdout.splitlines() if line.startswith("row\t")]
@@ -49,22 +49,22 @@ def rows_of(script, *arguments, timeout=300):
 
 
 def tell(rows, names):
-    """Run rows one after the other, and tell `rows_of` what became of each."""
+    """Run rows one after the other, and print the result of each for `rows_of`."""
     for name in names:
         start_s = time.monotonic()
         try:
             rows[name]()
             told = "stands"
-        except (Exception, pytest.fail.Exception):  # told, and the next one has its turn
+        except (Exception, pytest.fail.Exception):  # report it, and run the next one
             told = traceback.format_exc().replace("\n", "\\n")
         print(f"row\t{name}\t{told}", flush=True)
         print(f"{name}: {time.monotonic() - start_s:.1f} s", file=sys.stderr, flush=True)
 
 
 def _fork(code, argv, timeout, **how):
-    """Run code as `__main__` of a fork of the template; tells how it ended and what it wrote.
+    """Run code as `__main__` in a fork of the template. Returns its exit code and its output.
 
-    What takes too long is killed.
+    Kills it after a timeout.
     """
     template.start()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -1,10 +1,10 @@
-"""The suite on the pairs of torch and Ray that people run; writes docs/reference/compatibility.md.
+"""Runs the suite on common pairs of torch and Ray; writes docs/reference/compatibility.md.
 
     python tests/matrix.py WHEEL [TORCH/RAY ...]
 
-Each pair gets a new virtual environment: torch and Ray first, then the wheel, which must leave both
-as they are, then the tests that need nothing else. The environment is removed afterwards. A run
-over some pairs keeps the rows of the others.
+Each pair gets a new virtual environment: torch and Ray first, then the wheel, which must not change
+them, then the tests that need nothing else. The environment is removed afterwards. A run with some
+pairs keeps the rows of the others.
 """
 
 import re
@@ -19,7 +19,7 @@ from ray_zerocopy import requirements
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs/reference/compatibility.md"
-PAIRS = (  # Python, torch, Ray, and what else is asked for
+PAIRS = (  # Python, torch, Ray, and other requirements
     ("3.11", "2.6", "2.43", "numpy<2"),
     ("3.11", "2.8", "2.48"),
     ("3.11", "2.10", "2.52"),
@@ -43,7 +43,7 @@ FILES = (
     ),
     "wrappers",
 )
-WHY = {  # of tests that fail where torch or Ray themselves differ; others show their message
+WHY = {  # reasons for tests that fail because torch or Ray differ; others show their message
     "test_a_program_loads_as_it_was_put": "torch's own archive gives nodes other names",
     "test_its_weights_and_those_of_its_module_are_views_on_the_block": "torch 2.6 exports "
     "nothing without example inputs",
@@ -60,7 +60,7 @@ print(numpy.__version__, ways()["views"], ways()["put"])
 
 
 def tried(wheel, python, torch, ray, *others):
-    """A row of the table: versions, the ways taken, what passed and what failed."""
+    """A row of the table: versions, code paths in use, tests passed and failed."""
     with tempfile.TemporaryDirectory(prefix="rzc-matrix-") as folder:
         told(f"python{python}", "-m", "venv", folder)
         python = f"{folder}/bin/python"
@@ -82,7 +82,7 @@ def tried(wheel, python, torch, ray, *others):
 
 
 def results(python, names, report):
-    """How many tests passed and failed, and which failed with what."""
+    """The numbers of tests that passed and failed, and the messages of failures."""
     files = [f"{TESTS}/test_{name}.py" for name in names]
     how = ["-n2", "--dist=loadfile", "-q", "-k", NEED_MORE, f"--junitxml={report}"]
     subprocess.run([python, "-m", "pytest", *files, *how], cwd=TESTS.parent, check=False)
@@ -119,7 +119,7 @@ def write(row):
 
 
 def minors(cells):
-    """Torch, Ray and Python by which a row is known, whatever the patch version."""
+    """The torch, Ray and Python that identify a row, without patch versions."""
     python, *packages = (tuple(map(int, cell.split(".")[:2])) for cell in cells[:3])
     return *packages, python
 

@@ -1,7 +1,7 @@
-"""What systems other than Linux get, from an extension built with the feature `portable`.
+"""The behaviour on systems other than Linux, from an extension with the feature `portable`.
 
-`make test` runs it, on Linux: the laws of put, get and snapshots hold; what only Linux can do is
-refused, or warned of.
+`make test` runs it on Linux. The laws of put, get and snapshots hold. Features that only Linux has
+are refused, or give a warning.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def test_every_layout_comes_back(cluster):
 def test_what_lies_in_a_mapped_file_is_put_from_memory(cluster, tmp_path):
     np.save(tmp_path / "array.npy", np.arange(5 << 20))
     mapped = np.load(tmp_path / "array.npy", mmap_mode="c")
-    mapped[1] = 7  # a page that is this process's own
+    mapped[1] = 7  # makes a private copy of the page
     assert_exact(np.asarray(mapped), ray.get(rzc.put(np.asarray(mapped))))
 
 

@@ -1,4 +1,4 @@
-"""Rays for tests: workers are forked from the template, and what no test looks at is left out."""
+"""Rays for tests: workers are forked from the template, and unused parts do not run."""
 
 import ray
 import template
@@ -6,7 +6,7 @@ from ray.cluster_utils import Cluster
 
 
 def node(**how):
-    """How a node is started, the head or another."""
+    """The arguments to start a node, the head or another."""
     template.start()
     return {
         "include_dashboard": False,
@@ -18,12 +18,12 @@ def node(**how):
 
 
 def started(**how):
-    """A cluster of one node, to connect to and to shut down."""
+    """A cluster of one node: connect to it, and shut it down."""
     return Cluster(initialize_head=True, head_node_args=node(**how))
 
 
 def connect(**how):
-    """Be the driver of a cluster of one node, which ends with this process."""
+    """Make this process the driver of a cluster of one node, which ends with it."""
     cluster = started(**how)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     return cluster

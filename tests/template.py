@@ -1,14 +1,15 @@
-"""An interpreter with torch imported, which takes 1.5 s, and forked for whoever needs one.
+"""An interpreter that has imported torch (1.5 s), and is forked for each process of the tests.
 
     pytest ─ a test's script ─┐              ┌─▶ keeper ─▶ the script
                               ├─▶ template ──┤
     raylet ─ a worker ────────┘              └─▶ keeper ─▶ Ray's default_worker.py
 
-What is forked has one thread and has not imported Ray: Ray reads the environment when it is, and
-the fork has that of who asks. It ends as any interpreter does, and its keeper tells how.
+The template has one thread and has not imported Ray, because Ray reads the environment on import,
+and a fork gets the environment of its requester. A fork ends like any interpreter, and its keeper
+reports the exit code.
 
-For a raylet this file is what `setup_worker_path` names. Workers are forked, but those with a
-runtime environment are started, as every worker of a user is.
+Raylets run this file as `setup_worker_path`. Workers are forked, but those with a runtime
+environment are started normally, as for users.
 """
 
 import atexit
@@ -22,20 +23,20 @@ import socket
 import subprocess
 import sys
 
-_NAME = "RZC_TEMPLATE"  # of its socket, for raylets
+_NAME = "RZC_TEMPLATE"  # names its socket, for raylets
 _MESSAGE_NBYTES = 2**20
-# Also what Ray imports, a third of its own 0.3 s.
+# Also the modules that Ray imports: a third of Ray's own 0.3 s.
 _IMPORTED = ("torch", "pytest", "google.protobuf", "jsonschema", "msgpack", "requests", "yaml")
 
-# --- who asks -------------------------------------------------------------------------------------
+# --- the requester --------------------------------------------------------------------------------
 
 
 def start():
-    """Have a template, which ends with the process that first asked for one."""
+    """Start a template, which ends with the process that first requested one."""
     if _NAME in os.environ:
         return
     name = f"rzc-template-{os.getpid()}"
-    alive, _ = os.pipe()  # whose other end closes with this process
+    alive, _ = os.pipe()  # its other end closes with this process
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(f"\0{name}")
         listening.listen(128)
@@ -53,7 +54,7 @@ def start():
 
 
 def fork(code, argv, outputs=(1, 2), **how):
-    """Have code run in a fork; gives its process id, and what waits for its exit code."""
+    """Run code in a fork. Returns its process id, and a function that waits for its exit code."""
     asked = {"code": code, "argv": argv, "environment": dict(os.environ), "folder": os.getcwd()}
     asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     asking.connect(f"\0{os.environ[_NAME]}")
@@ -68,7 +69,7 @@ def fork(code, argv, outputs=(1, 2), **how):
 
 
 def _be_worker(script, *arguments):
-    """Be the process that a raylet has started, until the worker ends."""
+    """Stand in for the worker that a raylet has started, until the worker ends."""
     if any(argument.startswith("--serialized-runtime-env-context") for argument in arguments):
         setup = os.path.join(os.path.dirname(script), "setup_worker.py")
         os.execv(sys.executable, [sys.executable, setup, script, *arguments])
@@ -82,14 +83,14 @@ def _be_worker(script, *arguments):
 
 
 def serve(listening, alive):
-    """Fork for each who asks, and give its code in the fork, which runs it at its top.
+    """Fork for each request. Returns the requested code in the fork, to be run at top level.
 
-    In the template it is nothing, once the process that started it is gone.
+    Returns nothing in the template, once the process that started it has ended.
     """
     for name in _IMPORTED:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would be without the other threads"
-    gc.freeze()  # or a collection here writes to each page that the forks share
+    gc.freeze()  # else a collection writes to each page that the forks share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
     listening = socket.socket(fileno=listening)
     while alive not in select.select([listening, alive], [], [])[0]:
@@ -125,8 +126,8 @@ def _become(outputs, code, argv, environment, folder, group=False):
     os.chdir(folder)
     sys.argv = argv
     sys.modules["__main__"].__file__ = argv[0]
-    gc.unfreeze()  # loads ask whether someone has frozen what there is
-    atexit.register(gc.freeze)  # or the last collection, through all of torch, takes 0.7 s
+    gc.unfreeze()  # loads check whether anything is frozen
+    atexit.register(gc.freeze)  # else the last collection, through all of torch, takes 0.7 s
     if group:
         os.setpgid(0, 0)
     return compile(code, argv[0], "exec")

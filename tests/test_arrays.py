@@ -1,6 +1,6 @@
-"""Arrays lie in the block, at most as large as their memory, and share it as they did.
+"""Arrays lie in the block, take at most the bytes of their memory, and share memory as before.
 
-The store is left out here: `load` opens the block from the buffers of a pickle.
+These tests use no store: `load` opens the block from the buffers of a pickle.
 """
 
 import itertools
@@ -37,7 +37,7 @@ SQUARE = BASE[:22_500].reshape(150, 150)
 RECORDS = np.zeros(2_000, np.dtype([("a", "f8"), ("b", "i2"), ("c", "U3")], align=True))
 RECORDS["a"], RECORDS["c"] = np.arange(2_000), "abc"
 
-# Each with the bytes that it may take: what it has, or what it shows where that is less.
+# Each with the bytes that it may take: those of its memory or of its elements, if fewer.
 WINDOWS = {
     "broadcast": (np.broadcast_to(BASE[:100], (1000, 100)), 400),
     "a broadcast scalar": (np.broadcast_to(np.float64(3), (500, 500)), 8),

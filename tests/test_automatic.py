@@ -1,4 +1,4 @@
-"""Between `enable` and `disable` what holds tensors is stored as a block, all else as before."""
+"""Between `enable` and `disable`, objects with tensors are stored as blocks, others as before."""
 
 import functools
 import warnings
@@ -71,7 +71,7 @@ def test_ties_between_the_parts_of_a_value_are_kept(enabled):
 
 
 def pickled(value):
-    """What Ray's serializer writes for a value, in band and out of band."""
+    """The bytes that Ray's serializer writes for a value, in band and out of band."""
     buffers = []
     inband = serialization.pickle.dumps([value], protocol=5, buffer_callback=buffers.append)
     return inband, [bytes(buffer.raw()) for buffer in buffers]
@@ -166,7 +166,7 @@ def test_a_model_stored_a_third_time_names_put(enabled):
 
 def test_what_put_refuses_goes_the_way_of_ray_and_says_so(enabled):
     class Reduced:
-        """Pickles by Ray, and not by us: its reducer looks for our pickler."""
+        """Pickled by Ray, not by us: its reducer checks for our pickler."""
 
         def __reduce__(self):
             import sys
@@ -208,11 +208,11 @@ def test_the_flag_of_ray_is_told_and_ours_wins(cluster, monkeypatch):
         rzc.disable()
 
 
-# --- in what others build -------------------------------------------------------------------------
+# --- within other libraries -----------------------------------------------------------------------
 
 
 class Score:
-    """Held by Ray Data: it is given the model in `fn_constructor_args`."""
+    """Ray Data holds it, and passes the model in `fn_constructor_args`."""
 
     def __init__(self, model):
         self.model = model

@@ -1,4 +1,4 @@
-"""A block reaches every node once, whatever becomes of one of them."""
+"""A block reaches every node once, even if a node dies."""
 
 import numpy as np
 import pytest

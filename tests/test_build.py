@@ -1,4 +1,4 @@
-"""`get(build(make))` is `make()`, and the node never holds the model twice, whatever makes it."""
+"""`get(build(make))` equals `make()`, and the node never holds the model twice."""
 
 import gc
 import io
@@ -28,11 +28,11 @@ KEPT = []
 
 
 class Watched:
-    """An arena, and what the kernel says of its file."""
+    """An arena, and the kernel's view of its file."""
 
     def __init__(self):
         before = self._files()
-        self.lend = _core.Arena().lend  # which keeps it
+        self.lend = _core.Arena().lend  # the bound method keeps the arena
         (self.file,) = self._files() - before
 
     @staticmethod
@@ -49,7 +49,7 @@ class Watched:
 
 
 def arenas():
-    """The arenas that this process has mapped: some are in a cache of torch.fx, or a test's."""
+    """The arenas that this process has mapped. A cache of torch.fx or a test may hold some."""
     gc.collect()
     return [line for line in Path("/proc/self/maps").open() if "memfd:ray-zerocopy" in line]
 
@@ -328,7 +328,7 @@ def test_threads_build_beside_each_other_and_beside_those_that_make_modules(clus
         assert all(len(ray.get(ref.result())) == 50 for ref in built)
 
 
-# --- how far it is --------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -347,7 +347,7 @@ def test_what_takes_longer_than_a_second_shows_on_a_terminal_how_far_it_is(
     assert shown[-1:] == (["1.57MB"] if is_terminal else [])
 
 
-# --- transformers, and what it takes --------------------------------------------------------------
+# --- transformers, and memory ---------------------------------------------------------------------
 
 
 def save_llama(path, tied=False):
@@ -407,7 +407,7 @@ def test_a_checkpoint_is_built_as_it_is_loaded(folder, reader):
 
 
 class Builder:
-    """Builds, and tells what that took at most, as shares of the model."""
+    """Builds, and returns the peak memory as shares of the model."""
 
     def build(self, make, *args):
         rzc.build(make, *args)  # imports, and Ray's first object

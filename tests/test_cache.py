@@ -1,4 +1,4 @@
-"""`use(ref)` lends what `load(ref)` gives: loaded once while it is kept, and kept while in use."""
+"""`use(ref)` lends the result of `load(ref)`: loaded once while kept, and kept while in use."""
 
 import gc
 import threading
@@ -31,7 +31,7 @@ class Loaded(nn.Module):
 
 
 class Loader:
-    """Loads when it may, and counts."""
+    """Loads when the test allows it, and counts."""
 
     def __init__(self):
         self.loads, self.may_load, self.loaded = [], threading.Event(), weakref.WeakSet()
@@ -111,7 +111,7 @@ def test_what_is_idle_goes_and_the_thread_with_it(cache, loader):
     use(cache, "b")
     (thread,) = set(threading.enumerate()) - set(before)
     assert len(loader.loaded) == 2
-    gc.disable()  # so that it is the cache that collects
+    gc.disable()  # so that only the cache collects
     try:
         wait_until(lambda: not loader.loaded)
     finally:

@@ -1,4 +1,4 @@
-"""A checkpoint that was loaded and put is, in a worker, what its loader gives."""
+"""A checkpoint that was loaded and put arrives in a worker exactly as its loader returns it."""
 
 import json
 
@@ -22,7 +22,7 @@ class Reader:
 
 
 def weights(model):
-    """What two loads of one file have in common; hooks are numbered by a counter of the process."""
+    """The same in two loads of one file, unlike hooks: a process counts these."""
     parameters = model.named_parameters(remove_duplicate=False)
     return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
 

@@ -1,4 +1,4 @@
-"""A command says what it did in one line or as JSON, what is wrong in one line and its code."""
+"""A command prints its result in one line or as JSON, and an error in one line with a code."""
 
 import json
 
@@ -13,14 +13,14 @@ from ray_zerocopy.operate import cli, doctor
 
 
 def made():
-    """What `--make test_cli:made` names."""
+    """The function of `--make test_cli:made`."""
     torch.manual_seed(0)
     return torch.nn.Linear(256, 256)
 
 
 @pytest.fixture
 def run(cluster, monkeypatch):
-    """Run a command in the suite's Ray: its exit code, and what it printed."""
+    """Run a command in the suite's Ray. Returns its exit code and its output."""
 
     def run(*words):
         done = CliRunner().invoke(cli.main, words, catch_exceptions=False)
@@ -85,7 +85,7 @@ def test_a_snapshot_is_saved_looked_at_and_restored(run, name, tmp_path):
     assert code == 0
     assert "float32" in out
     assert "every byte is as it was written" in out
-    assert "held" not in out  # by nobody: it is a file
+    assert "held" not in out  # a file has no holder
     rzc.retire(name)
     assert parsed(run("restore", path, name, "--json"))["source"] == "path"
     loaded = rzc.load(name)
@@ -145,7 +145,7 @@ def test_the_doctor_needs_no_cluster():
         from ray_zerocopy.operate import cli
 
         del os.environ["RAY_ADDRESS"]
-        cli._failure = lambda address: ConnectionError("none")  # this machine runs other tests'
+        cli._failure = lambda address: ConnectionError("none")  # other tests have clusters
         done = CliRunner().invoke(cli.main, ["doctor", "--json"], catch_exceptions=False)
         assert done.exit_code in (0, 1), done.stderr
         ((here, findings),) = json.loads(done.stdout).items()

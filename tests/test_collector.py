@@ -1,4 +1,4 @@
-"""The collector stays out of a walk over a model, and is left as others want it."""
+"""The garbage collector does not run in a walk over a model, and keeps its settings."""
 
 import gc
 import threading

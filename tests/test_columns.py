@@ -1,6 +1,6 @@
-"""A column reaches the model as `torch.tensor` of its rows would; an output comes back as columns.
+"""A column reaches the model as `torch.tensor` of its rows; an output comes back as columns.
 
-What cannot is refused by its name, its dtype and the way out.
+Other columns are refused: the error has the name, the dtype and a fix.
 """
 
 import json
@@ -125,7 +125,7 @@ def test_a_tensor_is_the_models_own(column):
 
 
 class Image:
-    """What numpy would take for an array."""
+    """A value that numpy would turn into an array."""
 
     __array_interface__ = np.zeros((2, 2), "uint8").__array_interface__
 

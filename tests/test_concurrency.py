@@ -1,6 +1,6 @@
-"""At once, after a fork, on foreign threads, at the end: every load is whole, and nothing stays.
+"""Concurrent, after forks, on other threads, at exit: every load is whole, and nothing leaks.
 
-Threads go on for SECONDS: a few here, as many as wanted with the variable set.
+Threads run for SECONDS: a few here, more if the environment variable is set.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ SECONDS, THREADS = float(os.environ.get("SECONDS", 4)), 16
 
 
 def test_threads_put_get_drop_and_follow_at_once(cluster):
-    """Each also loads what the others have put, by every way of getting; the first publishes."""
+    """Each thread also loads the others' objects, in every way. The first one publishes."""
     rzc.publish("threads", torch.zeros(2**18))
     live, shared = rzc.follow("threads"), [rzc.put(torch.full((3, 2**18), -1.0))]
     until_s = time.monotonic() + SECONDS
@@ -57,7 +57,7 @@ def test_threads_put_get_drop_and_follow_at_once(cluster):
 
 
 class Rows(Dataset):
-    """Its items come from a model that was loaded before the workers were forked."""
+    """Its items come from a model loaded before the fork of the workers."""
 
     def __init__(self, model):
         self.model = model
@@ -72,7 +72,7 @@ class Rows(Dataset):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_the_workers_of_a_data_loader_read_a_loaded_model(cluster, context):
-    """Forked, they have its pages; spawned, torch sends them a copy in shared memory."""
+    """Forked workers have its pages. To spawned ones torch sends a copy in shared memory."""
     model = torch.randn(8, 2**18)
     loaded = ray.get(rzc.put(model))
     loader = DataLoader(Rows(loaded), num_workers=2, multiprocessing_context=context)
@@ -98,7 +98,7 @@ def test_the_coroutines_of_an_actor_load_at_once(cluster):
 def test_a_write_after_a_fork_stays_with_its_process(cluster):
     model = torch.randn(2**18)
     ref = rzc.put(model)
-    loaded = rzc.get(ref, prefault=True)  # its thread is not in the child
+    loaded = rzc.get(ref, prefault=True)  # the prefault thread does not exist in the child
 
     def child():
         whole = torch.equal(loaded, model)
@@ -116,7 +116,7 @@ def test_a_write_after_a_fork_stays_with_its_process(cluster):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_lets_go_of_pages_that_its_parent_was_filling(cluster):
     ref = ray.put(rzc.Shared(torch.zeros(2**24)))
-    held = [rzc.get(ref)]  # for a second its thread waits to make them huge
+    held = [rzc.get(ref)]  # its thread waits a second before it makes pages huge
 
     def child():
         held.clear()

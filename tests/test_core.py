@@ -22,7 +22,7 @@ DTYPES = sorted({repr(v)[6:] for v in vars(torch).values() if isinstance(v, torc
 
 
 def gather(*parts):
-    """A gather of these bytes, a dense view of uint8 over each."""
+    """A gather of these byte strings, with a dense uint8 view over each."""
     sources = _core.Sources(None)
     for part in parts:
         sources.take_buffer(part)
@@ -48,7 +48,7 @@ def laid_out(segments):
 
 
 def written(gathered):
-    """The whole block, as it is written into room."""
+    """The whole block, written into `room`."""
     room = np.zeros(gathered.nbytes + 64, np.uint8)
     room = room[-room.ctypes.data % 64 :][: gathered.nbytes]
     gathered.write(room, room)
@@ -56,7 +56,7 @@ def written(gathered):
 
 
 class Guarded:
-    """Memory behind which nothing may be read, as behind the end of a mapping."""
+    """Memory followed by a page that may not be read, like the end of a mapping."""
 
     def __init__(self, nbytes, *flags):
         guard = mmap.PAGESIZE
@@ -67,7 +67,7 @@ class Guarded:
         assert ctypes.CDLL(None).mprotect(guarded, ctypes.c_size_t(guard), 0) == 0
 
     def at_the_end(self, part):
-        """Give memory that starts with this and ends with the guard."""
+        """Memory that starts with these bytes and ends at the guard page."""
         start = (self.end - len(part)) // 64 * 64
         memory = self.memory[start : self.end]
         memory[:] = np.frombuffer(bytes(part).ljust(len(memory), b"\0"), np.uint8)

@@ -1,6 +1,6 @@
-"""A loaded object that is held by cycles alone goes within seconds; what anybody holds stays.
+"""A loaded object that only cycles hold is freed within seconds; a held one stays.
 
-No full collection is made for it: the interpreter's own garbage is left for its own collector.
+This takes no full collection: other garbage is left to Python's own collections.
 """
 
 import gc
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class Estimator:
-    """No module, and in a cycle."""
+    """An object in a cycle that is not a module."""
 
     def __init__(self):
         self.weights = np.ones(5000)
@@ -76,12 +76,12 @@ def no_collection_by_itself():
 
 
 def load(obj):
-    """What a load from the store gives; here the block comes along."""
+    """Like a load from the store, but also returns the block."""
     return pickle.loads(pickle.dumps(rzc.Shared(obj), protocol=5))
 
 
 def watched(loaded):
-    """Weak references to the storages' tensors, by which one sees that all is gone."""
+    """Weak references to the storages' tensors, to see that all are freed."""
     found = []
     for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
         for inner in part if type(part) is list else [part]:
@@ -153,7 +153,7 @@ def test_nothing_else_is_collected():
     old = Garbage()
     old.itself, ref = old, weakref.ref(old)
     gc.freeze()
-    gc.unfreeze()  # of the oldest generation now
+    gc.unfreeze()  # now they are in the oldest generation
     del old
     generations = []
 

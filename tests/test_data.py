@@ -1,4 +1,4 @@
-"""A pool of actors adds to a dataset what one local model would, and holds one model among them."""
+"""A pool of actors adds the same columns as one local model, and all share one model."""
 
 import os
 import time
@@ -40,7 +40,7 @@ def collected(dataset):
 
 
 class Gate:
-    """Counts the processes that have come so far."""
+    """Counts the processes that have arrived."""
 
     def __init__(self):
         self.pids = set()
@@ -51,7 +51,7 @@ class Gate:
 
 
 class Together(Growing, Predictor):
-    """A predictor whose actors begin together, and tell their process and what it grew by."""
+    """A predictor whose actors start together, and report their process and its growth."""
 
     def __init__(self, model, gate, actors):
         super().__init__(model)
@@ -75,7 +75,7 @@ def together(dataset, model, actors, gate):
 
 
 class PlainWay:
-    """What a user writes who wants nothing but `rzc.get`."""
+    """The code of a user who only needs `rzc.get`."""
 
     def __init__(self, ref):
         self.model = rzc.get(ref)
@@ -120,7 +120,7 @@ def test_the_plain_way(cluster):
 
 
 def test_actors_share_one_model(start):
-    """Of N actors each one works, and all N together grow by no model."""
+    """All N actors work, and together they grow by less than a model."""
     model = large().model
     ref, growths = rzc.put(model), {}
     for count in WORKERS:
@@ -200,7 +200,7 @@ def test_columns_of_any_source_reach_the_model(dataset, model, dtype, options, c
 
 
 def detect(output):
-    """Give each row as many boxes as it has tens."""
+    """Return as many boxes for each row as it has tens."""
     return [
         {"boxes": row.expand(1 + int(row[0]) // 10, 4), "label": str(int(row[0]))} for row in output
     ]
@@ -242,7 +242,7 @@ def test_what_the_model_cannot_take_is_told_by_column_dtype_and_way_out(item, to
 
 
 class Two(nn.Module):
-    """Takes two arguments and gives what is asked for."""
+    """Takes two arguments and returns the requested output."""
 
     def forward(self, left, right, kind=("tensor",)):
         total = left + right
@@ -328,7 +328,7 @@ def test_a_batch_that_is_read_only_is_not_written(two):
 
 def test_columns_go_to_the_device_of_the_model(two):
     devices = []
-    with pytest.raises(NotImplementedError, match="meta"):  # whose tensors have no bytes to give
+    with pytest.raises(NotImplementedError, match="meta"):  # its tensors have no bytes
         Predictor(two, device="meta", postprocess=lambda x: devices.append(x.device) or x)(BATCH)
     assert devices == [torch.device("meta")]
 

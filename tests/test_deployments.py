@@ -1,6 +1,6 @@
-"""A model that Serve deploys stays as long as the deployment, and no longer; memory in store bytes.
+"""A model that Serve deploys stays exactly as long as its deployment. Memory is bytes of the store.
 
-Deployed by the driver, again and again. `chaos/serve_command.py` does it by the `serve` command.
+The driver deploys, repeatedly. `chaos/serve_command.py` uses the `serve` command.
 """
 
 import gc
@@ -20,7 +20,7 @@ NBYTES = 2**24
 
 
 def heavy(value=1.0):
-    """A model of 16 MiB that gives its value."""
+    """A model of 16 MiB that returns its value."""
     model = nn.Linear(4, 2**20, bias=False)
     nn.init.constant_(model.weight, value / 4)
     return model
@@ -45,7 +45,7 @@ def value_of(handle):
 
 @pytest.fixture
 def keeps(serving):  # noqa: F811
-    """Wait until the store has so many models more than before."""
+    """Wait until the store has this many models more than before."""
     until(lambda: not kept(), 120)
     before = used()
 
@@ -58,7 +58,7 @@ def keeps(serving):  # noqa: F811
 
 
 def hurry():
-    """Have the keeper wait no longer for deployments of what it keeps now."""
+    """Make the keeper stop waiting for deployments of the models that it keeps now."""
 
     def forget_how_long(keeper):
         keeper._until_s = dict.fromkeys(keeper._until_s, 0.0)
@@ -94,7 +94,7 @@ def test_a_reference_is_the_drivers_and_what_is_deployed_the_clusters(keeps):
 
 
 def test_an_application_is_deployed_whenever_it_is_wanted(keeps):
-    """Also where the cluster has let go of its model, while this process has not."""
+    """Also if the cluster has freed its model, but this process has not."""
     application = app(heavy(), **HEAVY)
     keeps(1)
     hurry()
@@ -141,7 +141,7 @@ def test_a_deployment_without_a_replica_keeps_its_model(keeps):
 
 
 def test_a_replica_loads_what_is_let_go_after_its_start(keeps):
-    """As one that is being replaced does, where the new one has other models."""
+    """Like a deployment that is being replaced by one with other models."""
     handle = serve.run(multiplexed({"a": heavy()}, **HEAVY), name="heavy", route_prefix="/heavy")
     (name,) = kept()
     rzc.retire(name)

@@ -1,4 +1,4 @@
-"""A digest tells objects apart by weights and structure; equal ones have the same everywhere."""
+"""A digest depends on weights and structure, and is the same in every process."""
 
 import copy
 import json
@@ -27,13 +27,13 @@ def base():
 
 
 def changed(change):
-    """The digest of a model that was changed, or of what it was changed into."""
+    """The digest of a model after a change in place, or of the change's result."""
     model = base()
     return digest(change(model) or model)
 
 
 def scripted(*strides):
-    """A script whose class is made anew, and has another number in TorchScript each time."""
+    """A script whose class is new each time, with another number in TorchScript."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -56,7 +56,7 @@ def test_a_script_has_one_digest_whatever_was_scripted_before():
 
 
 def digests(seed=None):
-    """Of all that the suite has, made in an order of this seed, and of a script."""
+    """The digests of all models of the suite, made in the seed's order, and of a script."""
     made = ARCHITECTURES | DIFFICULT | LAYOUTS | SETS
     made["script"] = lambda: torch.jit.script(simple().model)
     names = sorted(made)
@@ -71,7 +71,7 @@ def digests(seed=None):
 
 
 def test_equal_objects_have_one_digest_in_every_process():
-    """Whatever its hash seed, and whatever it did before: architectures, their configs, layouts."""
+    """For any hash seed and any earlier work: architectures, their configs, layouts."""
     code = "import json, conftest, test_digest; print(json.dumps(test_digest.digests(1)))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

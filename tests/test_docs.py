@@ -1,4 +1,4 @@
-"""Every snippet of the README and of the site runs as it stands, one after the other."""
+"""Every snippet of the README and of the site runs unchanged, one after the other."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ class Pipeline:
 
 
 def given(path):
-    """The names that pages use without making them; in the file lies the model."""
+    """The names that pages use but do not define. The file contains the model."""
     case = simple()
     x = case.args[0]
     torch.save(case.model, path)
@@ -53,7 +53,7 @@ def test_every_snippet_runs(page, cluster, tmp_path, monkeypatch):
     names, own = given(path), given(path)
     try:
         for snippet in SNIPPET.findall(page.read_text()):
-            if page.name == "README.md":  # its snippets stand each for itself
+            if page.name == "README.md":  # each of its snippets is independent
                 names |= own | {"ref_a": names.get("ref"), "ref_b": names.get("ref")}
             exec(snippet.replace('device="cuda"', 'device="meta"'), names)
     finally:

@@ -1,4 +1,4 @@
-"""Every defect that was planted is found and named, with the way out."""
+"""The doctor finds and names every planted defect, with a fix."""
 
 import shutil
 

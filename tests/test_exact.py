@@ -1,4 +1,4 @@
-"""The oracle knows a faithful copy from every kind of unfaithful one."""
+"""The oracle tells exact copies from every kind of inexact one."""
 
 import copy
 import pickle

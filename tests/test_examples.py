@@ -1,4 +1,4 @@
-"""Each example runs: in the suite's Ray, and one of them by itself as the page says."""
+"""Each example runs in the suite's Ray, and one runs alone, as the page says."""
 
 import os
 import runpy
@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_it_runs(path, cluster, capsys):
     runpy.run_path(str(path))["main"]()
     assert ray.is_initialized()
-    assert not serve.status().proxies  # the next one's Serve has a port of its own
+    assert not serve.status().proxies  # the next example's Serve has another port
     assert capsys.readouterr().out
 
 
@@ -28,7 +28,7 @@ def test_one_runs_by_itself():
         capture_output=True,
         text=True,
         timeout=150,
-        env=os.environ | {"RAY_ADDRESS": "local"},  # not the cluster of a test beside this one
+        env=os.environ | {"RAY_ADDRESS": "local"},  # not the cluster of a concurrent test
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("of memory of its own") == 2

@@ -1,4 +1,4 @@
-"""What lies in mapped files is read from the files, to the bit, whatever happened to them since."""
+"""Tensors in mapped files are read from the files, exactly, whatever happens to the files."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def content(seed=0):
 
 
 def rows(tensor):
-    """Tensors in another order than in the file, some of them small."""
+    """Tensors in another order than in the file; some are small."""
     return {
         "last": tensor[ROWS // 2 :],
         "first": tensor[: ROWS // 2],
@@ -51,7 +51,7 @@ def save_raw(path):
 
 def open_numpy(path, mode):
     array = np.lib.format.open_memmap(path, mode=mode)
-    with warnings.catch_warnings(action="ignore"):  # that an array cannot be written
+    with warnings.catch_warnings(action="ignore"):  # about a read-only array
         return rows(torch.from_numpy(array))
 
 
@@ -72,7 +72,7 @@ OPENED = {
 
 
 def evict(path):
-    """Have the kernel forget the pages of a file; those that are mapped stay."""
+    """Drop a file from the page cache. Mapped pages stay."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -83,13 +83,13 @@ def evict(path):
 
 @pytest.fixture(scope="module")
 def store(cluster):
-    """A cluster to which something was put: what is imported on the way is not counted."""
+    """A cluster with one object, so that imports are not counted."""
     ray.get(rzc.put(torch.ones(1000)))
 
 
 @pytest.fixture(params=OPENED, scope="module")
 def opened(request, tmp_path_factory):
-    """A path, and what opens the tensors in it."""
+    """A path, and a function that opens its tensors."""
     save, load = OPENED[request.param]
     path = tmp_path_factory.mktemp("files") / "weights.npy"
     save(path)
@@ -106,7 +106,7 @@ def test_a_file_is_read_to_the_bit_and_not_through_its_mapping(store, opened, st
     with small_pages() if state == "warm" else nullcontext():
         ref, peak = with_peak(lambda: rzc.put(tensors))
     assert mapped_memory(path) - before < MIB
-    assert peak < (14 * MIB if state == "cold" else 4 * MIB)  # what is read into
+    assert peak < (14 * MIB if state == "cold" else 4 * MIB)  # the read buffers
     assert_exact(load(path), ray.get(ref))
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_gone_is_read_as_it_was_mapped(store, tmp_path, event):
 
 
 def test_a_file_that_shrank_is_an_error_and_leaves_nothing(store, tmp_path):
-    """Not SIGBUS, as to read it by its mapping would be."""
+    """An error, not a SIGBUS as from a read of the mapping."""
     path = tmp_path / "weights"
     save_safetensors(path)
     tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""What runs in an interpreter of its own is told, whatever becomes of it."""
+"""The result of a separate interpreter is reported, however it ends."""
 
 import signal
 

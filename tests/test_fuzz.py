@@ -1,7 +1,7 @@
-"""Tables that nobody wrote: a `BlockError`, or a tensor of each view, whichever way it is made.
+"""Random tables give a `BlockError`, or a tensor for each view, by each way to make views.
 
-A few thousand here; `make fuzz` tries CASES of them from SEED on, after the Rust core's own. What
-once got through is in `FOUND`.
+A few thousand here. `make fuzz` tries CASES of them from SEED on, after the Rust core's own.
+`FOUND` has tables that once were accepted.
 """
 
 import os
@@ -19,12 +19,12 @@ from ways import WAYS, made_by
 
 CASES, SEED = int(os.environ.get("CASES", 3000)), int(os.environ.get("SEED", 0))
 
-# At which sums and products of 64 bits end
+# Near these, sums and products of 64 bits overflow.
 EDGES = [2**bits + more for bits in (31, 32, 58, 62, 63) for more in (-1, 0)] + [2**64 - 1]
 
 
 class Tables(random.Random):
-    """Tables of a few spans and views, most of whose numbers are small."""
+    """Tables with a few spans and views. Most numbers are small."""
 
     def number(self):
         return self.choice(EDGES) if self.random() < 0.01 else self.randrange(4)
@@ -65,7 +65,7 @@ def room():
 
 
 def header(table, nbytes):
-    fingerprint = _core.snapshot_head(b"", table, [])[40:48]  # which has the table's XXH3, too
+    fingerprint = _core.snapshot_head(b"", table, [])[40:48]  # it contains the table's XXH3
     return (struct.pack("<4sIQ", b"RZCB", 2, nbytes) + fingerprint).ljust(64, b"\0")
 
 
@@ -106,11 +106,11 @@ def test_a_table_is_refused_or_each_of_its_views_is_a_tensor(room):
 
 @pytest.mark.parametrize("isolation", ["private", "shared", "copy"])
 def test_an_anchored_block_ends_before_its_memory_or_is_refused(isolation):
-    """What is behind the memory may not be read: a block that reaches there is a SIGSEGV."""
+    """The memory ends at a guard page: a block that reaches beyond gives SIGSEGV."""
     tables, guarded, made = Tables(SEED), Guarded(2**16), 0
     for _ in range(CASES):
         table, nbytes = tables.table()
-        if tables.random() < 0.2:  # a table that says something else than there is
+        if tables.random() < 0.2:  # a table that does not match the block
             table = table[:8] + struct.pack("<Q", tables.choice([*EDGES, nbytes - 64])) + table[16:]
         there = tables.choice([64, nbytes, tables.randrange(64, nbytes + 1), nbytes + 4096])
         head = header(table, nbytes)
@@ -169,7 +169,7 @@ def test_what_numpy_cannot_express_is_a_tensor(name, way, room):
 
 
 def test_a_snapshots_head_is_refused_or_tells_what_was_written():
-    """Checksums and all, as one would be that somebody wrote on purpose."""
+    """With valid checksums, like a malicious table."""
     tables = Tables(SEED)
     for _ in range(CASES):
         (table, nbytes), skeleton = tables.table(), tables.randbytes(tables.randrange(20))

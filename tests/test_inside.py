@@ -1,7 +1,7 @@
-"""What is private to torch and to Ray is named in one file for each.
+"""Only one file names private parts of torch, and only one those of Ray.
 
-An underscore tells most of it. An attribute with one is private to somebody else where our package
-defines no such name; of Ray, also what nothing but its own packages use has a name here.
+An attribute with an underscore is private to another package if our package does not define it.
+Names of Ray without one that only Ray itself uses are listed here.
 """
 
 import ast
@@ -15,7 +15,7 @@ import ray_zerocopy
 PACKAGE = Path(ray_zerocopy.__file__).parent
 RUST = Path(__file__).parent.parent / "rust"
 
-# The files that may, by whom they know from the inside.
+# The files that may use private parts, by package.
 INSIDE = {
     "torch": {"objects/torch_inside.py"},
     "ray": {"store/ray_inside.py"},
@@ -31,7 +31,7 @@ INSIDE_RUST = {
 
 OTHERS = {"_can_record_outputs": "transformers", "_CAN_RECORD_REGISTRY": "transformers"}
 OTHERS |= {"_mmap": "numpy", "_serialize_to_pickle5": "ray", "_group_": "ray"}
-OF_TORCH = {"_buffers", "_grad", "_modules", "_parameters", "_version"}  # whoever else has such
+OF_TORCH = {"_buffers", "_grad", "_modules", "_parameters", "_version"}  # in any package
 OF_RAY = re.compile(
     r"ray\.(core|internal|worker|util\.client)\b|core_worker|global_worker|internal_kv_\w+"
     r"|get_serialization_context|put_serialized_object\w*|ObjectRef\.nil"
@@ -64,7 +64,7 @@ def ours():
 
 
 def imported(tree):
-    """What imports bind, as the dotted name that it stands for."""
+    """The names that imports bind, with the dotted names they stand for."""
     found = {}
     for node in ast.walk(tree):
         match node:
@@ -78,7 +78,7 @@ def imported(tree):
 
 
 def dotted(node, names):
-    """The dotted name of an attribute, from where its first part was imported; None of a value."""
+    """The dotted name of an attribute, from the import of its first part. None for a value."""
     match node:
         case ast.Name(name):
             return names.get(name)
@@ -89,7 +89,7 @@ def dotted(node, names):
 
 
 def named(tree):
-    """(whose, what) of every private name in a file."""
+    """(package, name) of every private name in a file."""
     names = imported(tree)
     mentioned = [name for name in names.values() if "." in name]
     for node in ast.walk(tree):
@@ -106,7 +106,7 @@ def named(tree):
 
 
 def owner(what):
-    """Who has a private name: whose package it lies in, or torch, whose classes we look into."""
+    """The package of a private name: the one imported, or torch, whose classes we inspect."""
     package, *rest = what.split(".")
     if OF_RAY.search(what):
         return "ray"
@@ -143,7 +143,7 @@ def test_rust_names_no_private_attribute_elsewhere(path):
         ("from ray import _raylet", {"ray"}),
         ("from ray.core.generated import common_pb2", {"ray"}),
         ("ray_worker.core_worker", {"ray"}),
-        ("actor._actor_id", {"torch"}),  # or Ray, for what is seen of it
+        ("actor._actor_id", {"torch"}),  # or Ray, as far as can be seen
         ("import torch\ntorch.nn.Linear(3, 3).weight\nself.__dict__", set()),
         ("from ray_zerocopy import _core\n_core.Block", set()),
     ],

@@ -1,6 +1,6 @@
-"""A call in a task gives what the call gives at home, and nothing of the pipeline is changed.
+"""A call in a task returns what a local call returns, and does not change the pipeline.
 
-Also: who may call what, how a call runs in its worker, how it fails, and what it leaves behind.
+Also: which calls are allowed, how a call runs in its worker, how it fails, and what it leaves.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Scaler(nn.Module):
         return {"best": [(values, indices)], "others": others, "top": top}
 
     def count(self):
-        """(process, calls of this in it until now)."""
+        """(process, number of calls in it so far)."""
         self.calls += 1
         return os.getpid(), int(self.calls)
 
@@ -107,7 +107,7 @@ METHODS = (
 def scaler(cluster):
     torch.manual_seed(0)
     model = Scaler()
-    model(torch.randn(4, 8))  # in train mode: no round numbers in the running statistics
+    model(torch.randn(4, 8))  # in train mode, so that the running statistics are no round numbers
     return model.eval()
 
 
@@ -126,7 +126,7 @@ def home(model, *args, method="__call__", **kwargs):
         return getattr(model, method)(*args, **kwargs)
 
 
-# --- a call gives what it gives at home -----------------------------------------------------------
+# --- a call returns what it returns locally -------------------------------------------------------
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -135,7 +135,7 @@ def test_call_model_gives_what_the_model_gives(name, store, cluster):
     case = CASES[name]()
     case.model.eval()
     ref = STORES[store](case.model)
-    for _ in range(2):  # the second finds the model kept
+    for _ in range(2):  # the second call finds the model in the cache
         called = ray.get(call_model.remote(ref, case.args, case.kwargs))
         assert_same_description(describe(case.run()), describe(called))
 
@@ -258,12 +258,12 @@ def test_a_rewritten_model_is_in_eval_mode_and_its_source_stays_in_its_own(clust
     assert_exact(home(model.eval(), x), fast(x))
 
 
-# --- who may call what ----------------------------------------------------------------------------
+# --- allowed calls --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["forward", "state_dict", "linear", "nothing", "_secret", "eval"])
 def test_a_shim_has_no_other_names(scaler, name):
-    allowed = (*METHODS, "_secret", "nothing")  # a private name is not to be had, an unknown no use
+    allowed = (*METHODS, "_secret", "nothing")  # a private name, an unknown one
     with pytest.raises(AttributeError, match=name):
         getattr(rewrite_pipeline(scaler, allowed), name)
 
@@ -334,7 +334,7 @@ class Holding:
     """An actor that holds CPUs and calls a shim."""
 
     def ask(self, method, x):
-        """Give what it says while it waits, and the result, if that comes first."""
+        """Return its messages while it waits, and the result if that comes first."""
         told, results = [], []
         logger = logging.getLogger("ray_zerocopy.invoke")
         handler = logging.Handler()
@@ -349,7 +349,7 @@ class Holding:
 
 
 def in_a_group(cpus):
-    """Options of an actor whose tasks run in its placement group, as those of a Tune trial do."""
+    """Options of an actor whose tasks run in its placement group, like those of a Tune trial."""
     group = placement_group([{"CPU": cpus}])
     ray.get(group.ready())
     return group, {
@@ -442,7 +442,7 @@ class Stage:
 
 
 class Registry(dict):
-    """A dict with an attribute, which says no to pickle."""
+    """A dict with an attribute that refuses to be pickled."""
 
     def __reduce_ex__(self, protocol):
         raise TypeError("not me")
@@ -454,7 +454,7 @@ class Registry(dict):
 
 
 class Closed:
-    """Drops a part of itself where it is copied or pickled by its own rules."""
+    """Drops a part when it is copied or pickled by its own methods."""
 
     def __init__(self, model):
         self.model, self.cache = model, {"kept": 1}
@@ -696,7 +696,7 @@ def test_shims_pickle_plainly(fast, scaler, x):
 
 
 def store_usage() -> int:
-    """MiB of the object store that are taken, by what is referred to and by what a worker keeps."""
+    """MiB used in the object store, including objects that a worker keeps."""
     address = ray.get_runtime_context().gcs_address
     return int(re.search(r"usage (\d+) MiB", memory_summary(address, stats_only=True))[1])
 

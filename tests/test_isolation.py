@@ -1,7 +1,7 @@
-"""What one process does to its weights, no other sees: neither now nor at a later load.
+"""No process sees another's writes to its weights: neither now nor in a later load.
 
-By either way of making views. The same question put to `isolation="shared"` gets the opposite
-answer, so it is a real question.
+Tested for each way to make views. The same test with `isolation="shared"` has the opposite result,
+which shows that it tests something.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ WRITES = {
 
 
 class Model(nn.Module):
-    """Weights of more than Ray's inline limit, and every way of changing them in passing."""
+    """Weights larger than Ray's inline limit, and every way to change them as a side effect."""
 
     def __init__(self):
         super().__init__()

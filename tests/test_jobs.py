@@ -1,6 +1,6 @@
-"""A model needs its classes wherever it is loaded, whichever job stored it.
+"""A model's classes must be importable where it is loaded, whichever job stored it.
 
-Two drivers of one cluster, each with modules of its own, as `working_dir` gives them to a job.
+Two drivers of one cluster, each with its own modules, like jobs with a `working_dir`.
 """
 
 import fresh
@@ -37,7 +37,7 @@ LOADS = """
 
 @pytest.fixture(scope="module")
 def load(cluster, tmp_path_factory):
-    """Load a model in a job that has no modules of the one that stored it; what it prints."""
+    """Load a model in a job without the modules of the job that stored it. Returns the output."""
     folder = tmp_path_factory.mktemp("working_dir")
     for name in ("mine", "by_value"):
         (folder / f"{name}.py").write_text("import torch\nclass Net(torch.nn.Linear): pass\n")

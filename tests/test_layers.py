@@ -1,4 +1,4 @@
-"""Folders are layers: a file imports only from those before its own, as pyproject.toml has them."""
+"""Folders are layers: a file imports only from folders before its own, by pyproject.toml."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_a_file_that_does_is_seen(path, line, tmp_path):
 
 
 def test_a_layer_imports_modules_and_not_what_the_package_offers():
-    """What the package offers comes from every layer; only `operate` may use it."""
+    """The package exports names of every layer; only `operate` may import the package."""
     modules = {path.stem for path in PACKAGE.iterdir()}
     offers = re.compile(r"^ *(?:import ray_zerocopy\b()|from ray_zerocopy import (\w+))", re.M)
     for path in PACKAGE.glob("**/*.py"):

@@ -1,10 +1,10 @@
-"""What a model costs each worker: nothing, however many they are. `pytest -s` shows the figures.
+"""A model costs no worker any memory, however many there are. `pytest -s` shows the figures.
 
-The measure of a process is its unique set size, the memory that would be free if it ended; that of
-a publisher is RssAnon, which leaves the store's pages out. Before either is read, garbage is
-collected and the allocator gives its free memory back: growth could hide in it. Activations are
-left out by keeping them to kilobytes, and what a first forward costs any process, its threads and
-its scratch memory, by having each worker make one on a private layer of the same shape before.
+Workers are measured by unique set size, the memory that would be freed if they ended; publishers by
+RssAnon, which excludes the store's pages. Before each reading, garbage is collected and the
+allocator gives free memory back, so that no growth hides in it. Activations are only kilobytes.
+Before it is measured, each worker runs a forward of a private layer of the same shape, because a
+first forward costs any process threads and scratch memory.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def print_table(title, heads, rows):
 
 
 class Growing:
-    """Mixed into what loads a model: knows by how much its process has grown since just before."""
+    """A mixin for classes that load a model: the growth of the process since before the load."""
 
     def __init__(self, model):
         case = large()
@@ -66,7 +66,7 @@ class Growing:
 
 
 class Worker:
-    """Loads a model and calls it, and knows what that cost its process."""
+    """Loads a model and calls it, and measures the growth of its process."""
 
     def __init__(self):
         self.case, self.model, self.before = large(), None, 0
@@ -87,7 +87,7 @@ class Worker:
         self.model = None
 
     def repeat(self, refs, rounds):
-        """Load and call again and again, and give the growth of memory and of the mappings."""
+        """Load and call repeatedly. Returns the growth of memory and of the mappings."""
         mapped, self.before = count_mapped_files(), unique_set_size()
         for _ in range(rounds):
             self.load_and_call(refs)
@@ -101,7 +101,7 @@ class Worker:
         return places(self.model)
 
     def publish(self, put):
-        """The most private memory that publishing took at any moment, and what stays of it."""
+        """The peak private memory of a publish, and the private memory that stays."""
         model = large().model
         trim()
         before = anonymous_memory()
@@ -114,7 +114,7 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def workers(start):
-    """Four workers that have loaded a small model by either way, so that all code is in."""
+    """Four workers that have loaded a small model in each way, so that all code is loaded."""
     workers, small = start(Worker, max(WORKERS)), simple().model
     for put in PUTS.values():
         ref = put(small)
@@ -127,7 +127,7 @@ PUTS = {"ray.put": ray.put, "rzc.put": rzc.put}
 
 
 def footprint(workers, ref):
-    """What each worker has grown by once all have loaded, and once all have called the model."""
+    """The growth of each worker after all have loaded, and after all have called the model."""
 
     def ask(method, *args):
         return ray.get([getattr(worker, method).remote(*args) for worker in workers])
@@ -146,7 +146,7 @@ def assert_costs_nothing(loaded, called):
 
 
 def assert_each_costs_nothing(kind, event, growths):
-    """Print and bound what each of N processes grew by, {N: (on load, after its first call)}."""
+    """Print and bound the growth of N processes, {N: (on load, after the first call)}."""
     heads = ["worst load", f"worst {event}", "sum after calls"]
     table = {
         f"{count} {kind}{'s' * (count > 1)}": [max(loaded), max(called), sum(called)]
@@ -220,14 +220,14 @@ def test_object_store_sharing(workers):
 
 
 class Trainer:
-    """Trains a head on a shared base by data parallelism, as a group of one process."""
+    """Trains a head on a shared base with DDP, in a group of one process."""
 
     def __init__(self, store):
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        self.train(large().model[:2], nn.Linear(2048, 1), whole=False)  # so that all code is in
+        self.train(large().model[:2], nn.Linear(2048, 1), whole=False)  # so that all code is loaded
 
     def train(self, base, head, whole):
-        """Give the growth by three steps, with the base inside of DDP or not."""
+        """Return the growth in three steps, with the base inside DDP or not."""
         before = unique_set_size()
         base.requires_grad_(False)
         if whole:
@@ -246,7 +246,7 @@ class Trainer:
 
 
 def test_data_parallel_training_of_a_head_leaves_the_base_shared(cluster, tmp_path):
-    """DDP writes what it is given, from rank 0, into the parameters of all: the base, too."""
+    """DDP copies the parameters of rank 0 into those of all ranks, also into the base."""
     trainer = ray.remote(Trainer).options(num_cpus=0).remote(tmp_path / "group")
     ref = rzc.put(large().model)
     found = {

@@ -1,4 +1,4 @@
-"""What happens is counted, by name and kind of pages, and reaches Ray's Prometheus endpoint."""
+"""Events are counted, by name and kind of pages, and reach Ray's Prometheus endpoint."""
 
 import json
 import re
@@ -18,7 +18,7 @@ NAME = "metrics/model"
 
 @pytest.fixture
 def recorded(cluster, monkeypatch):
-    """What is recorded, in place of what is handed to Ray a second later."""
+    """The recorded events, instead of those passed to Ray a second later."""
     recorded = []
     monkeypatch.setattr(metrics, "record", lambda *record: recorded.append(record))
     return recorded
@@ -43,7 +43,7 @@ def test_a_put_and_its_loads_are_counted(recorded):
 def test_a_load_that_had_to_copy_is_a_fallback(recorded):
     @ray.remote(num_cpus=0)
     def small():
-        return rzc.Shared(torch.ones(10))  # which Ray sends along
+        return rzc.Shared(torch.ones(10))  # Ray sends it with the message
 
     ray.get(small.remote())
     assert values(recorded, "rzc_fallbacks") == [(1, "pages copied")]

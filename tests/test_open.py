@@ -1,6 +1,6 @@
-"""`open`: what was saved, over the file's own pages, whatever becomes of the file; no Ray anywhere.
+"""`open` returns the saved object, over the file's pages, whatever happens to the file. No Ray.
 
-What others do to the file, a process of its own does here: `writer`.
+A separate process, `writer`, changes the file.
 """
 
 import json
@@ -52,7 +52,7 @@ def path(tmp_path):
 
 
 def made(start):
-    """A model of `NBYTES` that no other start gives."""
+    """A model of `NBYTES`, different for each `start`."""
     return {"w": torch.arange(start, start + NBYTES // 4, dtype=torch.int32), "start": start}
 
 
@@ -60,7 +60,7 @@ def is_whole(model):
     return torch.equal(model["w"], made(model["start"])["w"])
 
 
-# --- what is opened -------------------------------------------------------------------------------
+# --- the opened object ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isolation", ["private", "copy"])
@@ -116,7 +116,7 @@ OPENED = {}
 
 def grown_by_open(path):
     """The sum of an opened model, and the private memory that it takes in bytes."""
-    rzc.open(path, prefault=False)["w"].sum()  # what torch keeps of a first sum
+    rzc.open(path, prefault=False)["w"].sum()  # torch keeps some memory after a first sum
     trim()
     before = anonymous_memory()
     OPENED["model"] = rzc.open(path, prefault=True)
@@ -126,7 +126,7 @@ def grown_by_open(path):
 
 
 def proportional(path):
-    """Bytes of a file in this process's memory, those that n processes have counted as 1/n."""
+    """Bytes of a file in this process's memory. A byte that n processes map counts as 1/n."""
     nbytes, of_it = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:
@@ -163,7 +163,7 @@ def test_a_write_stays_in_its_process(writer, path):
     assert path.read_bytes() == before
 
 
-# --- what becomes of the file ---------------------------------------------------------------------
+# --- changes of the file --------------------------------------------------------------------------
 
 
 def overwrite(path, start=5):
@@ -252,7 +252,7 @@ def test_signals_of_python_are_left_alone(writer, path):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a model that was opened before the workers were forked."""
+    """Rows of a model opened before the fork of the workers."""
 
     def __init__(self, path):
         self.model = rzc.open(path)
@@ -265,7 +265,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def test_forked_data_loader_workers_keep_their_weights_too(writer, path):
-    """Each holds off changes of the file by itself: for the parent's copy, they have none."""
+    """Each process has its own lease, because a copy in the parent does not help its children."""
     rows = Rows(path)
     loader = DataLoader(rows, 64, num_workers=2, multiprocessing_context="fork", prefetch_factor=1)
     batches = iter(loader)
@@ -309,7 +309,7 @@ def test_a_parent_that_goes_leaves_its_children_their_weights(writer, path):
     assert os.waitpid(child, 0)[1] == 0
 
 
-# --- where nothing holds a change off -------------------------------------------------------------
+# --- without a lease ------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_open_for_writing_is_warned_of(path):
@@ -335,7 +335,7 @@ def test_another_users_file_is_warned_of(path):
     assert "belongs to another user" in done.stderr
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_damaged_heads_and_truncated_files_are_refused(path):
@@ -428,7 +428,7 @@ def test_uvicorn_with_four_workers(writer, tmp_path):
         return told["pid"]
 
     try:
-        with ThreadPoolExecutor(8) as threads:  # one at a time would go to one worker
+        with ThreadPoolExecutor(8) as threads:  # sequential requests would all go to one worker
             pids, deadline = set(), time.monotonic() + 200
             while len(pids - {None}) < 4:
                 assert time.monotonic() < deadline, pids

@@ -1,4 +1,4 @@
-"""Pages huge or small, filled in or not: the object is the same, and a write stays its own."""
+"""With huge or small pages, filled in or not, the object is the same, and writes stay private."""
 
 import time
 
@@ -20,12 +20,12 @@ def model():
 
 
 def by_ray(source):
-    """Written by Ray, as what a task returns."""
+    """Written by Ray, like a task's return value."""
     return ray.put(rzc.Shared(source))
 
 
 def inner_nbytes(info):
-    """The bytes that lie whole between multiples of 2 MiB of the store's file."""
+    """The bytes in whole 2 MiB units of the store's file."""
     start, end = -(-info.offset // HUGE) * HUGE, (info.offset + info.nbytes) // HUGE * HUGE
     return max(0, end - start)
 
@@ -44,7 +44,7 @@ def test_pages_can_be_huge_here():
 
 
 def test_what_put_writes_lies_in_huge_pages(cluster):
-    """Once it is used, if not before: the store may have had small ones there."""
+    """At the latest when it is used: the store may have had small pages there."""
     ref = rzc.put(model())
     loaded = ray.get(ref)
     wait_until_huge(ref)
@@ -88,7 +88,7 @@ def test_every_way_of_loading_gives_the_object(cluster, put, prefault, isolation
 
 
 def test_threads_end_with_the_pages_and_small_blocks_have_none():
-    """In a store of its own, whose pages nobody has made huge yet."""
+    """Runs in a new store, whose pages nobody has made huge yet."""
 
     @run
     def in_a_new_store():

@@ -1,6 +1,6 @@
-"""A pickle names nothing of ours but `ray_zerocopy.pickled`; what was stored once loads for ever.
+"""Pickles refer only to `ray_zerocopy.pickled` in our package, so stored ones load for ever.
 
-`data/*.rzc` were saved before the files were moved to their folders; whatever moves, they load.
+`data/*.rzc` were saved before the modules moved to their folders. They must always load.
 """
 
 import pickle
@@ -41,7 +41,7 @@ def names(pickle: bytes) -> set[tuple[str, str]]:
 
 
 def ours(obj) -> set[tuple[str, str]]:
-    """What the pickle of an object names of ours."""
+    """The names of our package in an object's pickle."""
     if isinstance(obj, bytes):
         named = names(obj)
     else:

@@ -1,7 +1,7 @@
-"""`get(put(x))` is x: to the bit, with its ties, in every process, by every way of getting.
+"""`get(put(x))` equals x: to the bit, with its ties, in every process, by every way of getting.
 
-Each source once, with views made by either way in this process. What the pages of a block add, the
-isolations, does not depend on the source: a few stand for all.
+Tests each source once, and each way to make views. The isolations do not depend on the source, so a
+few sources stand for all.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ SOURCES = {
     **{f"hf-{name}": factory for name, factory in ARCHITECTURES.items()},
 }
 
-# Of every kind that reads its pages in a way of its own: tensors, arrays, bare storages, programs,
+# One of each kind that reads its pages in its own way: tensors, arrays, bare storages, programs,
 # tensors made of others.
 FEW = (
     *("simple", "tied_weights", "channels_last", "lstm", "spectral_norm", "pipeline", "meta_model"),
@@ -55,7 +55,7 @@ FEW = (
 
 
 def observe(case, loaded):
-    """What there is to compare: the object as loaded, then its output."""
+    """The things to compare: the object as loaded, then its output."""
     return describe(loaded), describe(case.run(loaded)) if case.call else {}
 
 
@@ -69,7 +69,7 @@ class Reader:
         return observe(case, loaded)
 
     def fetch(self, refs, case):
-        """In every way, each from a block of its own, which a run may write to."""
+        """The object by every way, each from its own block, as a run may write to it."""
         seen = []
         for ref, (way, isolation) in zip(refs, GETS, strict=True):
             with made_by(way):
@@ -89,10 +89,10 @@ def reader(start):
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_was_put_is_got_here_and_in_a_worker(name, reader):
     case = SOURCES[name]()
-    ref = rzc.put(case.model)  # before the source runs: a run may change what is in train mode
+    ref = rzc.put(case.model)  # before the source runs: a run changes models in train mode
     expected = observe(case, case.model)
     theirs = reader.take.remote(ref, replace(case, model=None))
-    # What an architecture adds for its views has been met in the difficult models and layouts.
+    # For its views, an architecture adds nothing to the difficult models and layouts.
     for way in WAYS[:1] if name.startswith("hf-") else WAYS:
         with made_by(way):
             loaded = ray.get(ref)
@@ -181,7 +181,7 @@ def test_a_loaded_model_outlives_its_reference(cluster):
     loaded = ray.get(rzc.put(case.model))
     del case
     gc.collect()
-    for _ in range(3):  # what the store gives away, it gives to these
+    for _ in range(3):  # memory that the store reuses goes to these
         ray.put(np.full(2**28, 0xFF, np.uint8))
     assert_same_description(expected, describe(loaded))
 
@@ -192,7 +192,7 @@ def publish_a_small_object():
 
 
 def test_a_small_object_comes_inline(way, cluster):
-    """What a task returns below Ray's inline limit never sees the store."""
+    """A return value below Ray's inline limit does not use the store."""
     ref = publish_a_small_object.remote()
     info = rzc.inspect(ref)
     assert (info.where, info.held) == ("inline", "copied")
@@ -206,7 +206,7 @@ def test_a_device_that_is_not_there_is_refused_by_name(cluster):
 
 
 def test_a_full_store_spills_and_falls_back_exactly(cluster):
-    """Unused blocks go to disk and come back; beside blocks in use, new ones lie in Ray's files."""
+    """Unused blocks spill and are restored; if all are in use, new ones fall back to disk."""
     source = large().model
     expected = describe(source)
     refs, in_use = [], []
@@ -370,7 +370,7 @@ def test_saving_one_tensor_writes_about_its_own_size(name, way, cluster):
 
 
 def saved(model, path):
-    """The header and the bytes that safetensors writes, or what it says against writing them."""
+    """The header and bytes that safetensors writes, or its error."""
     try:
         save_model(model, path)
     except RuntimeError as error:
@@ -429,7 +429,7 @@ def test_the_unusual_is_refused_by_name(kind, cluster):
 
 
 def calibrated(model, x):
-    """The output of the first forward, and what it made of all buffers."""
+    """The output of the first forward, and all buffers after it."""
     torch.manual_seed(0)
     with torch.no_grad():
         return [model(x), *model.state_dict().values()]
@@ -456,7 +456,7 @@ def test_a_module_that_resizes_its_buffers_does_as_its_source(make, cluster):
     model, x = make()
     ref = rzc.put(model)
     expected = calibrated(copy.deepcopy(model), x)
-    assert_exact(model, ray.get(ref))  # not of those below: who asks for numpy's view ends resizing
+    assert_exact(model, ray.get(ref))  # not from those below: numpy's view prevents resizing
     loads = [rzc.get(ref, isolation=isolation) for isolation in ("private", "shared", "copy")]
     for loaded in (ray.get(rzc.put(loads[0])), *loads):
         for one, other in zip(calibrated(loaded, x), expected, strict=True):
@@ -471,7 +471,7 @@ def test_a_model_half_on_the_meta_device_is_told_by_its_parameters(cluster):
     assert ray.get(ref)["model"][1].weight.is_meta
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rzc.put(nn.Linear(3, 3, device="meta"))  # nothing is missing of what has no values at all
+        rzc.put(nn.Linear(3, 3, device="meta"))  # no value is missing if there are none at all
 
 
 def test_weights_that_a_model_reads_from_files_are_told(cluster, tmp_path):

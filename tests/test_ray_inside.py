@@ -1,4 +1,4 @@
-"""Room in Ray's store: what of an object Ray writes, and what is left to us."""
+"""Room in Ray's store: the part of an object that Ray writes, and our part."""
 
 import pytest
 import ray
@@ -24,7 +24,7 @@ def test_references_inside_stay_alive(cluster):
 
 
 def test_what_was_never_written_is_refused(cluster):
-    """As if Ray had moved the object to disk in the moment before it was written."""
+    """Like a Ray that moves the object to disk just before the write."""
     anchored = envelope.Anchored(torch.ones(100_000))
     with envelope.reading(envelope.anchor):
         ref, anchor, *_ = ray_inside.put(anchored, lambda: anchored.block.nbytes)
@@ -35,7 +35,7 @@ def test_what_was_never_written_is_refused(cluster):
 
 @pytest.mark.parametrize("internals", ["put_object", "readonly", "size"])
 def test_without_room_ray_writes_the_block(cluster, monkeypatch, internals):
-    """Another Ray than the one whose inside is known: the same block, put more slowly."""
+    """A Ray whose private parts are unknown: the same block, put more slowly."""
     core = ray._private.worker.global_worker.core_worker
 
     class OtherCore:

@@ -1,4 +1,4 @@
-"""A name's record: what changes may be made to it, and what it is as bytes."""
+"""A name's record: the allowed changes, and its encoding."""
 
 import pickle
 import pickletools

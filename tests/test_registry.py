@@ -1,4 +1,4 @@
-"""A name stands for one whole version, whoever publishes, moves or loads it, and from where."""
+"""A name always refers to one whole version, whoever publishes, promotes or loads it."""
 
 import asyncio
 import gc
@@ -36,7 +36,7 @@ def filled(value, size=64):
 
 
 def value_of(model):
-    """The number that all weights are; mixed ones have none."""
+    """The value of all weights. Fails if they differ."""
     (value,) = {value for p in model.parameters() for value in p.unique().tolist()}
     return int(value)
 
@@ -50,7 +50,7 @@ def until(condition, seconds=60):
 
 @pytest.fixture
 def name(request, cluster):
-    """A name for one test alone, gone afterwards."""
+    """A name for one test, deleted afterwards."""
     name = request.node.name.replace("[", "-").rstrip("]")
     yield name
     if name in rzc.published():
@@ -62,7 +62,7 @@ def name(request, cluster):
 
 @pytest.mark.parametrize("kind", ["simple", "tied_weights", "channels_last", "pipeline"])
 def test_an_object_has_one_digest_wherever_it_lies(kind, cluster):
-    """Taken from memory, from what `put` wrote, and from what Ray copied of that."""
+    """Taken from memory, from the object of `put`, and from Ray's copy of that."""
     model = simple().model if kind == "simple" else DIFFICULT[kind]().model
 
     def parts_of(ref):
@@ -110,7 +110,7 @@ def test_make_runs_in_the_cluster_and_heals(name):
 
 
 def test_make_runs_in_the_arena(name):
-    """What a loader casts is in shared memory from the start, as in `build`: never private."""
+    """Tensors that a loader casts are in shared memory from the start, as in `build`."""
 
     def make():
         weight = torch.ones(5000).to(torch.float16)
@@ -161,7 +161,7 @@ def test_what_is_current_heals_once_somebody_says_how(name):
 
 
 def test_objects_are_copied_by_one_process(name):
-    """A worker that Ray ends between two versions would cost each of them seconds of imports."""
+    """If Ray ended the worker between versions, each version would take seconds of imports."""
 
     def copiers(owner):
         return {node: copier._actor_id.hex() for node, (copier, _) in owner._copiers.items()}
@@ -190,7 +190,7 @@ def test_versions_move_forward_and_back(name):
         rzc.promote(name, 3)
     with pytest.raises(rzc.CatalogError, match="promote one of"):
         rzc.retire(name, 2)
-    # What was current last stays, however old its number.
+    # The last current version stays, however old its number is.
     rzc.publish(name, filled(5), keep=2)
     live = [version.number for version in rzc.versions(name) if version.state == "live"]
     assert live == [2, 5]
@@ -249,7 +249,7 @@ def test_what_holds_nothing_is_refused(name):
 
 
 def test_what_ends_with_its_job_is_refused(name, tmp_path):
-    """A reference or an actor inside would be dead when the publisher is."""
+    """A reference or an actor inside would die with the publisher."""
 
     def held():
         return {"weight": torch.ones(3), "data": ray.put(1)}
@@ -289,7 +289,7 @@ def test_the_current_version_is_loaded_though_it_was_another_when_first_asked(na
 
 
 def test_a_load_that_met_a_loss_holds_no_reference(name, monkeypatch):
-    """Without a collection, which a worker that has nothing to do never makes."""
+    """Without a garbage collection, which an idle worker never runs."""
 
     def once(ref, **how):
         monkeypatch.setattr(references, "get", real)
@@ -313,7 +313,7 @@ def test_a_load_that_met_a_loss_holds_no_reference(name, monkeypatch):
 
 
 def test_a_slow_write_holds_up_nobody_else(name):
-    """The GCS may take its time: the catalog answers others meanwhile."""
+    """While the GCS is slow, the catalog answers other requests."""
 
     def slow(self, name):
         kept, put = self._manifest._kept, self._manifest._kept.put
@@ -342,7 +342,7 @@ def test_a_slow_write_holds_up_nobody_else(name):
 
 
 def test_an_object_is_written_once_where_the_owner_has_room(name, monkeypatch):
-    """By its publisher, and copied by nobody: what it publishes is never in the store twice."""
+    """The publisher writes the block, and nobody copies it: it is never in the store twice."""
 
     def counted(*args):
         (written,) = [write(*args)]
@@ -494,7 +494,7 @@ def test_many_names_are_followed_in_one_call(name):
 
 
 def test_a_follower_of_two_names_asks_once_and_waits(name, monkeypatch):
-    """What it has heard is no reason to ask again."""
+    """A follower does not ask again for messages it has heard."""
 
     def counted(*args):
         asked.append(args)
@@ -564,7 +564,7 @@ def test_the_verbs_can_be_awaited(name):
 
 
 def test_a_second_live_comes_to_the_newest(name, monkeypatch):
-    """Though its first load is slow, and the first live has the next version by then."""
+    """Although its first load is slow, and the first live has the next version by then."""
 
     def slow(version, **how):
         loaded = real(version, **how)
@@ -586,7 +586,7 @@ def test_a_second_live_comes_to_the_newest(name, monkeypatch):
 
 
 def test_each_live_ends_on_the_newest_and_loads_nothing_twice(name, monkeypatch):
-    """However long each load takes: what comes faster is skipped, never queued."""
+    """However long a load takes: versions that come faster are skipped, not queued."""
 
     def recorded(version, **how):
         loads[how["prefault"]].append(version.number)
@@ -599,7 +599,7 @@ def test_each_live_ends_on_the_newest_and_loads_nothing_twice(name, monkeypatch)
     lives = [rzc.follow(name, prefault=how) for how in loads]
     for value in range(1, 12):
         rzc.publish(name, filled(value))
-    rzc.publish(name, filled(11))  # which it is already
+    rzc.publish(name, filled(11))  # it already is
     until(lambda: {value_of(live()) for live in lives} == {11})
     time.sleep(1)
     for numbers in loads.values():
@@ -638,9 +638,9 @@ class Follows:
 
 
 def test_publishing_in_a_row_keeps_memory_bounded(name, start):
-    """A store holds what is kept, what is being published, and what followers use: no queue.
+    """The store holds kept versions, the one being published, and those in use: no queue.
 
-    What nobody needs is Ray's to drop at once, and leaves the store within a second.
+    Ray may drop unused versions at once, and they leave the store within a second.
     """
 
     def used():
@@ -716,7 +716,7 @@ rzc.publish(sys.argv[1], torch.nn.Linear(300, 300))
 
 
 def test_a_follower_leaves_with_its_process(name):
-    """By `ray.shutdown` or at its end, whenever a version has arrived: with status 0."""
+    """By `ray.shutdown` or at exit, whenever a version has arrived: with status 0."""
     rzc.publish(name, filled(1))
     done = other_job(LEAVE, name, ray.get_runtime_context().gcs_address)
     assert (done.returncode, done.stdout.split("\n")[:-1]) == (0, ["has left"] * 4), done.stderr

@@ -1,6 +1,6 @@
-"""What others met when they shared models among Ray's workers does not happen here.
+"""Problems that users of Ray and torch reported when they shared models do not occur here.
 
-Each test is one public report: its docstring names the source and says what is right.
+Each test is one public report. Its docstring names the source and the correct behaviour.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ def ref(cluster, model):
 
 
 def overwrite(nbytes=200_000_000):
-    """Give all memory that the store had free to others, for a moment."""
+    """Fill all free memory of the store with other data for a moment."""
     return [ray.put(np.full(10_000_000, 7, np.uint8)) for _ in range(nbytes // 10_000_000)]
 
 
@@ -106,7 +106,7 @@ def test_what_garbage_gets_when_it_goes_is_whole(ref, model):
 
 
 class AlarmError(Exception):
-    """What a handler of signals raises."""
+    """The exception of a signal handler."""
 
 
 class Interrupts:
@@ -234,7 +234,7 @@ def test_what_is_nested_too_deeply_is_an_error(cluster):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_script_that_torch_cannot_load_again_is_refused(cluster):
-    """pytorch #62706, #69608: what `optimize_for_inference` gives is refused when it is put."""
+    """pytorch #62706, #69608: `put` refuses the result of `optimize_for_inference`."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     frozen, x = torch.jit.freeze(torch.jit.script(net)), torch.randn(1, 3, 8, 8)
     optimized = torch.jit.optimize_for_inference(torch.jit.script(net))
@@ -252,7 +252,7 @@ class Answers:
 
 
 def test_references_and_handles_inside_live_with_the_object(cluster):
-    """ray #17553, #18751, #6878: what an object refers to lives as long as it does."""
+    """ray #17553, #18751, #6878: objects that an object refers to live as long as it does."""
     part = ray.put(np.full(200_000, 7))
     actor = Answers.options(num_cpus=0).remote()
     ref = rzc.put({"model": nn.Linear(64, 64), "part": part, "actor": actor})
@@ -266,7 +266,7 @@ def test_references_and_handles_inside_live_with_the_object(cluster):
 
 
 def test_empty_arrays_name_nothing_that_an_older_numpy_lacks(cluster):
-    """numpy #28340, ray #48053: empty arrays are stored like others, by names of ours alone."""
+    """numpy #28340, ray #48053: empty arrays are stored like others, with only our own names."""
     arrays = {"c": np.zeros((0, 3)), "f": np.zeros((0, 3), order="F"), "kind": np.zeros(0, "f4,i8")}
     skeleton = split(arrays).skeleton
     names = [name for _, name, _ in pickletools.genops(skeleton) if isinstance(name, str)]
@@ -401,7 +401,7 @@ def test_what_a_spawned_process_writes_stays_between_the_two(ref, model):
 
 
 def test_adapters_are_merged_and_unmerged_in_private(cluster):
-    """peft #2018, trl #2873: what merging writes into the base, no other process sees."""
+    """peft #2018, trl #2873: no other process sees a merge's writes to the base."""
     peft = pytest.importorskip("peft")
     case = ARCHITECTURES["bert"]()
     ref = rzc.put(case.model.eval())
@@ -415,7 +415,7 @@ def test_adapters_are_merged_and_unmerged_in_private(cluster):
 
 
 def test_copies_are_independent(ref, model):
-    """ray-legacy #266: a deep copy of what was loaded, or an average of it, is one's own."""
+    """ray-legacy #266: a deep copy or an average of a loaded model is private."""
     loaded = ray.get(ref)
     for copied in (copy.deepcopy(loaded), AveragedModel(loaded).module):
         with torch.no_grad():
@@ -447,7 +447,7 @@ def test_putting_and_loading_again_and_again_takes_nothing(cluster):
 
 
 def test_garbage_is_collected_in_a_loop_that_loads(ref):
-    """cpython #98801, pytorch #95462: cycles that were alive during a load go later, by themselves.
+    """cpython #98801, pytorch #95462: cycles that were alive during a load are freed later.
 
     A load moves them to the oldest generation, and Python's own counts start anew.
     """
@@ -462,7 +462,7 @@ def test_garbage_is_collected_in_a_loop_that_loads(ref):
         new = Garbage()
         alive.add(new)
         ray.get(ref)
-        kept = new  # the one of the last round goes
+        kept = new  # drops the one of the last round
         most = max(most, len(alive))
     assert kept in alive
     assert most < 500
@@ -499,7 +499,7 @@ assert ray.get(holder.stands.remote())
 
 
 def test_a_detached_actor_keeps_its_model_when_the_owner_is_gone(cluster):
-    """ray #16951, #12635: it was loaded, so it stands, whatever becomes of the store's memory."""
+    """ray #16951, #12635: a loaded model stays valid, whatever happens to the store's memory."""
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-W", "ignore", "-c", DETACHES, address]
     subprocess.run(command, check=True, timeout=100)
@@ -511,7 +511,7 @@ def test_a_detached_actor_keeps_its_model_when_the_owner_is_gone(cluster):
 
 
 class Reuses(nn.Module):
-    """Gives its one buffer, as models do whose outputs lie where a graph was captured."""
+    """Returns its one buffer, like models that reuse the outputs of a captured graph."""
 
     def __init__(self):
         super().__init__()
@@ -538,9 +538,9 @@ def test_an_answer_is_not_the_models_own_buffer(cluster):
 
 @pytest.mark.parametrize("nbytes", [4, 8, 16, 36])
 def test_outputs_are_those_of_a_model_that_torch_allocated(cluster, nbytes):
-    """pytorch #14463: one row's product depends on where weights lie; loaded ones lie as torch's.
+    """pytorch #14463: a product depends on the weights' alignment; loaded ones have torch's.
 
-    So all workers agree to the bit, wherever the source was mapped, as by safetensors.
+    So all workers agree to the bit, wherever safetensors (for example) mapped the source.
     """
     x, weight = torch.randn(1, 768), torch.randn(512, 768)
     room = np.empty(weight.nbytes + 128, np.uint8)
@@ -628,7 +628,7 @@ def test_threads_of_an_actor_load_one_model_at_once(ref, model):
 
 
 class RefusalError(Exception):
-    """As many libraries': it needs more arguments than it keeps in `args`."""
+    """Like those of many libraries, it needs more arguments than it keeps in `args`."""
 
     def __init__(self, code, *, reason):
         super().__init__(code)
@@ -636,7 +636,7 @@ class RefusalError(Exception):
 
 
 class ReadOnlyError(Exception):
-    """As rasterio's: `args` cannot be set."""
+    """Like rasterio's, its `args` cannot be set."""
 
     args = property(lambda self: ("why 42",))
 
@@ -657,7 +657,7 @@ class Raises(nn.Module):
 
 @pytest.mark.parametrize("kind", ["arguments", "read-only", "held"])
 def test_an_exception_that_does_not_pickle_is_told(cluster, kind):
-    """ray #20830, #31806, #59437: whatever a model raises, its text reaches the caller."""
+    """ray #20830, #31806, #59437: the text of any exception reaches the caller."""
     with pytest.raises(ray.exceptions.RayError, match="why 42"):
         ray.get(rzc.call_model.remote(rzc.put(Raises()), (kind,)), timeout=60)
 
@@ -690,14 +690,14 @@ class Asks(nn.Module):
 
 
 def test_a_method_that_is_a_coroutine_is_awaited_in_the_task(cluster):
-    """ray #13687: it gives its result, or an error that names it: never "cannot pickle"."""
+    """ray #13687: it returns its result, or an error that names it: never "cannot pickle"."""
     call = rzc.call_model.remote(rzc.put(Asks()), (torch.ones(3),), method_name="ask")
     assert ray.get(call, timeout=60).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("count", [10, 200_000])
 def test_a_call_may_have_several_results(cluster, count):
-    """ray #60251, #16100: `num_returns=2` parts a model's outputs, be they small or large."""
+    """ray #60251, #16100: `num_returns=2` splits a model's outputs, small or large."""
     call = rzc.call_model.options(num_returns=2)
     first, second = ray.get(call.remote(rzc.put(Asks()), (torch.ones(count),)), timeout=60)
     assert torch.equal(2 * first, second)

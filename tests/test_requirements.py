@@ -1,4 +1,4 @@
-"""What is older than the floor is refused in one line; what is newer than tried never is."""
+"""Versions below the minimum are refused in one line; newer ones than tested never are."""
 
 import tomllib
 from pathlib import Path

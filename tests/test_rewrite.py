@@ -1,4 +1,4 @@
-"""`replace_tensors(*extract_tensors(m))` is m: exact, in evaluation mode, and nothing copied."""
+"""`replace_tensors(*extract_tensors(m))` equals m, in evaluation mode, and copies nothing."""
 
 import gc
 import itertools

@@ -1,4 +1,4 @@
-"""Replicas answer as a local model would, share one block, and load one model beside another."""
+"""Replicas answer like a local model, share one block, and load several models."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ def test_replicas_answer_and_take_new_weights(url):
         deploy(new)
         replaced.set()
 
-    with ThreadPoolExecutor() as pool:  # requests go on meanwhile, and each has its answer
+    with ThreadPoolExecutor() as pool:  # requests continue meanwhile, and each is answered
         done = pool.submit(redeploy)
         until(lambda: ask() or replaced.is_set())
         done.result()
@@ -108,7 +108,7 @@ def test_replicas_answer_and_take_new_weights(url):
 
 
 def test_a_followed_model_changes_under_load(url):
-    """Ten updates: every request is answered, each by one version, at last by the last."""
+    """Ten updates: every request is answered by one version, the last requests by the last one."""
 
     def filled(value):
         model = nn.Linear(16, 4)
@@ -125,7 +125,7 @@ def test_a_followed_model_changes_under_load(url):
         while not done.is_set():
             (value,) = set(np.ravel(post(f"{url}/served", {"x": [[1.0] * 16] * 3})["output"]) / 17)
             answers.append(value)
-            time.sleep(0.02)  # or the replicas have no core left to load on
+            time.sleep(0.02)  # else the replicas have no core left to load on
 
     with ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(ask) for _ in range(3)]
@@ -144,11 +144,11 @@ def test_a_followed_model_changes_under_load(url):
 
 
 class Measured(Growing, Replica):
-    """Tells its process and what that has grown by."""
+    """Reports its process and the growth of that."""
 
     async def growth(self, batch):
         await self.predict(batch)
-        await asyncio.sleep(0.2)  # so that those who ask together ask others, too
+        await asyncio.sleep(0.2)  # so that concurrent requests reach other replicas, too
         return os.getpid(), self.loaded, self.grown()
 
 
@@ -172,7 +172,7 @@ def test_replicas_share_one_block(url):
 
 @pytest.fixture(scope="module")
 def deployed(url):
-    """Deploy an application under its own name, and give its URL and handle."""
+    """Deploy an application under its own name. Returns its URL and handle."""
     names = []
 
     def deploy(application):
@@ -244,7 +244,7 @@ def test_a_handle_raises_what_http_answers(add):
 
 
 class Recurrent(nn.Module):
-    """Keeps the request in a buffer while it computes, as caches of keys and values are."""
+    """Keeps the request in a buffer while it computes, like a cache of keys and values."""
 
     def __init__(self):
         super().__init__()
@@ -257,7 +257,7 @@ class Recurrent(nn.Module):
 
 
 def served_as(kind, model, **options):
-    """The model by itself, and as one of many."""
+    """The model alone, and as one of many."""
     if kind == "app":
         return app(model, **options)
     return multiplexed({"one": model, "other": model}, **options)
@@ -275,7 +275,7 @@ shared = []
 
 
 def note(batch):
-    """A hook that knows how many run it, as a tokenizer of transformers would have to."""
+    """A hook that counts concurrent calls, as a tokenizer of transformers would need to."""
     shared.append(None)
     time.sleep(0.01)
     return {"x": np.full((1, 1), float(len(shared)))}
@@ -328,7 +328,7 @@ def publish_late(gate):
 
 
 def test_loading_one_model_does_not_block_another(url, monkeypatch):
-    monkeypatch.setattr(rzc.serve, "keep", rzc.serve.wrap)  # which waits for the late one
+    monkeypatch.setattr(rzc.serve, "keep", rzc.serve.wrap)  # it waits for the late one
     gate = ray.remote(Gate).options(num_cpus=0).remote()
     quick, late = nn.Linear(16, 4), publish_late.remote(gate)
     models = {"quick": rzc.put(quick), "other": nn.Linear(16, 4), "late": late}

@@ -1,4 +1,4 @@
-"""Snapshots: what is restored is what was saved, or nothing is."""
+"""Snapshots: `restore` returns exactly the saved object, or fails."""
 
 import os
 import random
@@ -81,7 +81,7 @@ def damaged(path, at, change=1):
 
 
 def test_every_byte_of_the_head_and_of_the_checksums_is_checked(path):
-    """By `inspect`, which shares its checks with `restore`."""
+    """Tested with `inspect`, which shares its checks with `restore`."""
     info = rzc.inspect(path)
     head = path.read_bytes()[: info.offset]
     snapshot = _core.Snapshot(head, path.stat().st_size)
@@ -191,7 +191,7 @@ class Restorer:
 def test_a_killed_restore_leaves_the_store_as_it_was(cluster, tmp_path):
     rzc.save(torch.zeros(150, 2**18), tmp_path / "model.rzc")
     numbers = random.Random(0)
-    for _ in range(4):  # 630 MB through a store of 700 that is to have room for 500 in the end
+    for _ in range(4):  # 630 MB through a store of 700 that must have room for 500 at the end
         restorer = ray.remote(Restorer).options(num_cpus=0).remote()
         ray.get(restorer.__ray_ready__.remote())
         restorer.restore.remote(tmp_path / "model.rzc")
@@ -214,7 +214,7 @@ def test_urls(cluster, model, tmp_path, url):
 def test_a_path_that_is_saved_anew_meanwhile_gives_one_object(
     cluster, tmp_path, monkeypatch, second
 ):
-    """Head, checksums and block come from one file, whoever has the name by then."""
+    """Head, checksums and block come from one file, even if the name moves to another one."""
     path = tmp_path / "model.rzc"
     second = torch.full((700, 1000), second) if isinstance(second, float) else second
     rzc.save({"step": 1, "weights": torch.full((700, 1000), 1.0)}, path)
@@ -234,7 +234,7 @@ def test_a_link_stays_one_and_its_target_is_written(tmp_path, model):
     (tmp_path / "versions").mkdir()
     link, target = tmp_path / "latest.rzc", tmp_path / "versions" / "7.rzc"
     link.symlink_to("versions/7.rzc")
-    for _ in range(2):  # where it leads nowhere, and where it does
+    for _ in range(2):  # a link to nothing, and one to a file
         rzc.save(model, link)
         assert link.is_symlink()
         assert not target.is_symlink()
@@ -243,7 +243,7 @@ def test_a_link_stays_one_and_its_target_is_written(tmp_path, model):
 
 
 def test_a_snapshot_has_the_rights_of_any_new_file(tmp_path, monkeypatch):
-    """The umask belongs to the process: to read it by setting it is seen by other threads."""
+    """The umask belongs to the process: reading it sets it, which other threads see."""
     before = os.umask(0o027)
     monkeypatch.setattr(os, "umask", None)
     rzc.save(torch.ones(3), tmp_path / "model.rzc")

@@ -1,4 +1,4 @@
-"""Where a block may lie, how long it lives, and what is refused."""
+"""Where a block may lie, how long it lives, and which values are refused."""
 
 import gc
 import pickle
@@ -123,7 +123,7 @@ def test_one_tensor_keeps_the_block(cluster):
 
 
 def test_a_second_store_in_one_process_is_not_mistaken_for_the_first():
-    """The first is the one that `put` starts where there is none, as `ray.put` does."""
+    """`put` starts the first Ray if there is none, as `ray.put` does."""
 
     @run
     def put_twice():
@@ -154,12 +154,12 @@ def test_prefault_changes_nothing_but_the_page_table(cluster):
 
 
 def test_prefault_fills_the_page_table_while_the_caller_goes_on(cluster):
-    ref = ray.put(Shared(torch.zeros(16, 2**20)))  # what `put` made huge would leave the page table
+    ref = ray.put(Shared(torch.zeros(16, 2**20)))  # `put` would make its pages huge and unmap them
     first_touched = rzc.get(ref, prefault=False)
     assert resident(first_touched) < first_touched.nbytes / 100
     filled = rzc.get(ref, prefault=True)
     deadline = time.monotonic() + 30
-    while resident(filled) < 0.9 * filled.nbytes:  # who makes pages huge takes some out once more
+    while resident(filled) < 0.9 * filled.nbytes:  # making pages huge takes some out again
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -266,7 +266,7 @@ def test_ray_client_is_told_what_to_do_instead(cluster):
 
 def test_a_loaded_model_is_old_to_the_collector_and_young_garbage_is_gone(cluster):
     ref = rzc.put(simple().model)
-    gc.collect()  # or garbage grows old by a collection that comes by itself
+    gc.collect()  # else an automatic collection moves garbage to older generations
     garbage = nn.ReLU()
     garbage.itself = garbage
     alive = weakref.ref(garbage)

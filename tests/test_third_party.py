@@ -1,6 +1,6 @@
-"""What other libraries hang on models comes back like the rest: `test_put.py`'s laws on theirs.
+"""Models with parts of other libraries: the laws of `test_put.py` hold.
 
-By design each case runs where its library is installed; the extra `third-party` has them all.
+Each case runs only if its library is installed; the extra `third-party` has them all.
 Models are made from configurations, nothing is fetched.
 """
 

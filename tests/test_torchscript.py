@@ -1,4 +1,4 @@
-"""What torch compiled loads as it was put, its weights views on the block: scripted, exported."""
+"""Scripted and exported models load as they were put, their weights as views on the block."""
 
 import io
 import threading
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class Everything(nn.Module):
-    """Tensors wherever TorchScript lets them hang."""
+    """Tensors in every place that TorchScript allows."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def parts_of(value):
 
 
 def constants(script):
-    """The tensors in the code of all methods; numbers that a trace made tensors of are left out."""
+    """The tensors in the code of all methods, except numbers that a trace turned into tensors."""
     modules = script.modules() if isinstance(script, nn.Module) else ()
     methods = [m._c._get_method(name) for m in modules for name in m._c._method_names()]
     graphs = [method.graph for method in methods or [script]]
@@ -173,7 +173,7 @@ def constants(script):
 
 
 def attributes(script):
-    """The tensors that hang on a script, by name."""
+    """The tensors of a script, by name."""
     if isinstance(script, torch.jit.ScriptFunction):
         return {}
     found = dict(script.state_dict(keep_vars=True)) | dict(script.named_parameters())
@@ -190,7 +190,7 @@ def tensors(script):
 
 
 def observe(case, script):
-    """What there is to compare: tensors, flags and names, then the output of two calls.
+    """The things to compare: tensors, flags and names, then the outputs of two calls.
 
     In an archive of torch's, constants lose their order and, as objects, their ties.
     """
@@ -256,7 +256,7 @@ def test_its_tensors_are_views_on_the_block(case):
 
 
 def test_the_archive_holds_code_alone(cluster):
-    """What it weighs does not grow with the tensors, constants of a frozen module included."""
+    """The skeleton does not grow with the tensors, including constants of a frozen module."""
     script = torch.jit.script(large().model)
     for model in (script, torch.jit.freeze(script), torch.jit.trace(large().model, large().args)):
         info = rzc.inspect(rzc.put(model))
@@ -430,7 +430,7 @@ EXPORTS = {
 
 
 def observe_exported(program, args, kwargs):
-    """What there is to compare; torch's archive names the outputs of an operator that none uses."""
+    """The things to compare. torch's archive names unused outputs of operators."""
     used = [node for node in program.graph.nodes if "_unused_" not in node.name]
     parts = {
         "state": program.state_dict,
@@ -504,7 +504,7 @@ class Runner(Worker):
             self.model = self.model.module()
 
     def warm(self, refs):
-        """Have all code in: the first call of a scripted module alone takes 3 MiB of it."""
+        """Load all code: the first call of a scripted module alone takes 3 MiB for it."""
         self.load(refs)
         simple().run(self.model)
 

@@ -1,4 +1,4 @@
-"""A variant is what was put, wherever its tensors lie, and stores only what its bases lack."""
+"""A variant loads exactly as it was put, and stores only the tensors that its bases lack."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ def unrelated(cluster):
 
 
 def change_one(obj):
-    """Change a byte of a tensor; whether there was one."""
+    """Change a byte of a tensor. Returns whether it has one."""
     for tensor in split(obj).sources.tensors:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
             storage = tensor.untyped_storage()
@@ -195,7 +195,7 @@ def test_a_base_that_is_gone_is_told(cluster):
     ref = rzc.put(with_head(), base=base)
     held = [ray.get(ref)]
     ray.kill(worker)
-    assert_exact(with_head(), held.pop())  # which keeps the base in the store
+    assert_exact(with_head(), held.pop())  # the variant keeps the base in the store
     deadline = time.monotonic() + 60
     with contextlib.suppress(rzc.BaseLostError):
         while time.monotonic() < deadline:
@@ -207,13 +207,13 @@ def test_a_base_that_is_gone_is_told(cluster):
 
 
 def test_a_file_that_shrank_is_an_error(cluster, tmp_path):
-    """Not SIGBUS, as to compare it by its mapping would be."""
+    """An error, not a SIGBUS as from a comparison with the mapping."""
     path, weights = tmp_path / "weights", torch.randn(2**20)
     save_file({"weights": weights, "more": weights + 1}, path)
     base = rzc.put({"weights": weights, "more": weights + 1})
     mapped = load_file(path)
     assert rzc.inspect(rzc.put(mapped, base=base)).base_nbytes == 2 * weights.nbytes
-    mapped["more"][5] = 7  # a page of this process's own, between pages of the file
+    mapped["more"][5] = 7  # makes a private copy of a page, between pages of the file
     ref = rzc.put(mapped, base=base)
     assert rzc.inspect(ref).base_nbytes == weights.nbytes
     assert_exact(mapped, ray.get(ref))
@@ -264,7 +264,7 @@ def of_one_block(obj):
 
 
 def test_another_base_is_refused():
-    """It has the same table: other bytes, which its header tells."""
+    """It has the same table but other bytes, so another header."""
     (table, meant), (_, other) = (of_one_block(torch.full((9,), value)) for value in (1.0, 2.0))
     _core.Block(table, meant, "copy", variant=(meant[0][:64], table))
     with pytest.raises(rzc.BlockError, match="another block than the variant was stored with"):

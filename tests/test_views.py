@@ -1,4 +1,4 @@
-"""A view is a tensor over the block, whichever way it is made."""
+"""A view is a tensor over the block, by each way to make views."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""A wrapper loads what it was made from, in eval mode, wherever it went and by whatever pickle."""
+"""A wrapper loads its model, in eval mode, in any process and after any pickle."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ SOURCES = ["pipeline", "slotted_pipeline", "dataclass_of_models", "dict_of_model
 
 
 class Dropping(nn.Module):
-    """Tells in its output whether it is in training, and which process it runs in."""
+    """Its output tells whether it is in train mode, and its process."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Dropping(nn.Module):
 
 
 class Labelled:
-    """A pipeline with two models, one of them nested, and things that are no models."""
+    """A pipeline with two models, one of them nested, and other objects."""
 
     def __init__(self):
         self.encoder, self.heads = Dropping(), {"label": [Dropping()]}
@@ -61,7 +61,7 @@ class Worker:
 
 @ray.remote(num_cpus=0)
 def run(handle, call, *args):
-    """Load a wrapper in whatever form it came, in another process, and call what it loads."""
+    """Load a wrapper in another process, in any form, and call the model."""
     if isinstance(handle, bytes):
         handle = pickle.loads(handle)
     if isinstance(handle, dict):

@@ -1,4 +1,4 @@
-"""The ways of making views: every torch has `from_numpy`, newer ones lend by DLPack as well."""
+"""The ways to make views: every torch has `from_numpy`, newer ones also borrow by DLPack."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,7 @@ WAYS = ("dlpack", "from_numpy") if _core.borrows() else ("from_numpy",)
 
 @contextmanager
 def made_by(way):
-    """This process makes views so meanwhile."""
+    """Within it, this process makes views in this way."""
     best, tensors.way = tensors.way, way
     try:
         yield
