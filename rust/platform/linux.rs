@@ -388,8 +388,7 @@ impl Map {
     }
 
     /// Reserves addresses for part of a file, and calls `map` for them. The first address equals
-    /// the file offset modulo [`HUGE`]. It reserves [`HUGE`] bytes more, to contain
-    /// such an address.
+    /// the file offset modulo [`HUGE`]. It reserves [`HUGE`] bytes more, to contain such an address.
     fn placed(
         offset: u64,
         nbytes: usize,

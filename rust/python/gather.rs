@@ -120,8 +120,8 @@ impl Gather {
     /// the same span.
     ///
     /// Returns the rest, and the numbers of its views. For each block, returns the table of the
-    /// views that lie there, and their numbers. Ignores a block that has less than a sixteenth of
-    /// the bytes if less than half of the block is found.
+    /// views that lie there, and their numbers. Ignores a block with less than a sixteenth of the
+    /// storages' bytes, unless these are at least half of the block.
     #[allow(clippy::type_complexity)]
     fn without(
         &self,
