@@ -609,7 +609,11 @@ pub fn cached(file: &File, offset: u64, nbytes: usize) -> Option<u64> {
     let status = unsafe {
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut cached, 0)
     };
-    if status == 0 { Some(cached.pages * 4096) } else { first_byte_cached(file, offset, nbytes) }
+    if status == 0 {
+        Some(cached.pages * page() as u64)
+    } else {
+        first_byte_cached(file, offset, nbytes)
+    }
 }
 
 /// Judges a range by its first byte: on older kernels, and if this process may not write the file,
