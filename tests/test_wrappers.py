@@ -274,7 +274,7 @@ def test_wrap_takes_whatever_is_at_hand(cluster):
 
 
 def test_a_module_that_is_not_torchscript_is_refused(cluster):
-    with pytest.raises(TypeError, match="Dropping is not TorchScript: share it with ModelWrapper"):
+    with pytest.raises(TypeError, match="Dropping is not TorchScript: use ModelWrapper"):
         JITModelWrapper.from_model(Labelled())
 
 

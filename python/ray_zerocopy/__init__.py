@@ -1,14 +1,14 @@
-"""Share a PyTorch model among Ray workers: one block in the object store, mapped, never copied.
+"""Load a PyTorch model into every Ray worker in milliseconds, with one copy of weights per node.
 
 >>> import ray, ray_zerocopy as rzc
 >>> ref = rzc.put(model)        # once
->>> model = ray.get(ref)        # in any worker: milliseconds, no memory of its own
+>>> model = ray.get(ref)        # in any worker: milliseconds, and no copy of the weights
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ray_zerocopy import requirements  # noqa: F401 - first: it refuses an old torch or Ray
+from ray_zerocopy import requirements  # noqa: F401 - first: it rejects an old torch or Ray
 from ray_zerocopy.errors import (
     BaseLostError,
     BlockError,
@@ -114,7 +114,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# The faces are loaded when they are used, and Ray Data and Ray Serve with them.
+# Imported on first use: some of them import Ray Data and Ray Serve.
 _FACES = {
     "CallModel": "invoke",
     "Shim": "invoke",
@@ -125,7 +125,7 @@ _FACES = {
     "Version": "registry.records",
     "prefetch": "registry.broadcast",
     "Live": "registry.follower",
-    "open": "store.opening",  # not in `__all__`: a star import is to leave the builtin alone
+    "open": "store.opening",  # not in `__all__`: a star import must not hide the builtin
     "follow": "registry.follower",
     **dict.fromkeys(
         ("load", "promote", "publish", "published", "retire", "versions"), "registry.publication"

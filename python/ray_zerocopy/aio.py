@@ -1,7 +1,7 @@
-"""What waits, to `await`: each runs in a thread, with the arguments it has without `aio`.
+"""The blocking functions as coroutines: same arguments, each call runs in a thread.
 
 >>> version = await rzc.aio.publish("bert", make=load_bert)
->>> live = await rzc.aio.follow("bert")         # live() itself never waits
+>>> live = await rzc.aio.follow("bert")         # live() never blocks: call it as it is
 """
 
 from __future__ import annotations

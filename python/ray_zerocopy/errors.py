@@ -1,12 +1,12 @@
-"""What ray-zerocopy raises and warns of; everything raised has one base class."""
+"""Errors and warnings of ray-zerocopy."""
 
 
 class RayZeroCopyError(Exception):
-    """Base of everything that ray-zerocopy raises."""
+    """Base class of all errors of ray-zerocopy."""
 
 
 class PublishError(RayZeroCopyError):
-    """An object cannot be published: a part of it, named by its path, does not pickle."""
+    """An object cannot be stored: a part of it does not pickle. The message gives its path."""
 
 
 class StoreFullError(RayZeroCopyError):
@@ -14,80 +14,80 @@ class StoreFullError(RayZeroCopyError):
 
 
 class SaveError(RayZeroCopyError, OSError):
-    """A snapshot cannot be written: the disk is full, or its folder is not there."""
+    """A snapshot cannot be written: the disk is full, or the folder does not exist."""
 
 
 class ClientError(RayZeroCopyError):
-    """Ray Client has no object store on its side, so there is nothing to share."""
+    """A Ray Client cannot share models: it has no local object store."""
 
 
 class DeviceError(RayZeroCopyError, RuntimeError):
-    """Tensors cannot lie on a device: there is none, or this process may not use it."""
+    """A device does not exist, or this process may not use it."""
 
 
 class NotABlockError(RayZeroCopyError):
-    """A reference does not hold what `put` stores."""
+    """A reference points to an object that `put` has not stored."""
 
 
 class BlockError(RayZeroCopyError, ValueError):
-    """Bytes are wrong: a block, table or snapshot is damaged, truncated or another object's."""
+    """A block, table or snapshot is damaged, truncated or belongs to another object."""
 
 
 class BaseLostError(RayZeroCopyError):
-    """The object that has tensors of a variant is gone: lost, or its process has ended."""
+    """A base of a variant is gone: the object was lost, or the process that owns it has ended."""
 
 
 class ResourceError(RayZeroCopyError):
-    """A limit of this process or machine: memory, descriptors, threads, mappings. It is named."""
+    """A limit of this process or machine: memory, descriptors, threads or mappings."""
 
 
 class VersionError(RayZeroCopyError, ImportError):
-    """A torch, Ray or ray-zerocopy is older than what is asked of it, or than what it reads."""
+    """The installed torch, Ray or ray-zerocopy is too old for the call or for the stored object."""
 
 
 class MismatchError(RayZeroCopyError, ValueError):
-    """A skeleton and tensors that do not belong together."""
+    """A skeleton and tensors come from different models."""
 
 
 class InputError(RayZeroCopyError, ValueError):
-    """A batch that a model cannot take: a column is missing, or of another kind or shape."""
+    """A batch does not fit the model: a column is missing, or has another type or shape."""
 
 
 class OutputError(RayZeroCopyError, ValueError):
-    """A model's output that does not become columns: it has no row for each input row."""
+    """A model's output does not become columns: it does not have one row per input row."""
 
 
 class CatalogError(RayZeroCopyError):
-    """The catalog of published models does not answer, or cannot do what was asked of it."""
+    """The catalog of published models does not answer, or cannot carry out a request."""
 
 
 class UnknownVersionError(RayZeroCopyError, LookupError):
-    """Nothing is published under a name or number."""
+    """No version is published under this name or number."""
 
 
 class LostVersionError(RayZeroCopyError):
-    """The block of a published version is gone, and could not be made again."""
+    """The block of a published version is gone and could not be rebuilt."""
 
 
 class IsolationWarning(UserWarning):
-    """Weights are not isolated as asked: a write in one process would be seen by others."""
+    """Loaded without copy-on-write: a write in one process changes the weights of others."""
 
 
 class NoValuesWarning(UserWarning):
-    """Some tensors of an object lie on the meta device: they are stored without values."""
+    """Some tensors of an object are stored without values: they are on the meta device."""
 
 
 class OnDiskWarning(UserWarning):
-    """The object store has no room for a block, which lies on disk: loads read it from there."""
+    """The object store had no room for a block: Ray keeps it on disk, and loads read that file."""
 
 
 class StoredAgainWarning(UserWarning):
-    """A model is stored anew by each call that takes it; `put` stores it once."""
+    """Each call that takes this model stores it again; `put` stores it once."""
 
 
 class NotABlockWarning(UserWarning):
-    """`enable` left an object to Ray's own pickle: `put` refuses it."""
+    """`enable` cannot store an object as a block; Ray stores it with its own pickle."""
 
 
 class HostCopyWarning(UserWarning):
-    """Tensors of another device travel through host memory and are loaded on the CPU."""
+    """Tensors on another device are copied through host memory and load on the CPU."""

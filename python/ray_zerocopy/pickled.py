@@ -1,11 +1,11 @@
-"""Every name of ours that a stored pickle holds.
+"""Every name of this package that a stored pickle can contain.
 
-A pickle names functions by module and name, so these names are part of the format: they never
-change. `HOMES` lists them. A function may live in any module; `named` makes pickles name it here.
-Its signature may grow by arguments that have defaults. `tests/test_pickled.py` fails when a pickle
-names anything else of ours.
+A pickle refers to functions by module and name, so these names are part of the format and never
+change. `HOMES` lists them. A function may live in any module; `named` makes pickles refer to it
+here. New arguments must have defaults. `tests/test_pickled.py` fails when a pickle contains
+another name of this package.
 
-This module imports nothing of ours.
+This module imports no other module of this package.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HOMES = {
     "set_script_attributes": "objects.programs",
     "script_function": "objects.programs",
     "exported_program": "objects.torch_inside",
-    # what is passed about instead of a model
+    # handles that stand for a model
     "tensors": "rewrite",
     "call": "invoke",
     "method": "invoke",
@@ -55,18 +55,18 @@ HOMES = {
     "wrapper": "wrappers",
     "handle": "wrappers",
     "in_eval_mode": "wrappers",
-    # what is published
+    # published versions
     "version": "registry.records",
     "plan": "registry.records",
     "live": "registry.follower",
 }
-"""The module where each function lives, by the name in pickles."""
+"""Name in pickles to the module that defines the function."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def named(function: F) -> F:
-    """Have pickles name a function by this module; a decorator."""
+    """Make pickles refer to a function by this module (a decorator)."""
     if function.__name__ not in HOMES:
         raise LookupError(f"{function.__name__} is not in ray_zerocopy.pickled.HOMES")
     function.__module__ = __name__

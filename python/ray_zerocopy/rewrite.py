@@ -1,9 +1,9 @@
-"""A model as skeleton and tensors in hand, for those who move them about themselves.
+"""Split a model into skeleton and tensors, for code that moves the two itself.
 
 model ─ extract_tensors ─▶ (skeleton, tensors) ═ ray.put, ray.get ═▶ replace_tensors ─▶ model
 
-The pair travels through `ray.put` as one object whose tensors are one block, as with
-`ray_zerocopy.put`, which is the shorter way where the model is all that is wanted.
+`ray.put` stores the pair as one object with one block. To share a whole model,
+`ray_zerocopy.put` is shorter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_zerocopy.store.envelope import Shared
 
 Arrays = dict[str, dict[str, np.ndarray]]
 
-# An array whose dtype numpy lacks holds integers; its own dtype is in the dtype's metadata.
+# numpy lacks some dtypes: such an array has integers, and its dtype's metadata names the real one.
 _DTYPE = "torch.dtype"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -31,12 +31,12 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 class Tensors(Sequence[Arrays]):
     """The tensors of a model: one mapping for each module, in `named_modules()` order.
 
-    `tensors[i]` is `{"params": {name: ndarray}, "buffers": {name: ndarray}}`: arrays over the
-    tensors' own memory, made when asked for. A dtype that numpy lacks, such as bfloat16, shows as
-    integers of the same size, with `dtype.metadata["torch.dtype"]` naming the real one.
+    `tensors[i]` is `{"params": {name: ndarray}, "buffers": {name: ndarray}}`. The arrays share the
+    tensors' memory; each access makes them. numpy lacks some dtypes, such as bfloat16: these arrays
+    have integers of the same size, and `dtype.metadata["torch.dtype"]` names the real dtype.
 
-    It pickles out of band as one block. Ties, strides and `requires_grad` survive, and so do
-    attributes that hold the same tensors once more, such as the flat weights of an LSTM.
+    It pickles out of band as one block. Ties, strides, `requires_grad` and further attributes that
+    hold the same tensors, such as the flat weights of an LSTM, survive.
     """
 
     def __init__(self, modules: list[dict[str, dict[str, Any]]]) -> None:
@@ -65,11 +65,11 @@ def tensors(modules: list[dict[str, dict[str, Any]]]) -> Tensors:
 
 
 def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
-    """Take a model apart; the model itself is not touched and no tensor is copied.
+    """Split a model into skeleton and tensors, without a copy of the tensors.
 
-    Returns the skeleton, a copy of the model in eval mode whose parameters and buffers are all
-    None, and its `Tensors`. Plain attributes that hold tensors go with the `Tensors` as well; what
-    a hook's closure holds stays with the skeleton.
+    Returns the skeleton and its `Tensors`. The skeleton is a copy of the model in eval mode whose
+    parameters and buffers are all None; the model does not change. Tensors in plain attributes
+    move to the `Tensors` too. Tensors in the closure of a hook stay in the skeleton.
     """
     parts = split(model)
     sources = parts.sources.tensors
@@ -96,10 +96,10 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
 
 
 def is_extracted(obj: object) -> bool:
-    """Whether this is a skeleton with its tensors, and not a pipeline that happens to be a tuple.
+    """Whether this is a pair (skeleton, tensors), and not a pipeline whose class is a tuple.
 
-    `Tensors` mark the pair. With arrays of the caller's own it is a plain tuple, which a pipeline,
-    a class with methods, is not.
+    `Tensors` identify the pair. A pair with the caller's own arrays is a plain tuple; a pipeline is
+    an instance of a subclass.
     """
     if not isinstance(obj, tuple) or len(obj) != 2 or not isinstance(obj[0], torch.nn.Module):
         return False
@@ -109,10 +109,12 @@ def is_extracted(obj: object) -> bool:
 def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
     """Put the tensors into a skeleton, in place and without a copy; inverse of `extract_tensors`.
 
-    `tensors` is what `extract_tensors` gave, or any sequence of mappings of ndarrays like it; from
-    plain arrays every floating parameter comes back with `requires_grad`, and ties are not known.
+    `tensors` is the result of `extract_tensors`, or any sequence of such mappings of ndarrays.
+    Plain arrays lose ties, and every floating or complex parameter gets `requires_grad`.
 
-    Raises `MismatchError` where the skeleton has not as many modules as there are mappings.
+    Raises:
+        MismatchError: the number of mappings is not the skeleton's number of modules.
+
     """
     for module, entry in _pairs(skeleton, tensors):
         for name, tensor in (entry["params"] | entry["buffers"]).items():
@@ -121,7 +123,7 @@ def replace_tensors(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, An
 
 
 def replace_tensors_direct(skeleton: torch.nn.Module, tensors: Sequence[Mapping[str, Any]]) -> None:
-    """Do what `replace_tensors` does by the shortest way: past every module's `__setattr__`."""
+    """Like `replace_tensors`, but faster: it bypasses every module's `__setattr__`."""
     for module, entry in _pairs(skeleton, tensors):
         inside.parameters_of(module).update(entry["params"])
         inside.buffers_of(module).update(entry["buffers"])
@@ -134,8 +136,8 @@ def _pairs(
     modules = list(skeleton.modules())
     if len(modules) != len(tensors):
         raise MismatchError(
-            f"{type(skeleton).__name__} has {len(modules)} modules, there are tensors for "
-            f"{len(tensors)}: they come from different models"
+            f"{type(skeleton).__name__} has {len(modules)} modules, but the tensors are for "
+            f"{len(tensors)} modules: use a skeleton and tensors of the same model"
         )
     entries = tensors._by_module if isinstance(tensors, Tensors) else map(_from_arrays, tensors)
     return zip(modules, entries, strict=True)
@@ -174,7 +176,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _without_tensors(value: Any) -> Any:
-    """Copy containers with None where they hold tensors."""
+    """Copy containers, with None in place of tensors."""
     if isinstance(value, dict):
         return {key: _without_tensors(item) for key, item in value.items()}
     for kind in (list, tuple, set):

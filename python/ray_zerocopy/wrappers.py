@@ -1,4 +1,4 @@
-"""Handles on shared models, to keep and to pass about: they hold a reference, never weights."""
+"""Picklable handles of shared models: they hold a reference, never weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ Mode = Literal["actor", "task"]
 
 @dataclass(frozen=True)
 class ModelWrapper:
-    """A model or pipeline in the store, as a handle of a few hundred bytes.
+    """Handle of a stored model or pipeline: a few hundred bytes.
 
-    It goes wherever an argument goes: to tasks, to actors' constructors, into
-    `fn_constructor_kwargs` and `Deployment.bind`, and through plain `pickle`. Ray counts the
-    references in wrappers that it carries itself. It cannot count those in plain pickles, nor in
-    `bind`'s arguments: such a pickle keeps the block until the process that published it ends.
-    `rzc.serve.keep` gives one for `bind`.
+    Pass it as an argument to tasks, actors, `fn_constructor_kwargs` or `Deployment.bind`, or pickle
+    it. Ray counts the references in wrappers that it sends itself. Ray cannot count references in
+    plain pickles and in `bind` arguments: such a pickle keeps the block until the process that
+    published it ends. `rzc.serve.keep` returns a handle for `bind`.
 
     Example:
         >>> wrapper = ModelWrapper.from_model(pipeline)
@@ -43,9 +42,9 @@ class ModelWrapper:
     """
 
     ref: ray.ObjectRef | Version | Live
-    """What is stored, `ray.get` of it gives what `load` does; or what is published."""
+    """The stored object (`ray.get` of it returns the same as `load`), or the published version."""
     mode: Mode = "actor"
-    """Whether `load` gives the model itself, or a pipeline whose models run as tasks."""
+    """`"actor"`: `load` returns the model. `"task"`: it returns a pipeline with models as tasks."""
 
     @classmethod
     def from_model(
@@ -55,25 +54,25 @@ class ModelWrapper:
         model_attr_names: Sequence[str] | None = None,
         method_names: Sequence[str] | None = None,
     ) -> Self:
-        """Store a model, or a pipeline of any class with its models and all else it holds.
+        """Store a model or a whole pipeline of any class.
 
-        The source is not changed; what is loaded is in eval mode.
+        The source does not change; loaded models are in eval mode.
 
         Args:
             model_or_pipeline: a module, or any object that holds modules in attributes, lists,
-                dicts or other objects; or what `publish` or `follow` gave, for which the wrapper
-                then stands, in the mode it was published in.
+                dicts or other objects. A result of `publish` or `follow` also works: the wrapper
+                then refers to it, in the mode it was published in.
             mode: `"actor"`: each process that loads it runs the models itself. `"task"`: calls of
                 the models run as Ray tasks, see `rewrite_pipeline`.
-            model_attr_names: the attributes of a pipeline that are models to be shared; all by
-                default. Others stay as they are: in actor mode neither switched to eval mode nor
-                looked at, in task mode run by the caller.
-            method_names: the models' methods that run as tasks; `__call__` always does. Of no
-                consequence in actor mode, where all methods are there.
+            model_attr_names: the attributes of a pipeline that are models to share; default all.
+                Other models stay as they are: actor mode does not switch them to eval mode, and in
+                task mode the caller runs them.
+            method_names: the models' methods that run as tasks, besides `__call__`. Actor mode
+                ignores it: all methods work there.
 
         Raises:
-            AttributeError: the pipeline has no attribute of a name given.
-            TypeError: such an attribute is no module.
+            AttributeError: the pipeline has no attribute with a given name.
+            TypeError: such an attribute is not a module.
             PublishError, StoreFullError, ClientError: as from `put`.
 
         """
@@ -92,13 +91,13 @@ class ModelWrapper:
 
     @classmethod
     def for_tasks(cls, model_or_pipeline: Any, method_names: Sequence[str] | None = None) -> Any:
-        """Give the pipeline with its models' calls running as tasks: task mode, loaded."""
+        """Return the pipeline with its models' calls as tasks: task mode, loaded."""
         return cls.from_model(model_or_pipeline, mode="task", method_names=method_names).load()
 
     def load(self, **how: Any) -> Any:
-        """Give the model or pipeline over the shared block, each time a new one.
+        """Load a new model or pipeline over the shared block.
 
-        In task mode it holds shims for its models. `how` is `isolation`, `prefault`, `device` or
+        In task mode it has shims in place of its models. `how`: `isolation`, `prefault`, `device`,
         `timeout`, as for `get`.
         """
         if isinstance(self.ref, Live):
@@ -108,12 +107,12 @@ class ModelWrapper:
         return get(self.ref, **how)
 
     def serialize(self) -> dict[str, Any]:
-        """Take the wrapper apart into a dict for `deserialize`, which travels as wrappers do."""
+        """Return a dict for `deserialize`; it pickles like the wrapper."""
         return {"handle": _Handle(self.ref), "mode": self.mode}
 
     @classmethod
     def deserialize(cls, handle: _Handle, mode: Mode) -> Self:
-        """Give the wrapper again: `deserialize(**wrapper.serialize())`."""
+        """Return the wrapper: `deserialize(**wrapper.serialize())`."""
         return cls(handle.ref, mode)
 
     def __reduce__(self) -> Any:
@@ -123,33 +122,33 @@ class ModelWrapper:
 
     @staticmethod
     def _check(model: torch.nn.Module) -> None:
-        """Refuse models of another kind than this wrapper's."""
+        """Raise `TypeError` for a model that this wrapper does not accept."""
 
 
 class JITModelWrapper(ModelWrapper):
-    """A `ModelWrapper` for models that are TorchScript, traced or scripted, each one of them."""
+    """A `ModelWrapper` that accepts only TorchScript models, traced or scripted."""
 
     @staticmethod
     def _check(model: torch.nn.Module) -> None:
         if not isinstance(model, torch.jit.ScriptModule):
             raise TypeError(
-                f"{type(model).__name__} is not TorchScript: share it with ModelWrapper, or give "
-                f"torch.jit.script or torch.jit.trace of it"
+                f"{type(model).__name__} is not TorchScript: use ModelWrapper, or convert it "
+                f"with torch.jit.script or torch.jit.trace"
             )
 
 
 @named
 def wrapper(kind: str | type[ModelWrapper], handle: _Handle, mode: Mode) -> ModelWrapper:
-    """Unpickle a wrapper; `kind` is the name of a class here, or a class built on one."""
+    """Unpickle a wrapper; `kind` is the name of a class here, or a subclass of one."""
     made: type[ModelWrapper] = globals()[kind] if isinstance(kind, str) else kind
     return made.deserialize(handle, mode)
 
 
 def wrap(source: Any) -> ModelWrapper:
-    """Give the wrapper of a model by whatever means it is at hand.
+    """Return the wrapper of a model.
 
-    `source` is a wrapper, a reference that `put` gave, what `publish` or `follow` gave, or a model
-    or pipeline itself, which is then stored.
+    `source` is a wrapper, a reference from `put`, a result of `publish` or `follow`, or a model or
+    pipeline, which this call stores.
     """
     if isinstance(source, ModelWrapper):
         return source
@@ -159,7 +158,7 @@ def wrap(source: Any) -> ModelWrapper:
 
 
 def current(source: Any, **how: Any) -> Callable[[], Any]:
-    """Give what gives the model at each call: what is followed changes, all else is loaded once."""
+    """Return a function that returns the model: a `Live`'s current one, else one loaded here."""
     wrapped = wrap(source)
     if isinstance(wrapped.ref, Live):
         live = wrapped.ref.read(**how)
@@ -171,9 +170,9 @@ def current(source: Any, **how: Any) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class _Handle:
-    """A reference that any pickle takes along whole; plain pickle of one keeps only its id.
+    """A reference that survives any pickle; plain pickle of an ObjectRef keeps only its id.
 
-    Ray's own pickler writes the owner's address as well, and counts the reference where it can.
+    Ray's pickler also writes the owner's address, and counts the reference if it can.
     """
 
     ref: Any
@@ -189,7 +188,7 @@ def handle(pickled: bytes) -> _Handle:
 
 
 class _InEvalMode:
-    """A pipeline that comes out of the store with its models in eval mode."""
+    """A pipeline whose models load in eval mode."""
 
     def __init__(self, pipeline: Any, models: list[torch.nn.Module]) -> None:
         self.pipeline = pipeline
@@ -208,7 +207,7 @@ def in_eval_mode(pipeline: Any, models: list[torch.nn.Module]) -> Any:
 
 
 def _models(pipeline: Any, names: Sequence[str] | None) -> Iterator[torch.nn.Module]:
-    """Give the models of a pipeline: those named, or all that hang on it."""
+    """Yield the named models of a pipeline, or all that its attributes lead to."""
     if names is None:
         hanging = leading_to_models(pipeline).values()
         yield from (part for part in hanging if isinstance(part, torch.nn.Module))
@@ -232,8 +231,8 @@ def _rewrite(pipeline: Any, names: Sequence[str] | None, methods: Sequence[str] 
         return rewrite_pipeline(pipeline, method_names)
     if isinstance(pipeline, torch.nn.Module):
         raise ValueError(
-            f"{type(pipeline).__name__} is a module, which runs as one: model_attr_names is for "
-            f"pipelines of another class"
+            f"{type(pipeline).__name__} is a module and runs as a whole: use model_attr_names "
+            f"only for pipelines that are not modules"
         )
     shims = rewrite_pipeline({name: getattr(pipeline, name) for name in names}, method_names)
     rewritten = copy.copy(pipeline)
