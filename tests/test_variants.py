@@ -253,7 +253,7 @@ def test_a_node_that_has_only_the_base_fetches_the_variant_and_another_both():
 def test_what_is_no_base_is_refused(cluster, base):
     with pytest.raises(rzc.NotABlockError, match="holds a dict"):
         rzc.put(with_head(), base=ray.put({}))
-    with pytest.raises(TypeError, match="an ObjectRef that put gave"):
+    with pytest.raises(TypeError, match="an ObjectRef from put"):
         rzc.put(with_head(), base=backbone())
 
 

@@ -1,4 +1,4 @@
-"""Ray's own serializer, storing what holds tensors as blocks: `ray.put`, arguments, returns.
+"""Make Ray's serializer store objects with tensors as blocks: `ray.put`, arguments, returns.
 
 Ray ─ dumps(value) ─▶ fewer than 100 KiB of tensors in it ─▶ Ray's own pickle, byte for byte
                         └ more ─▶ `Shared(value)` ─▶ skeleton, table, block
@@ -22,27 +22,27 @@ from ray_zerocopy.pickled import named
 from ray_zerocopy.store import ray_inside
 from ray_zerocopy.store.envelope import Shared
 
-_STORED_AGAIN = 3  # times that one model is stored before a warning names `put`
+_STORED_AGAIN = 3  # warn when the same model is stored for the third time
 
 
 def enable(only: type | tuple[type, ...] = object) -> None:
-    """Have Ray store whatever holds tensors as one block, as `put` does.
+    """Make Ray store every object with tensors as one block, like `put`.
 
-    From now on, in this process, `ray.put(model)`, a model as an argument or a return value of a
-    task or actor, and a model inside anything else that Ray stores (`fn_constructor_args` of Ray
-    Data, `with_parameters` of Ray Tune, the config of Ray Train) lies in the store as one block.
-    Readers need no `enable`. Objects with fewer than 100 KiB of tensors go Ray's way, and so do
-    objects with tensors on another device than the CPU. An object that `put` would refuse goes
-    Ray's way with a `NotABlockWarning`; one that Ray would refuse is stored as `put` would.
+    From now on, in this process, Ray stores models as blocks: with `ray.put(model)`, as arguments
+    and return values of tasks and actors, and inside other stored objects (`fn_constructor_args` of
+    Ray Data, `with_parameters` of Ray Tune, the config of Ray Train). Readers need no `enable`.
+    Ray itself still pickles objects with fewer than 100 KiB of tensors, objects with tensors on
+    another device than the CPU, and, with a `NotABlockWarning`, objects that `put` rejects. Objects
+    that only `put` can pickle become blocks.
 
-    A model that is passed as an argument again and again is stored each time, as in Ray; the third
-    time warns with `StoredAgainWarning`.
+    As in Ray, each call stores its argument again; the third time for the same model warns with
+    `StoredAgainWarning`.
 
     Args:
-        only: store as blocks only objects that hold an instance of this class.
+        only: store only objects as blocks that hold an instance of this class.
 
     Raises:
-        VersionError: the serializer of this Ray is not known.
+        VersionError: this Ray has an unknown serializer.
 
     Example:
         >>> rzc.enable()                                                # in the driver
@@ -51,15 +51,15 @@ def enable(only: type | tuple[type, ...] = object) -> None:
     """
     if ray_inside.shares_tensors():
         warnings.warn(
-            "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: objects with 100 KiB of tensors or more "
-            "are stored by ray_zerocopy, smaller ones by Ray",
+            "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: ray_zerocopy stores objects with 100 KiB "
+            "of tensors or more, Ray stores smaller ones",
             stacklevel=2,
         )
     ray_inside.hook_dumps(_Serializer(only))
 
 
 def disable() -> None:
-    """End what `enable` began: Ray pickles everything itself again."""
+    """Undo `enable`: Ray pickles everything itself again."""
     ray_inside.hook_dumps(None)
 
 
@@ -79,9 +79,9 @@ class _Serializer:
         buffers: list[Any] = []
         try:
             pickled = _pickled(_Watcher, value, protocol, buffers, self._only)
-        except Exception as error:  # it holds tensors, or does not pickle as Ray would have it
+        except Exception as error:  # it holds tensors, or Ray cannot pickle it
             if not isinstance(error, _HoldsTensors) and _pickles(value, protocol):
-                raise  # what was raised is none of its own: by a signal, say
+                raise  # the value is not the cause: a signal, for example
             buffers.clear()
             pickled = self._as_block(value, protocol, buffers, error)
         for buffer in buffers:
@@ -92,7 +92,7 @@ class _Serializer:
     def _as_block(
         self, value: list[Any], protocol: int | None, buffers: list[Any], why: Exception
     ) -> bytes:
-        """Pickle the objects that Ray has found in a value, all of them over one block."""
+        """Pickle the objects that Ray has found in a value, all over one block."""
         self._warn_of_the_third(value)
         whole = Shared(value)
         items = [_Item(whole, index) for index in range(len(value))]
@@ -102,7 +102,7 @@ class _Serializer:
             if not isinstance(why, _HoldsTensors):
                 raise why from None
             metrics.record("rzc_automatic", 1, "refused")
-            warnings.warn(f"stored by Ray's own pickle: {error}", NotABlockWarning, stacklevel=2)
+            warnings.warn(f"Ray stores this object itself: {error}", NotABlockWarning, stacklevel=2)
             buffers.clear()
             return _pickled(cloudpickle.CloudPickler, value, protocol, buffers)
         metrics.record("rzc_automatic", 1, "block")
@@ -114,8 +114,8 @@ class _Serializer:
                 times = self._stored[obj] = self._stored.get(obj, 0) + 1
                 if times == _STORED_AGAIN:
                     warnings.warn(
-                        f"this {type(obj).__name__} has been stored {times} times: once for each "
-                        f"call that takes it; pass ref = ray_zerocopy.put(model) instead",
+                        f"this {type(obj).__name__} has been stored {times} times, once for each "
+                        f"call that takes it: pass ref = ray_zerocopy.put(model) instead",
                         StoredAgainWarning,
                         stacklevel=2,
                     )
@@ -130,7 +130,7 @@ def _pickled(
 
 
 def _pickles(value: Any, protocol: int | None) -> bool:
-    """Whether Ray pickles a value."""
+    """Whether Ray can pickle a value."""
     try:
         _pickled(cloudpickle.CloudPickler, value, protocol, [])
     except Exception:
@@ -150,18 +150,18 @@ class _Item:
 
 @named
 def item(whole: Any, index: int) -> Any:
-    """Unpickle one of several objects, or what a reader makes of them all."""
+    """Unpickle one of several objects, or return a reader's result for all of them."""
     return whole[index] if isinstance(whole, list) else whole
 
 
 class _HoldsTensors(Exception):  # noqa: N818 - a message to `_Serializer`
-    """An object holds tensors that are worth a block."""
+    """An object has enough tensors for a block."""
 
 
 class _Watcher(cloudpickle.CloudPickler):  # type: ignore[misc]
-    """Ray's pickler, which adds up the bytes of tensors on its way.
+    """Ray's pickler, which also adds up the bytes of tensors.
 
-    It ends with `_HoldsTensors` at 100 KiB of them, once an instance of `only` was met.
+    It raises `_HoldsTensors` at 100 KiB, once it has met an instance of `only`.
     """
 
     def __init__(self, file: io.BytesIO, protocol: Any, take_buffer: Any, only: Any) -> None:
@@ -178,7 +178,7 @@ class _Watcher(cloudpickle.CloudPickler):  # type: ignore[misc]
 
     def _add(self, tensor: torch.Tensor) -> None:
         if not tensor.is_cpu:
-            self._only, self._met = (), False  # Ray's way keeps the device
+            self._only, self._met = (), False  # Ray's pickle keeps the device
         self._nbytes += nbytes_of(tensor)
         if self._met and self._nbytes >= ray_inside.INLINE_NBYTES:
             raise _HoldsTensors

@@ -1,11 +1,11 @@
-"""What was loaded and dropped, but is held by a cycle: collected within seconds, and nothing else.
+"""Collect dropped models that a cycle keeps alive, within seconds, and nothing else.
 
-    load ─▶ its modules, by weak references ─┬─ gone ─────────────▶ forgotten
-                                             ├─ held from outside ▶ looked at when 4 times as old
-                                             └─ held from within ─▶ collected
+    load ─▶ weak references to its modules ─┬─ gone ─────────────▶ forget
+                                            ├─ held from outside ▶ check again when 4 times as old
+                                            └─ held from within ─▶ collect
 
-A model in a cycle keeps its block in the store until a full collection, which a worker that has
-nothing to do never makes.
+A model in a cycle keeps its block in the store until a full collection. An idle worker never runs
+one.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from ray_zerocopy import _core
 
 Weak = Callable[[], object]
 
-# A load is looked at after a second; if somebody holds it, again when it is so many times as old.
+# Check a load after one second; if something holds it, again when it is so many times as old.
 _LOOKS_S = 1.0
 _TIMES_AS_OLD = 4
 
-# The next load looks at as many before it: tasks in a row fill a store in less than a second.
+# Each load checks so many loads before it: tasks in a row can fill a store within a second.
 _LATEST = 2
 
-# Of a container, so many parts are looked at for objects to watch.
+# Search at most so many parts of a container for objects to watch.
 _PARTS = 64
 _CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
 
-# What leads everywhere, or holds nothing of Python's.
+# Types whose objects lead everywhere, or hold no Python objects.
 _ELSEWHERE = (type, types.ModuleType, types.FunctionType, torch.Tensor, np.ndarray)
 
-_COLLECTING = threading.RLock()  # a collection that starts during another one does nothing
+_COLLECTING = threading.RLock()  # Python ignores a collection that starts during another one
 
 
 def traces(loaded: object) -> list[Weak]:
-    """Give what shows whether any of an object that is to be dropped is still there."""
+    """Return weak references that show whether any part of a dropped object is still alive."""
     roots = _weak(_inside(loaded))
     modules = [root for ref in roots if isinstance(root := ref(), torch.nn.Module)]
     return [*roots, *(weakref.ref(part) for module in modules for part in module.modules())]
 
 
 def collect(dropped: Iterable[Weak]) -> None:
-    """Collect what was dropped and is held by cycles, by its traces.
+    """Collect dropped objects that only cycles hold, given their traces.
 
-    Only what can be reached from there is judged, in milliseconds; a full collection takes 200 to
-    500 where torch and transformers are imported, and stops all threads.
+    It examines only objects reachable from there, in milliseconds. A full collection takes 200 to
+    500 ms with torch and transformers imported, and stops all threads.
     """
     with _COLLECTING:
         if parts := _reachable(dropped):
@@ -64,7 +64,7 @@ def collect(dropped: Iterable[Weak]) -> None:
 
 
 def _reachable(weak: Iterable[Weak]) -> list[object]:
-    """Give the objects that can be reached from some, and that the collector knows of."""
+    """Return all objects reachable from these that the collector tracks."""
     level = {id(part): part for ref in weak if (part := ref()) is not None}
     found: dict[int, object] = {}
     while level:
@@ -83,9 +83,9 @@ def _reachable(weak: Iterable[Weak]) -> list[object]:
 
 
 def watch(loaded: object, modules: _core.Modules) -> None:
-    """Have an object that was just loaded collected when cycles alone hold it.
+    """Collect a just loaded object as soon as only cycles hold it.
 
-    `modules` are those that the load has made. The caller holds the object by one name.
+    `modules` are the modules that the load made. The caller holds the object by exactly one name.
     """
     if isinstance(loaded, _CONTAINERS):
         roots = [(ref, _count(ref) - 1) for ref in _weak(_inside(loaded))]
@@ -97,12 +97,12 @@ def watch(loaded: object, modules: _core.Modules) -> None:
 
 
 def look() -> None:
-    """Collect what was loaded just before and is held by cycles alone."""
+    """Collect those of the latest loads that only cycles hold."""
     _WATCH.look(_LATEST)
 
 
 def _inside(loaded: object) -> Iterator[object]:
-    """Give an object, or those in a container and in containers inside, to some depth."""
+    """Yield an object, or the first objects in a container and the containers inside it."""
     level, left = [loaded], _PARTS
     while level and left > 0:
         inner: list[object] = []
@@ -115,7 +115,7 @@ def _inside(loaded: object) -> Iterator[object]:
 
 
 def _weak(parts: Iterable[object]) -> list[Weak]:
-    """Refer to those of some objects that can be in a cycle and be referred to."""
+    """Return weak references to those objects that can be in a cycle and allow them."""
     weak: list[Weak] = []
     for part in parts:
         if gc.is_tracked(part) and not isinstance(part, _ELSEWHERE):
@@ -125,7 +125,7 @@ def _weak(parts: Iterable[object]) -> list[Weak]:
 
 
 def _count(ref: Weak) -> int:
-    """Count references to an object; the same for the same ones, whatever else that counts."""
+    """Return an object's refcount plus a constant: the references of this function itself."""
     part = ref()
     return sys.getrefcount(part) if part is not None else 0
 
@@ -135,7 +135,7 @@ class _Nothing:
 
 
 def _held_meanwhile() -> int:
-    """Tell how much more is counted of an object in `watch` than when nobody holds it."""
+    """Return how much higher the refcount in `watch` is than `_count` of an unheld object."""
 
     def counted(loaded: object) -> int:
         return sys.getrefcount(loaded)
@@ -150,20 +150,20 @@ _HELD_MEANWHILE = _held_meanwhile()
 
 
 class _Loaded:
-    """What one load has made, by weak references."""
+    """Weak references to the objects of one load."""
 
     def __init__(self, roots: list[tuple[Weak, int]], modules: _core.Modules) -> None:
-        self.roots = roots  # each with its references from within
+        self.roots = roots  # each with its number of references from within
         self.modules = modules
         self.made_s = time.monotonic()
         self.due_s = self.made_s + _LOOKS_S
-        self.in_vain: list[int] | None = None  # references when it was collected, and stayed
+        self.in_vain: list[int] | None = None  # refcounts at a collection that it survived
 
     def is_gone(self) -> bool:
         return all(root() is None for root, _ in self.roots) and self.modules.are_gone()
 
     def is_dropped(self) -> bool:
-        """Tell whether nothing from outside refers to it, as far as counts show, and once only."""
+        """Whether, by refcounts, nothing outside refers to it; True only once for equal counts."""
         counts = [_count(root) for root, _ in self.roots]
         if any(count > within for count, (_, within) in zip(counts, self.roots, strict=True)):
             return False
@@ -171,7 +171,7 @@ class _Loaded:
         return counts != known
 
     def is_due(self, now_s: float) -> bool:
-        """Tell whether it is time to look, whatever counts show, and once only."""
+        """Whether it is time to collect it whatever the counts are; True only once per interval."""
         if now_s < self.due_s:
             return False
         self.due_s = self.made_s + _TIMES_AS_OLD * (now_s - self.made_s)
@@ -179,7 +179,7 @@ class _Loaded:
 
 
 class _Watch:
-    """Looks at what was loaded, on a thread that runs while something of it is there."""
+    """Check loaded objects, on a thread that runs while any of them is alive."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -191,11 +191,11 @@ class _Watch:
             self._loaded.append(loaded)
             if self._thread is None or not self._thread.is_alive():  # as after a fork
                 self._thread = threading.Thread(target=self._run, name="rzc.cycles", daemon=True)
-                with contextlib.suppress(RuntimeError):  # no more threads: the next one tries
+                with contextlib.suppress(RuntimeError):  # thread limit: the next load tries again
                     self._thread.start()
 
     def look(self, latest: int = 0) -> None:
-        """Collect what is held by cycles alone, of the latest loads or of all."""
+        """Collect those of the latest loads, or of all, that only cycles hold."""
         if not self._loaded:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""What `inspect` tells of a stored object."""
+"""The description of a stored object that `inspect` returns."""
 
 from __future__ import annotations
 
@@ -24,52 +24,51 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """What a reference holds, and how this process would hold it."""
+    """The contents of a stored object, and how this process maps it."""
 
     nbytes: int
-    """Bytes in the block."""
+    """Size of the block in bytes."""
     padding: int
-    """Bytes of the block that belong to no span: header, checksums, what alignment costs."""
+    """Bytes of the block outside its spans: header, checksums and alignment."""
     skeleton_nbytes: int
-    """Bytes of the object minus its tensors."""
+    """Size of the skeleton in bytes: the object minus its tensors."""
     unshared_nbytes: int
-    """Those of them that are data which each load copies: what an object's `__getstate__` has
-    packed into `bytes`, as skorch does with its weights."""
+    """Bytes of the skeleton that are data, which each load copies: `__getstate__` has packed
+    weights into `bytes`, as skorch does."""
     spans: list[tuple[int, int]]
     """Offset and bytes of each storage in its block."""
     checksums: list[int]
-    """The XXH3 of each as it was written."""
+    """XXH3 of each span, from when it was written."""
     tensors: list[TensorInfo]
-    """The views over them."""
+    """The views of the spans."""
     where: str
-    """`"store"` (shared memory), `"disk"` (Ray's fallback), `"inline"` (sent along by Ray), or
-    `"file"`: a snapshot."""
+    """`"store"` (shared memory), `"disk"` (Ray's fallback), `"inline"` (in Ray's message), or
+    `"file"` (a snapshot)."""
     file: str | None
     """The store's file, as the kernel names it, or the snapshot."""
     inode: int | None
     """Its inode: the same in every process that shares the block."""
     offset: int | None
-    """Where in the file the block starts, in bytes."""
+    """Offset of the block in the file, in bytes."""
     huge_nbytes: int | None
-    """Bytes that lie in huge pages, of 2 MiB each; None where that cannot be told: before Linux
-    6.7, or where pages are not private."""
+    """Bytes in huge pages of 2 MiB; None if unknown: before Linux 6.7, or pages not private."""
     held: str
     """`"private"` or `"shared"` pages of the store, `"copied"` into private memory, or
-    `"not at all"`: a snapshot."""
+    `"not at all"` (a snapshot)."""
     fallback: str | None
     """Why the pages are not private, if they are not."""
     ways: dict[str, str]
-    """What `ways()` tells of this process."""
+    """The code paths in use in this process: see `ways()`."""
     verified: bool = False
     """Whether every byte was compared with the checksums."""
     base_nbytes: int = 0
-    """Bytes of a variant's storages that lie in blocks of its bases."""
+    """Bytes of a variant's storages that are in blocks of its bases."""
     blocks: list[int] = field(default_factory=list)
-    """Of each storage of a variant the block: 0 is its own, 1 that of its first base."""
+    """Block of each storage of a variant: 0 is its own, 1 that of its first base."""
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """How many tensors have each dtype."""
+        """Number of tensors of each dtype."""
         names = [tensor.dtype for tensor in self.tensors]
         return {name: names.count(name) for name in sorted(set(names))}
 
@@ -98,7 +97,7 @@ class Info:
 
 
 def ways() -> dict[str, str]:
-    """Tell by which ways this process makes views and puts blocks, as its torch and Ray allow.
+    """Return the code paths in use in this process; they depend on its torch and Ray.
 
     `"views"` is `"dlpack"`, or the slower `"from_numpy"`; `"put"` is `"room"`, or the slower
     `"ray.put"`; `"enable"` is `"on"` or `"off"`.
@@ -110,7 +109,7 @@ def ways() -> dict[str, str]:
 def describe(
     blocks: Sequence[tuple[_core.Block, Sequence[int]]], skeleton: bytes, verify: bool = False
 ) -> Info:
-    """Tell of blocks as this process holds them, an object's own and those of its bases.
+    """Describe blocks as this process maps them: an object's own and those of its bases.
 
     `verify` raises `BlockError` on damage.
     """
@@ -157,7 +156,7 @@ def describe(
 def describe_file(
     snapshot: _core.Snapshot, path: str, checksums: list[int], verified: bool
 ) -> Info:
-    """Tell of a snapshot, of which only what precedes the block was read."""
+    """Describe a snapshot from the bytes before its block."""
     return Info(
         nbytes=snapshot.nbytes,
         padding=snapshot.nbytes - sum(nbytes for _, nbytes in snapshot.spans),

@@ -1,8 +1,8 @@
-"""How an object travels through Ray: as its skeleton, its table and its block.
+"""Pickle an object for Ray as skeleton, table and block, and read it again.
 
 object ─ `Shared` pickles ─▶ skeleton, table, block ═ Ray ═▶ `load` ─ a reader ─▶ object, or less
 
-A variant has some of its tensors in blocks of other objects, its bases:
+A variant has some of its tensors in the blocks of other objects, its bases:
 
 variant ─ `Shared` pickles ─▶ skeleton, table, block; for each base: reference, header, table
 """
@@ -43,15 +43,15 @@ from ray_zerocopy.store.description import Info, describe
 Isolation = Literal["private", "shared", "copy"]
 
 
-# Of a variant: the reference of a base, the header of its block, the table of the tensors that lie
-# there, over the spans of that block, and their numbers.
+# A base of a variant: its reference, the header of its block, the table of the variant's tensors in
+# that block (over the block's spans), and their numbers.
 Base = tuple[ray.ObjectRef, bytes, bytes, list[int]]
 
 
 class Shared:
-    """An object that pickles as skeleton, table and block; unpickling gives the object itself.
+    """An object that pickles as skeleton, table and block; unpickling returns the object itself.
 
-    `put` wraps in it. A task may return one, so that Ray can make the block again from lineage.
+    `put` uses it. Return one from a task, so that Ray can rebuild the block from lineage.
     """
 
     def __init__(self, obj: object, bases: Sequence[ray.ObjectRef] = ()) -> None:
@@ -69,11 +69,11 @@ class Shared:
         except (BaseLostError, NotABlockError):
             raise
         except Exception as error:
-            if can_be_published(self.obj):  # what was raised is none of its own: by a signal, say
+            if can_be_published(self.obj):  # the object is not the cause: a signal, for example
                 raise
             reason = f"{error}{way_out(str(error))}"
             raise PublishError(f"{culprit(self.obj)} cannot be published: {reason}") from error
-        if transformers_inside.is_offloaded(parts.skeleton):  # the values are its hooks', or files
+        if transformers_inside.is_offloaded(parts.skeleton):  # hooks or files have the values
             _warn_of_files(self.obj)
         elif torch_inside.holds_meta(parts.skeleton) and parts.sources.tensors:
             _warn_of_meta(self.obj)
@@ -92,14 +92,14 @@ def _warn_of_meta(obj: object) -> None:
 
 
 def without_values(obj: object) -> str:
-    """Tell which tensors of an object have no values."""
+    """Return a message that names the tensors without values."""
     paths = list(paths_to(obj, lambda part: isinstance(part, torch.Tensor) and part.is_meta))
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return f"{', '.join(paths[:5])}{more} lie on the meta device and have no values"
 
 
 def references_in(obj: object) -> str:
-    """Give the path to a reference or actor in an object that holds one."""
+    """Return the path to a reference or actor in an object that holds one."""
     return culprit(obj, lambda skeleton: not ray_inside.holds_references(skeleton))
 
 
@@ -114,7 +114,7 @@ def _warn_of_files(obj: object) -> None:
 
 
 class Anchored(Shared):
-    """One that leaves its block to `put`: its only buffer is where the block is to start."""
+    """A `Shared` whose block `put` writes later: its only buffer marks the start of the block."""
 
     block: _core.Gather
 
@@ -124,12 +124,12 @@ class Anchored(Shared):
 
 
 class Parts:
-    """A stored object taken apart: pickles to the same bytes, whatever process made them.
+    """The parts of a stored object; they pickle to the same bytes in every process.
 
-    None of its classes need to be importable, and nothing is copied: the segments, one after the
-    other and each at a multiple of 64 bytes, are the block where it lies. With `anchored` the only
-    one is where the block is to start, as for `Anchored`. The block of a variant has the tensors
-    with these `numbers`; its `bases` have the others.
+    The object's classes need not be importable, and nothing is copied: `segments`, one after the
+    other and each at a multiple of 64 bytes, are the block in place. With `anchored` the only
+    segment marks the start of the block, as in `Anchored`. A variant's block has the tensors with
+    these `numbers`; its `bases` have the others.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class Parts:
 
     @classmethod
     def of(cls, obj: object) -> Parts:
-        """Take apart an object that is not stored yet; raises `PublishError` as `put` does.
+        """Split an object that is not stored yet; raises `PublishError` as `put` does.
 
-        Of one that is `Anchored` its block is not among them: that is to be written.
+        The parts of an `Anchored` object lack its block: the caller writes it.
         """
         shared = obj if isinstance(obj, Shared) else Shared(obj)
         _, (head, *segments) = shared.__reduce_ex__(5)
@@ -167,14 +167,14 @@ class Parts:
 
     @property
     def holds_tensors(self) -> bool:
-        """Whether there is a tensor or a buffer in it, however small."""
+        """Whether it has a tensor or a buffer, however small."""
         return _core.view_count(self.table) > 0 or bool(self.bases)
 
     def digest(self) -> str:
-        """Give what equal objects share, and no others: 128 bits, in hexadecimal.
+        """Return 128 bits in hexadecimal: the same for equal objects, and only for them.
 
-        It is a hash of the weights' checksums and of the object's structure, and the same in every
-        process (`rust/format/digest.rs`). No weight is read.
+        It hashes the weights' checksums and the object's structure, reads no weights, and is the
+        same in every process (`rust/format/digest.rs`).
         """
         parts = self.skeleton, self.table, self.buffers, self.segments[0]
         return _core.digest(*parts, programs.plain)
@@ -183,25 +183,28 @@ class Parts:
 def open_block(
     parts: Parts, isolation: Isolation, variant: tuple[bytes, bytes] | None = None
 ) -> _core.Block:
-    """Map the block of a stored object; of a base, as the `variant` with its header and table does.
+    """Map the block of a stored object; `variant`: header and table for the block of a base.
 
-    Raises `BlockError` where the segments are not the block of this table, and warns with
-    `IsolationWarning` where private pages were asked for and shared ones are all there is.
+    Raises `BlockError` if the segments are not the block of this table. Warns with
+    `IsolationWarning` if the caller asked for private pages and only shared ones are possible.
     """
     connection = ray_inside.connection()
     block = _core.Block(parts.table, parts.segments, isolation, parts.anchored, connection, variant)
     if block.held == "shared" and isolation == "private":
-        message = f"{block.fallback}: a write into these weights changes every process on the node"
+        message = (
+            f"loaded without copy-on-write ({block.fallback}): writing to these weights changes "
+            f"them in every process on this node"
+        )
         warnings.warn(message, IsolationWarning, stacklevel=2)
     return block
 
 
-# Where the tensors of an object lie: blocks, each with the numbers of its tensors.
+# The blocks of an object, each with the numbers of its tensors.
 Placed = list[tuple[_core.Block, Sequence[int]]]
 
 
 def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
-    """Map the block of a stored object, and those of its bases; raises `BaseLostError`, too."""
+    """Map the blocks of a stored object and its bases; raises `BaseLostError`, too."""
     own = open_block(parts, isolation)
     if not parts.bases:
         return [(own, range(own.view_count))]
@@ -216,7 +219,7 @@ def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
 def _without(
     whole: _core.Gather, refs: Sequence[ray.ObjectRef]
 ) -> tuple[_core.Gather, Sequence[int], Sequence[Base]]:
-    """Leave out what lies in these objects, or in their bases: a load maps each block once."""
+    """Leave out tensors that these objects or their bases have; a load maps each block once."""
     if not refs:
         return whole, (), ()
     stored = dict(zip(refs, fetch(refs), strict=True))
@@ -233,7 +236,7 @@ def _without(
 
 
 def fetch(refs: Sequence[ray.ObjectRef]) -> list[Parts]:
-    """Get stored objects as their parts, of which nothing is opened.
+    """Get the parts of stored objects without mapping their blocks.
 
     Raises:
         BaseLostError: one of them is gone.
@@ -245,8 +248,8 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Parts]:
             found: list[Parts] = ray.get(list(refs))
     except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError) as error:
         raise BaseLostError(
-            f"a base of this variant is gone ({type(error).__name__}): put it again, and what was "
-            f"put with it; a base lives no longer than the process that has put it, or its version"
+            f"a base of this variant is gone ({type(error).__name__}): put it again, then its "
+            f"variants; a base ends with the process that put it, or with its version"
         ) from error
     for ref, parts in zip(refs, found, strict=True):
         if not isinstance(parts, Parts):
@@ -259,12 +262,12 @@ Reader = Callable[[Parts], Any]
 
 
 def anchor(parts: Parts) -> memoryview:
-    """Read only where the block is to start."""
+    """Read only the start of the block."""
     return parts.segments[0]
 
 
 def in_place(parts: Parts) -> Parts:
-    """Read the parts, the block where it lies in the store; that of a variant is made whole."""
+    """Read the parts, with the block in place in the store; copy a variant into one block."""
     if parts.bases:
         block = _core.Gather.of_blocks(open_blocks(parts, "shared"))
         segments = [memoryview(segment) for segment in block.segments()]
@@ -275,7 +278,7 @@ def in_place(parts: Parts) -> Parts:
 
 @dataclass(frozen=True)
 class Inspecting:
-    """Read what `inspect` tells; nothing is unpickled."""
+    """Read the description for `inspect`, without unpickling the object."""
 
     verify: bool = False
 
@@ -300,14 +303,14 @@ class Loading:
         return self.join(blocks, parts.skeleton, parts.buffers, start)
 
     def join(self, blocks: Placed, skeleton: bytes, views: list[int], start: float) -> Any:
-        """Join an object over its blocks; `views` are its buffers, its load began at `start`."""
-        if self.prefault and self.device is not None:  # the copy is to find the pages filled in
+        """Join an object over its blocks; `views` are its buffers, the load began at `start`."""
+        if self.prefault and self.device is not None:  # so that the copy has no page faults
             _prefault(blocks)
         with quiet_collector():
             over, buffers = tensors.over_blocks(blocks, views, self.device)
             made = partial(join, skeleton, over, buffers, self.device)
             loaded, modules = _core.noting_modules(made)
-        if self.prefault:  # joining reads none: beside it, a thread only holds it up
+        if self.prefault:  # after join, which reads no page: a thread beside it only slows it down
             _prefault(blocks)
         metrics.loaded(blocks[0][0], self.isolation, time.perf_counter() - start)
         cycles.watch(loaded, modules)
@@ -325,7 +328,7 @@ _READER: ContextVar[Reader] = ContextVar("ray_zerocopy_reader", default=_AS_RAY_
 
 @contextlib.contextmanager
 def reading(reader: Reader) -> Iterator[None]:
-    """Have `reader` make what is unpickled in here of its parts."""
+    """Inside this context, unpickling a stored object returns `reader(parts)`."""
     token = _READER.set(reader)
     try:
         yield
@@ -338,16 +341,16 @@ _OF_A_VARIANT = ("numbers", "bases")
 
 
 def _reduced(parts: Parts, segments: list[Any]) -> Any:
-    """Reduce a stored object to what `load` takes; the head may grow."""
+    """Reduce a stored object to the arguments of `load`; the head may get more keys."""
     names = _HEAD + _OF_A_VARIANT if parts.bases else _HEAD
     return load, ({name: getattr(parts, name) for name in names}, *segments)
 
 
 @named
 def load(head: dict[str, Any], *segments: Any) -> Any:
-    """Unpickle what `put` stored, as the reader of this context wants it."""
+    """Unpickle a stored object with the reader of this context."""
     if unknown := sorted(head.keys() - set(_HEAD + _OF_A_VARIANT)):
         raise VersionError(
-            f"this object was stored by a newer ray_zerocopy, with {unknown}: upgrade here"
+            f"a newer ray_zerocopy stored this object, with {unknown}: upgrade ray_zerocopy here"
         )
     return _READER.get()(Parts(segments=list(segments), **head))

@@ -1,4 +1,4 @@
-"""What is stored, told without loading it: by its reference, or as a file."""
+"""Describe a stored object or a snapshot without loading it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ray_zerocopy.store.description import Info
 
 
 def inspect(ref: Any, *, verify: bool = False, timeout: float | None = None) -> Info:
-    """Tell what a reference or a snapshot holds and where its bytes lie, without loading it.
+    """Describe a stored object or a snapshot and the place of its bytes, without loading it.
 
-    With `verify` every byte is compared with the checksums that were taken when it was written.
+    `verify` compares every byte with the checksums from when it was written.
 
     Raises:
         NotABlockError: the reference does not come from `put`.

@@ -1,9 +1,9 @@
-"""What a loader casts and merges, in shared memory from the start.
+"""Put the casts and merges of a loader into shared memory from the start.
 
-    cast, stack, cat ─▶ arena ─▶ block, and each page given back once it is written
+    cast, stack, cat ─▶ arena ─▶ block; each page is freed once it is written
 
-Its pages are huge, where the C library's are small: casting 375 MiB and storing them takes 0.6
-times as long. All else stays where the loader has put it.
+The arena has huge pages, the C library's heap small ones: casting and storing 375 MiB takes 0.6
+times as long. All other tensors stay where the loader put them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ray_zerocopy import _core
 from ray_zerocopy.objects import torch_inside
 
-_FROM_NBYTES = 4096  # a lot has at least a page
+_FROM_NBYTES = 4096  # an allocation in the arena takes at least a page
 _MERGES = {torch.stack, torch.cat, torch.concat, torch.concatenate}
 _COPIES = {torch.Tensor.clone, torch.clone, torch.Tensor.contiguous}
 _HERE = threading.local()
@@ -28,7 +28,7 @@ _HERE = threading.local()
 
 @contextlib.contextmanager
 def following(arena: _core.Arena) -> Iterator[None]:
-    """Have what this thread loads, and threads that it starts meanwhile, lie in the arena."""
+    """Put casts and merges of this thread, and of threads it starts meanwhile, into the arena."""
     loading = _Loading(arena)
     with contextlib.ExitStack() as stack:
         stack.callback(loading.end)
@@ -38,13 +38,13 @@ def following(arena: _core.Arena) -> Iterator[None]:
 
 
 class _Loading:
-    """One run of a loader, in all its threads."""
+    """One run of a loader in all its threads."""
 
     def __init__(self, arena: _core.Arena) -> None:
         self.arena = arena
         self.running = True
         self.births = _Births(self)
-        # not shown off a terminal, nor before a second has passed
+        # only on a terminal, and only after one second
         self.progress = tqdm(
             desc="build", unit="B", unit_scale=True, delay=1, disable=None, leave=False
         )
@@ -65,14 +65,14 @@ class _Loading:
             _HERE.loading = outer
 
     def lend(self, nbytes: int) -> torch.Tensor:
-        """Give that many bytes of the arena, as a tensor of uint8 over a storage of its own."""
+        """Return that many bytes of the arena, as a uint8 tensor with its own storage."""
         with self.lock:
             self.progress.update(nbytes)
         return torch.frombuffer(self.arena.lend(nbytes), dtype=torch.uint8)
 
 
 class _Births(TorchFunctionMode):  # type: ignore[misc]
-    """Has the results of casts and merges lie in the arena."""
+    """Puts results of casts and merges into the arena."""
 
     def __init__(self, loading: _Loading) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Births(TorchFunctionMode):  # type: ignore[misc]
         if source.numel() * dtype.itemsize < _FROM_NBYTES:
             return None
         copy = self._empty(source.numel(), dtype).view(source.shape)
-        if stride is not None:  # what is contiguous can have others where a length is 1
+        if stride is not None:  # a contiguous tensor can have any stride where a length is 1
             copy = copy.as_strided(source.shape, stride)
         return copy.copy_(source)
 
@@ -129,10 +129,10 @@ class _Births(TorchFunctionMode):  # type: ignore[misc]
         alike = len({source.dtype for source in sources}) == 1
         if not alike or numel * sources[0].dtype.itemsize < _FROM_NBYTES:
             return None
-        # not all that is contiguous has these: any stride goes with a length of 1
+        # a contiguous tensor can have others: any stride is valid where a length is 1
         if any(source.stride() != _strides(source.shape) for source in sources):
             return None
-        # torch gives it the shape; an empty one that has the bytes already is not allocated anew
+        # torch resizes `out`; it does not reallocate an empty tensor with a large enough storage
         out = self._empty(numel, sources[0].dtype)[:0]
         return function(*args, **kwargs, out=out)
 
@@ -141,7 +141,7 @@ class _Births(TorchFunctionMode):  # type: ignore[misc]
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor of torch's own over a storage of this host's memory."""
+    """Whether it is a tensor without `__torch_dispatch__` over a storage in host memory."""
     kind = type(tensor)
     dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return not dispatches and tensor.is_cpu and _core.has_plain_storage(tensor)
@@ -161,7 +161,7 @@ def _can_be_copied(source: Any) -> bool:
 
 
 class _FollowedThreads:
-    """While any loader runs: threads that a followed one starts are followed."""
+    """While any loader runs: follow the threads that a followed thread starts."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -178,7 +178,7 @@ class _FollowedThreads:
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.loaders -= 1
-            # whoever has wrapped it meanwhile calls it further on
+            # if other code has wrapped it meanwhile, leave it: the wrapper still calls ours
             if not self.loaders and threading.Thread.start is _start:
                 threading.Thread.start = self.start  # type: ignore[method-assign, assignment]
 
@@ -187,13 +187,13 @@ _followed_threads = _FollowedThreads()
 
 
 def _start(thread: threading.Thread) -> None:
-    """Start a thread; up to 3.13 none inherits the context variables of the one that does."""
+    """Start a thread, followed too: up to Python 3.13 it does not inherit context variables."""
     loading = getattr(_HERE, "loading", None)
     if loading is not None:
         run = thread.run
 
         def run_followed() -> None:
-            del thread.run  # the class's again
+            del thread.run  # restore the method of the class
             with loading.here():
                 run()
 

@@ -1,4 +1,4 @@
-"""A snapshot opened where it lies: its block is mapped from the page cache, and no Ray is needed.
+"""Open a snapshot without Ray: map its block from the page cache.
 
 file ─ open_snapshot ─▶ head + block over the page cache ─ join ─▶ object
 """
@@ -34,22 +34,22 @@ def open(  # noqa: A001 - the package's name for it
 ) -> Any:
     """Load an object from its snapshot, with or without Ray.
 
-    Nothing is read but what precedes the block: the weights are the file's pages in the page cache,
-    which all processes share that open it. A process that writes to a page gets its own copy of it.
+    `open` reads only the bytes before the block and maps the weights from the page cache. All
+    processes that open the file share these pages, copy-on-write.
     `inspect(path, verify=True)` compares every byte with its checksum.
 
-    The object is unpickled: as with any pickle, open only what you trust.
+    `open` unpickles the object: as with any pickle, open only files you trust.
 
     Args:
         path: a file that `save` wrote.
-        isolation: `"private"` as above. `"copy"`: read everything into memory of this process, and
-            compare it with the checksums.
-        prefault: fill the page table on a thread, so that the first forward does not. False leaves
-            it to the forward.
-        device: copy the tensors there instead of leaving them on the CPU.
+        isolation: `"private"`: as above. `"copy"`: read everything into private memory, and compare
+            it with the checksums.
+        prefault: fill the page table in the background, so that the first forward has no page
+            faults. False does not.
+        device: copy the tensors to this device; default: keep them on the CPU.
 
     Raises:
-        BlockError: the file is damaged, truncated or no snapshot.
+        BlockError: the file is damaged, truncated or not a snapshot.
         VersionError: a newer ray_zerocopy wrote it.
         ValueError: `path` is a URL, or `isolation` is `"shared"`.
         DeviceError: this process cannot use that device.
@@ -65,10 +65,10 @@ def open(  # noqa: A001 - the package's name for it
             "use 'private' or 'copy'"
         )
     if isolation not in ("private", "copy"):
-        raise ValueError(f"isolation is 'private' or 'copy', not {isolation!r}")
+        raise ValueError(f"isolation must be 'private' or 'copy', not {isolation!r}")
     if "://" in path:
         raise ValueError(
-            f"{path} is a URL, and only a file can be mapped: download it, or store it in Ray "
+            f"{path} is a URL, and open can map only files: download it, or store it in Ray "
             "with ray_zerocopy.restore"
         )
     check_device(device)
@@ -76,7 +76,7 @@ def open(  # noqa: A001 - the package's name for it
         head, block = _core.open_snapshot(file.fileno(), path, isolation == "copy")
     if block.fallback:
         warnings.warn(
-            f"{path} must not be changed in place while it is open here, for {block.fallback}: "
+            f"{path} must not be changed in place while it is open here ({block.fallback}): "
             "replace it, as ray_zerocopy.save does, or open it with isolation='copy'",
             IsolationWarning,
             stacklevel=2,

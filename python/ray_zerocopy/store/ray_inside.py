@@ -1,13 +1,13 @@
-"""Room in Ray's store: an object whose end Ray leaves for us to write.
+"""Every use of Ray's private parts. First: an object whose end Ray leaves for us to write.
 
-Ray copies what it stores buffer by buffer, and only one of hundreds of MiB at full speed; a model
-is hundreds of small ones. So the object is made larger than what Ray writes into it:
+Ray copies an object into the store buffer by buffer, at full speed only for buffers of hundreds of
+MiB. A model has hundreds of small ones. So we make the object larger than what Ray writes into it:
 
     ┌ written by Ray ─────────┐┌ written by `Gather` ───────────┐
     │ skeleton, table, anchor ││ block                          │
     └─────────────────────────┘└────────────────────────────────┘
 
-The only file that knows Ray from the inside. Seen on Ray 2.43 to 2.60.
+No other file uses private parts of Ray. Tested on Ray 2.43 to 2.60.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ray_zerocopy.errors import VersionError
 
 try:
     from ray._raylet import RawSerializedObject  # type: ignore[attr-defined]
-except ImportError:  # a Ray to come
+except ImportError:  # a future Ray
     RawSerializedObject = object
 
 INLINE_NBYTES = 100 * 1024
-"""What is smaller travels in messages, not in the store: Ray's `max_direct_call_object_size`."""
+"""Ray sends smaller objects in messages, not the store: its `max_direct_call_object_size`."""
 
-# What Ray's pickles of references and actors call to come back: nothing that outlives a cluster.
+# Functions in Ray's pickles of references and actors, which end with their cluster.
 _REFERENCES = (b"_object_ref_deserializer", b"_rdt_ref_deserializer", b"_actor_handle_deserializer")
 
-# How this process puts: with room, or, where Ray is not inside as here, by Ray's own `put`.
+# How this process puts: with room, or with Ray's own `put` if Ray's private parts have changed.
 way: Literal["room", "ray.put"] = "ray.put" if RawSerializedObject is object else "room"
 
 
@@ -48,15 +48,15 @@ _AS_IT_IS = nullcontext()
 
 
 class Room(NamedTuple):
-    """An object whose end is to be written: nobody else has the reference yet."""
+    """An object whose end we write; no other process has the reference yet."""
 
     ref: ray.ObjectRef
     start: Any
-    """What `ray.get` of it gives."""
+    """The result of `ray.get`."""
     memory: memoryview
-    """All of its memory ..."""
+    """All memory of the object."""
     connection: _core.Connection
-    """... which is its own as long as this lives."""
+    """While this lives, the store gives the memory to no other object."""
 
 
 def put(
@@ -64,9 +64,9 @@ def put(
 ) -> Room | None:
     """Store an object as `ray.put` does, in memory that is `nbytes()` longer than it needs.
 
-    `nbytes` is called when the object has been pickled. `Room.start` is read inside of `reading`;
-    the pickling is outside: objects may call `ray.get` there. None, and nothing stored, where Ray
-    is not inside as it is from 2.43 to 2.60; from then on nothing is tried any more.
+    It calls `nbytes` after pickling, and reads `Room.start` inside of `reading`. Pickling is
+    outside of it, because objects may call `ray.get` there. Returns None and stores nothing if
+    Ray's private parts differ from 2.43 to 2.60; later calls then do not try again.
     """
     global way
     if way != "room":
@@ -89,9 +89,9 @@ def put(
 
 
 def with_room(obj: object, nbytes: int) -> tuple[Any, int]:
-    """Give what a task returns for an object in memory that is `nbytes` longer, and all its bytes.
+    """Return what a task must return for an object with `nbytes` of room, and the total bytes.
 
-    Whoever has the reference first writes there, by `room_in`.
+    The first process that has the reference writes into the room, by `room_in`.
     """
     context = worker.global_worker.get_serialization_context()
     if "serialize" not in vars(context):
@@ -106,7 +106,7 @@ def with_room(obj: object, nbytes: int) -> tuple[Any, int]:
 def room_in(
     ref: ray.ObjectRef, nbytes: int, reading: AbstractContextManager[None] = _AS_IT_IS
 ) -> Room | None:
-    """Map what a task has returned `with_room`, of so many bytes in all; None if it is not so."""
+    """Map a task's result `with_room`; None if it is not `nbytes` in all, or not writable."""
     held = connection()
     if way != "room" or not held.kept:
         return None
@@ -131,25 +131,25 @@ def _room(
     held: _core.Connection,
 ) -> Room | None:
     if memory.readonly or memory.nbytes != nbytes:
-        return None  # never write where another object may lie
+        return None  # never write to memory that may belong to another object
     with reading:
         (loaded,) = worker.global_worker.deserialize_objects(stored, [ref])
     return Room(ref, loaded, memory, held)
 
 
 def connection() -> _core.Connection:
-    """Keep this process's connection to its node's store open, as long as what is given lives.
+    """Keep this process's connection to its node's store open while the result lives.
 
-    `ray.shutdown()` closes Ray's side of it. With the last side the store gives what this process
-    has mapped to others.
+    `ray.shutdown()` closes Ray's descriptor of it. When the last descriptor is closed, the store
+    gives memory that this process has mapped to other objects.
     """
     return _core.Connection(getattr(worker.global_worker.node, "plasma_store_socket_name", None))
 
 
 class _Roomy(RawSerializedObject):  # type: ignore[misc]
-    """What Ray has serialized, and more bytes than that, which it will not write."""
+    """A serialized object plus bytes that Ray will not write."""
 
-    metadata: Any = None  # in place of the base's properties
+    metadata: Any = None  # replaces a property of the base class, as the next two do
     contained_object_refs: Any = None
     total_bytes: Any = None
 
@@ -161,16 +161,16 @@ class _Roomy(RawSerializedObject):  # type: ignore[misc]
 
 
 class _Returned(NamedTuple):
-    """What a task returns, serialized already."""
+    """The return value of a task, already serialized."""
 
     roomy: _Roomy
 
 
 class _Storing:
-    """Ray's worker, for its own `put_object`, with a serializer that has been at work already.
+    """Stands for Ray's worker in its `put_object`, with a serializer that returns a ready result.
 
-    What that method calls beneath was named, and took arguments, in five ways from Ray 2.43 to
-    2.60; the method knows which.
+    We call `put_object`, because the name and arguments of the method below it took five forms from
+    Ray 2.43 to 2.60.
     """
 
     def __init__(self, ray_worker: Any) -> None:
@@ -190,7 +190,7 @@ class _Storing:
 
 
 class _Pickle:
-    """`ray.cloudpickle`, as Ray's serializer knows it, with a `dumps` of ours."""
+    """`ray.cloudpickle` for Ray's serializer, with our `dumps`."""
 
     def __init__(self, dumps: Callable[..., bytes]) -> None:
         self.dumps = dumps
@@ -200,10 +200,10 @@ class _Pickle:
 
 
 def hook_dumps(dumps: Callable[..., bytes] | None) -> None:
-    """Have Ray's serializer pickle by `dumps(value, protocol, buffer_callback)`; None: as before.
+    """Make Ray's serializer pickle with `dumps(value, protocol, buffer_callback)`; None: as before.
 
-    It pickles so whatever Ray stores: what is put, arguments and returns. Raises `VersionError`
-    where it does not pickle as in Ray 2.43 to 2.60.
+    It pickles everything that Ray stores so: put objects, arguments and returns. Raises
+    `VersionError` if the serializer differs from Ray 2.43 to 2.60.
     """
     method = getattr(serialization.SerializationContext, "_serialize_to_pickle5", None)
     if method is None or not {"pickle", "dumps"} <= set(method.__code__.co_names):
@@ -215,7 +215,7 @@ def hook_dumps(dumps: Callable[..., bytes] | None) -> None:
 
 
 def is_hooked() -> bool:
-    """Whether `hook_dumps` is in force."""
+    """Whether `hook_dumps` is active."""
     return isinstance(serialization.pickle, _Pickle)
 
 
@@ -230,17 +230,16 @@ Address = tuple[bytes, bytes, bytes]  # of an object: its id, its owner, and whe
 
 
 def address_of(ref: ray.ObjectRef) -> Address:
-    """Give what `reference_at` makes the reference of again, in any process of the cluster.
+    """Return an address; `reference_at` makes the reference from it, in any process of the cluster.
 
-    Ray's own pickle of a reference, outside of a message, would pin the object for as long as this
-    process lives.
+    Ray's own pickle of a reference, outside of a message, pins the object until this process ends.
     """
     _, owner, status = worker.global_worker.core_worker.serialize_object_ref(ref)
     return ref.binary(), owner, status
 
 
 def reference_at(address: Address) -> ray.ObjectRef:
-    """Give the reference of an object that its owner, if alive, still holds."""
+    """Return a reference from its address; its owner, if alive, must still hold the object."""
     binary, owner, status = address
     ref = ray.ObjectRef(binary, owner)
     core = worker.global_worker.core_worker
@@ -249,12 +248,12 @@ def reference_at(address: Address) -> ray.ObjectRef:
 
 
 def holds_references(skeleton: bytes) -> bool:
-    """Whether a pickle of Ray's holds references or actors, which end with their cluster."""
+    """Whether Ray's pickle contains references or actors, which end with their cluster."""
     return any(mark in skeleton for mark in _REFERENCES)
 
 
 def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
-    """Give the ids of the nodes that have an object, and its bytes; 0 where nobody knows."""
+    """Return the ids of the nodes that have an object, and its bytes (0 if unknown)."""
     found = get_object_locations([ref], int(timeout * 1000) if timeout >= 0 else -1)[ref]
     return list(found["node_ids"]), found["object_size"] or 0
 
@@ -268,7 +267,7 @@ def is_spilled(ref: ray.ObjectRef) -> bool:
 
 
 def cluster() -> str:
-    """Tell which cluster this process is connected to; nothing where it is to none."""
+    """Return a name of the cluster that this process is connected to, or an empty string."""
     node = worker.global_worker.node if ray.is_initialized() else None
     return "" if node is None else f"{ray.get_runtime_context().gcs_address} {node.session_name}"
 
@@ -277,10 +276,10 @@ _CALLED_BEFORE_LEAVING: list[Callable[[], None]] = []
 
 
 def before_leaving(called: Callable[[], None]) -> None:
-    """Have this called before the process leaves a cluster, by `ray.shutdown` or as it ends.
+    """Call this before the process disconnects from a cluster, at `ray.shutdown` or at exit.
 
-    From then on, and until that is done, a thread that touches a reference ends the process with
-    status 1. Ray itself has a hook only for when a process has connected.
+    During the disconnect, a thread that touches a reference ends the process with status 1. Ray has
+    a hook after connecting, but none before disconnecting.
     """
     if not _CALLED_BEFORE_LEAVING:
         disconnect = worker.disconnect
@@ -296,10 +295,10 @@ def before_leaving(called: Callable[[], None]) -> None:
 
 
 def outside_of_jobs(environment: dict[str, str]) -> dict[str, str]:
-    """Give the environment of a process without the job that it belongs to.
+    """Return the environment variables of a process without those of its job.
 
-    A driver takes the runtime environment of its job from there, and hands it on to what it starts;
-    of `uv run` it takes it from its parents' command lines.
+    A driver reads its job's runtime environment there and passes it to the processes it starts;
+    with `uv run` it reads the command lines of its parents.
     """
     kept = {key: value for key, value in environment.items() if not key.startswith(_OF_A_JOB)}
     return kept | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -309,12 +308,12 @@ _OF_A_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY
 
 
 def is_client() -> bool:
-    """Whether this process is a Ray Client, with no object store on its side."""
+    """Whether this process is a Ray Client, which has no local object store."""
     return bool(ray.util.client.ray.is_connected())
 
 
 def free_resources() -> dict[str, float]:
-    """Give what a task from here may take: of its placement group where it has one, as in Tune."""
+    """Return the free resources for tasks from here: of a placement group if in one, as in Tune."""
     free, context = ray.available_resources(), ray.get_runtime_context()
     if not context.should_capture_child_tasks_in_placement_group:
         return dict(free)
@@ -323,9 +322,9 @@ def free_resources() -> dict[str, float]:
 
 
 def is_store(file: str) -> bool:
-    """Whether a file is the store, in memory, not one in which Ray keeps what had no room there.
+    """Whether a file is the store in memory, not Ray's fallback file on disk.
 
-    Ray has the whole store on disk where `/dev/shm` is smaller.
+    If `/dev/shm` is too small, Ray puts the whole store on disk.
     """
     directory = os.path.dirname(file)
     return directory == _store_directory(_store_socket()) and _in_memory(directory)
@@ -334,7 +333,7 @@ def is_store(file: str) -> bool:
 @functools.cache
 def _in_memory(directory: str) -> bool:
     nearest, kind = "", "tmpfs"
-    with contextlib.suppress(OSError):  # no /proc: as almost everywhere
+    with contextlib.suppress(OSError):  # no /proc: assume memory, as almost everywhere
         for mount in Path("/proc/self/mounts").read_text().splitlines():
             _, point, found, *_ = mount.split(" ")
             if len(point) >= len(nearest) and os.path.commonpath([point, directory]) == point:
@@ -348,9 +347,9 @@ def _store_socket() -> str:
 
 @functools.cache
 def _store_directory(socket: str) -> str:
-    """Give the directory of a store, as its raylet was told: `/dev/shm` unless it was too small."""
+    """Return a store's directory, as its raylet was told: `/dev/shm` unless that was too small."""
     for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             arguments = command.read_bytes().split(b"\0")
             if f"--store_socket_name={socket}".encode() in arguments:
                 for argument in arguments:
@@ -360,14 +359,14 @@ def _store_directory(socket: str) -> str:
 
 
 def cause_of(error: ray.exceptions.RaySystemError) -> BaseException | None:
-    """Give what was raised while Ray unpickled an object."""
+    """Return the exception that was raised while Ray unpickled an object."""
     return getattr(error, "client_exc", None)
 
 
 def serve_deployments(timeout: float = 30.0) -> list[bytes]:
-    """Give what Serve's controller has of each deployment: what was bound to it lies in there.
+    """Return what Serve's controller stores for each deployment, including its bound arguments.
 
-    Nothing where Serve does not run. Raises `LookupError` where a deployment is in another form.
+    Empty if Serve does not run. Raises `LookupError` if a deployment has an unknown form.
     """
     try:
         controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
@@ -381,14 +380,14 @@ def serve_deployments(timeout: float = 30.0) -> list[bytes]:
         except KeyError:  # deleted meanwhile
             continue
         if each.name.encode() not in found[-1]:
-            raise LookupError(f"Serve has deployment {each.name!r} in a form that is not known")
+            raise LookupError(f"Serve stores deployment {each.name!r} in an unknown form")
     return found
 
 
 class KeyValues:
-    """Bytes by key in the GCS: they outlive every process of ours, and the head where it is kept.
+    """Bytes by key in the GCS: they outlive our processes, and the head node if the GCS persists.
 
-    Raises what Ray does where the GCS does not answer in time.
+    Raises Ray's error if the GCS does not answer in time.
     """
 
     _TIMEOUT_S = 30
@@ -398,16 +397,16 @@ class KeyValues:
         self._namespace = namespace
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Replace the value of a key; it is kept when this returns."""
+        """Set the value of a key; the GCS has it when this returns."""
         self._gcs.internal_kv_put(key, value, True, self._namespace, timeout=self._TIMEOUT_S)
 
     def get(self, key: bytes) -> bytes | None:
-        """Give the value of a key, or None."""
+        """Return the value of a key, or None."""
         value: bytes | None = self._gcs.internal_kv_get(
             key, self._namespace, timeout=self._TIMEOUT_S
         )
         return value
 
     def every_key(self) -> list[bytes]:
-        """Give every key that was ever put."""
+        """Return all keys that were ever put."""
         return list(self._gcs.internal_kv_keys(b"", self._namespace, timeout=self._TIMEOUT_S))

@@ -44,28 +44,29 @@ from ray_zerocopy.store.loader import following
 def put(
     obj: object, *, base: ray.ObjectRef | Sequence[ray.ObjectRef] | None = None
 ) -> ray.ObjectRef:
-    """Store an object once, its tensors as one block, and give an ordinary `ray.ObjectRef`.
+    """Store an object once, its tensors as one block, and return an ordinary `ray.ObjectRef`.
 
-    `obj` is a module, a pipeline, a dict or list of models: any picklable graph with tensors
-    anywhere in it. `ray.get`, `rzc.get` and tasks that take the reference as an argument find an
-    object equal to it whose tensors lie over the block: mapped copy-on-write, never copied.
+    `obj` is any picklable object with tensors anywhere in it: a module, a pipeline, a dict or list
+    of models. `ray.get`, `rzc.get` and tasks that take the reference as an argument load an equal
+    object. Its tensors are views of the block, mapped copy-on-write, never copied.
 
-    Each byte is copied once, from the tensors into shared memory, and the object is not changed.
-    Nobody may write its tensors meanwhile. Gradients and tensors' hooks stay behind, as with
-    pickle. The block lives as long as the reference, or anything loaded from it.
+    `put` copies each byte once, from the tensors into shared memory, and does not change the
+    object. Do not write to its tensors meanwhile. As with pickle, gradients and tensor hooks are
+    not stored. The block lives as long as the reference, or anything loaded from it.
 
     Args:
-        obj: what to store.
-        base: objects that `put` has stored, such as the backbone of a model with another head. What
-            has the same bytes there is not stored again; it is found by its bytes, and may come
-            from another process or checkpoint. The new object keeps its bases in the store.
+        obj: the object to store.
+        base: objects that `put` has stored, such as the backbone of a model with another head.
+            `put` does not store tensors again whose bytes a base has. It compares bytes, so a base
+            may come from another process or checkpoint. The new object keeps its bases in the
+            store.
 
     Raises:
         BaseLostError: a base is gone.
         NotABlockError: a base does not come from `put`.
         PublishError: a part of `obj` does not pickle; the message gives the path to it.
         StoreFullError: the store has no room; the message gives the bytes it takes.
-        ClientError: this is a Ray Client, with no object store on its side.
+        ClientError: this process is a Ray Client, which has no local object store.
 
     Example:
         >>> ref = rzc.put(model)
@@ -77,27 +78,28 @@ def put(
 
 
 def bases_of(base: ray.ObjectRef | Sequence[ray.ObjectRef] | None) -> list[ray.ObjectRef]:
-    """Give the bases of a variant as a list; raises `TypeError` for what is no reference."""
+    """Return the bases of a variant as a list; raises `TypeError` if one is not a reference."""
     refs = [] if base is None else [base] if isinstance(base, ray.ObjectRef) else list(base)
     for ref in refs:
         if not isinstance(ref, ray.ObjectRef):
-            raise TypeError(f"base is an ObjectRef that put gave, or a list of such, not {ref!r}")
+            raise TypeError(f"base must be an ObjectRef from put, or a list of them, not {ref!r}")
     return refs
 
 
 def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
-    """Store what `make(*args, **kwargs)` gives, as `put` would, without holding it twice.
+    """Store the result of `make(*args, **kwargs)` as `put` would, without a second copy in memory.
 
-    `make` is a loader, as `AutoModel.from_pretrained`, or a function that calls some. Whatever
-    tensors and arrays it gives are freed as they are written to the block, large tensors by the
-    page. Results of casts and merges of weights go to shared memory from the start, also those of
-    threads that the loader starts. Tensors that lie in files' mappings are read from the files.
+    `make` is a loader such as `AutoModel.from_pretrained`, or a function that calls loaders.
+    `build` frees the tensors and arrays of the result as it writes them to the block, large tensors
+    page by page. Casts and merges of weights go to shared memory from the start, also in threads
+    that the loader starts. Memory-mapped tensors are read from their files.
 
-    What the loader keeps of its model, in a cache or a global, stays whole, and keeps its memory.
-    If `make` raises, nothing is left. Linux only.
+    If the loader keeps its model, in a cache or a global, that copy stays valid and keeps its
+    memory. If `make` raises, nothing is left. Linux only.
 
     Raises:
-        Whatever `make` raises, and what `put` does.
+        Exception: any error of `make`.
+        PublishError, StoreFullError, ClientError: as from `put`.
 
     Example:
         >>> ref = rzc.build(AutoModelForCausalLM.from_pretrained, path, dtype=torch.bfloat16)
@@ -111,9 +113,9 @@ def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectR
 
 
 def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRef:
-    """Store an object; with an arena it is let go first, so that what lies there can be, too."""
+    """Store an object; with an arena, drop it first, so that writing can free its pages."""
     if isinstance(shared.obj, ray.ObjectRef):
-        raise TypeError("this is an ObjectRef already: put what it refers to, or pass it on")
+        raise TypeError("this is an ObjectRef already: pass it on, or put the object itself")
     kind = type(shared.obj).__name__
     with telling_if_full(lambda: shared.nbytes, kind):
         placed = ray_inside.put(shared, lambda: shared.block.nbytes, reading(anchor))
@@ -131,16 +133,16 @@ def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRe
 
 
 def write(shared: Anchored, ref: ray.ObjectRef, nbytes: int) -> Parts | None:
-    """Write the block of an object where another process has made room for it, and give its parts.
+    """Write the block of an object into room that another process made, and return its parts.
 
-    The room is of so many bytes in all. None where it is not, or may not be written.
+    Returns None if the room is not `nbytes` in all, or may not be written.
     """
     placed = ray_inside.room_in(ref, nbytes, reading(anchor))
     if placed is None:
         return None
     warn_if_on_disk(placed.start, shared.nbytes, type(shared.obj).__name__)
     shared.block.write(placed.start, placed.memory)
-    return None if ray_inside.is_spilled(ref) else parts_of(ref)  # what is on disk was not written
+    return None if ray_inside.is_spilled(ref) else parts_of(ref)  # else the disk lacks our write
 
 
 def get(
@@ -151,17 +153,17 @@ def get(
     device: torch.device | str | None = None,
     timeout: float | None = None,
 ) -> Any:
-    """Load what `put` stored; `ray.get` with a say in how.
+    """Load a stored object, like `ray.get`, and choose how.
 
     Args:
         ref: the reference, or a list of them as for `ray.get`.
-        isolation: `"private"`, as with `ray.get`: reads share the store's pages, a write copies
-            the one page for this process. `"shared"`: plain views; a write changes the weights of
-            every process on the node. `"copy"`: private memory of the model's size.
-        prefault: fill the page table, so that the first forward does not. A thread does it while
-            the caller goes on, from the first tensor to the last. Small pages are merged into huge
-            ones a second later, by one process of the node. False leaves all as it is.
-        device: copy the tensors there instead of leaving them on the CPU.
+        isolation: `"private"`, as with `ray.get`: copy-on-write pages of the store. `"shared"`:
+            plain views; a write changes the weights of every process on the node. `"copy"`:
+            private memory of the model's size.
+        prefault: fill the page table in the background, from the first tensor to the last, so that
+            the first forward has no page faults. A second later, one process of the node merges
+            small pages into huge ones. False does neither.
+        device: copy the tensors to this device; default: keep them on the CPU.
         timeout: seconds to wait for the object, as for `ray.get`.
 
     Raises:
@@ -170,7 +172,7 @@ def get(
 
     """
     if isolation not in ("private", "shared", "copy"):
-        raise ValueError(f"isolation is 'private', 'shared' or 'copy', not {isolation!r}")
+        raise ValueError(f"isolation must be 'private', 'shared' or 'copy', not {isolation!r}")
     refuse_client()
     check_device(device)
     with reading(Loading(isolation, prefault, device)):
@@ -178,9 +180,9 @@ def get(
 
 
 def parts_of(ref: ray.ObjectRef, timeout: float | None = None) -> Parts:
-    """Give what a reference holds in parts, its block where it lies in the store.
+    """Return the parts of a stored object, with its block in place in the store.
 
-    Raises `NotABlockError` for a reference that does not come from `put`.
+    Raises `NotABlockError` if the reference does not come from `put`.
     """
     refuse_client()
     with reading(in_place):
@@ -188,7 +190,7 @@ def parts_of(ref: ray.ObjectRef, timeout: float | None = None) -> Parts:
 
 
 def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None = None) -> Info:
-    """Tell what a reference holds; raises as `inspect` does."""
+    """Describe a stored object; raises as `inspect` does."""
     refuse_client()
     with reading(Inspecting(verify)):
         found = _ray_get(ref, timeout)
@@ -196,7 +198,7 @@ def describe(ref: ray.ObjectRef, *, verify: bool = False, timeout: float | None 
 
 
 def _told(found: Any) -> Any:
-    """Give what was told, out of what Ray writes around the objects of `enable`."""
+    """Find the `Info` inside the containers that Ray writes around objects of `enable`."""
     if not isinstance(found, list | dict):
         return found
     parts = found.values() if isinstance(found, dict) else found
@@ -207,7 +209,7 @@ T = TypeVar("T")
 
 
 def _of_ours(ref: Any, found: Any, kind: type[T]) -> T:
-    """Refuse what the reader was not asked for, as `put` has not stored it."""
+    """Return a reader's result; raise `NotABlockError` if no reader ran: `put` did not store it."""
     if not isinstance(found, kind):
         held = type(found).__name__
         raise NotABlockError(f"{ref} holds a {held}, not what ray_zerocopy.put stores")
@@ -216,27 +218,27 @@ def _of_ours(ref: Any, found: Any, kind: type[T]) -> T:
 
 @contextlib.contextmanager
 def telling_if_full(nbytes: Callable[[], int], what: str) -> Iterator[None]:
-    """Say how many bytes there is no room for, and how to make it."""
+    """Turn Ray's errors about a full store into `StoreFullError`, with the bytes and a fix."""
     try:
         yield
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         raise StoreFullError(
             f"the object store has no room for {nbytes():,} bytes of {what}: start Ray with a "
-            f"larger store, as in ray.init(object_store_memory={_roomy(nbytes())}), or drop "
+            f"larger store, such as ray.init(object_store_memory={_roomy(nbytes())}), or drop "
             "references"
         ) from error
 
 
 def warn_if_on_disk(start: Any, nbytes: int, what: str) -> None:
-    """Warn with `OnDiskWarning` where Ray had no room in shared memory for a block."""
+    """Warn with `OnDiskWarning` if Ray had no room in shared memory for a block."""
     try:
         source = _core.source_of(np.frombuffer(start, np.uint8).ctypes.data)
-    except ResourceError:  # no /proc: nobody tells
+    except ResourceError:  # no /proc, so no way to know
         return
     if source is not None and not ray_inside.is_store(source[0]):
         warnings.warn(
-            f"the object store has no room for {nbytes:,} bytes of {what}: they lie on disk, in "
-            f"{source[0]}, and are read from there; start Ray with a larger store, as in "
+            f"the object store has no room for {nbytes:,} bytes of {what}: Ray keeps them on disk, "
+            f"in {source[0]}, and loads read that file; start Ray with a larger store, such as "
             f"ray.init(object_store_memory={_roomy(nbytes)}), or drop references",
             OnDiskWarning,
             stacklevel=4,
@@ -244,7 +246,7 @@ def warn_if_on_disk(start: Any, nbytes: int, what: str) -> None:
 
 
 def check_device(device: torch.device | str | None) -> None:
-    """Raise `DeviceError` where this process cannot have tensors on a device."""
+    """Raise `DeviceError` if this process cannot use a device."""
     if device is None:
         return
     try:
@@ -257,7 +259,7 @@ def check_device(device: torch.device | str | None) -> None:
 
 
 def _ray_get(ref: Any, timeout: float | None) -> Any:
-    """`ray.get`, with our errors and what is not installed as themselves, not wrapped in Ray's."""
+    """`ray.get`, but raise our errors and `ModuleNotFoundError` unwrapped from Ray's."""
     try:
         return ray.get(ref, timeout=timeout)
     except ray.exceptions.RaySystemError as error:
@@ -271,11 +273,11 @@ def refuse_client() -> None:
     """Raise `ClientError` in a Ray Client."""
     if ray_inside.is_client():
         raise ClientError(
-            "this is a Ray Client, with no object store on its side: call ray_zerocopy inside a "
+            "this is a Ray Client, which has no local object store: call ray_zerocopy inside a "
             "task or actor, or connect with ray.init(address='auto') on a node of the cluster"
         )
 
 
 def _roomy(nbytes: int) -> int:
-    """Give a store size with room for this and as much again, in whole MiB."""
+    """Return a store size of twice this, in whole MiB."""
     return -(-2 * nbytes // 2**20) * 2**20

@@ -2,8 +2,8 @@
 
 ref or object ─ save ─▶ head + block ═ file ═▶ restore ─▶ room in the store ─▶ ref
 
-The head holds skeleton and table; the format is in docs/reference/format.md. What is restored is
-compared with its checksums, span by span, on its way in.
+The head has the skeleton and the table; docs/reference/format.md has the format. `restore` compares
+each span with its checksum as it reads it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ray_zerocopy.store import ray_inside, references
 from ray_zerocopy.store.description import Info, describe_file
 from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in
 
-# What is copied at a time from and to a file.
+# Bytes per read and write of a file.
 _CHUNK_NBYTES = 8 * 2**20
 
 Path = str | os.PathLike[str]
 
 
 def save(obj: Any, path: Path) -> None:
-    """Write a snapshot of what a reference holds, or of an object: all of it, in one file.
+    """Write an object, or the object behind a reference, to one file: a snapshot.
 
-    The file appears under its name at once, whole and on the disk, or not at all. What a reference
-    holds is written as it lies in the store, and not loaded; an object is not put there.
-    `path` may be a URL that `fsspec` knows (`s3://`, `gs://`, `memory://`) where that is installed.
+    The file appears under its name only when complete and synced. A stored object is written from
+    the store without loading it; any other object is not put into the store. With `fsspec`
+    installed, `path` may be a URL such as `s3://`, `gs://` or `memory://`.
 
     Raises:
-        PublishError: the object does not pickle, or holds an ObjectRef or an actor, which live no
-            longer than their cluster; the message gives the path to it.
-        SaveError: the file cannot be written, as on a full disk.
+        PublishError: the object does not pickle, or holds an ObjectRef or an actor, which end with
+            their cluster; the message gives the path to it.
+        SaveError: the file cannot be written, for example because the disk is full.
         NotABlockError: the reference does not come from `put`.
         BlockError: the block in the store is damaged.
 
@@ -50,7 +50,7 @@ def save(obj: Any, path: Path) -> None:
     if ray_inside.holds_references(saved.skeleton):
         held = references_in(references.get(obj) if stored else obj)
         raise PublishError(
-            f"{held} cannot be saved: references and actors live no longer than their cluster"
+            f"{held} cannot be saved: references and actors end with their cluster; remove it"
         )
     if stored:
         references.describe(obj, verify=True)
@@ -60,19 +60,19 @@ def save(obj: Any, path: Path) -> None:
 
 
 def restore(path: Path) -> ray.ObjectRef:
-    """Store what a snapshot holds, as `put` would have, at the disk's speed.
+    """Store the object of a snapshot as `put` would, at the speed of the disk.
 
-    Its bytes go straight into the store, read by several threads, and each span is compared with
-    its checksum on the way. `path` may be a URL that `fsspec` knows; it is read as a stream.
+    Several threads read the file directly into the store, and compare each span with its checksum.
+    With `fsspec` installed, `path` may be a URL, which is read as a stream.
 
-    The object is unpickled by whoever loads it: as with any pickle, load only what you trust.
+    Processes that load the object unpickle it: as with any pickle, load only files you trust.
     `inspect(path)` unpickles nothing.
 
     Raises:
-        BlockError: the file is damaged, truncated or no snapshot; the message names the span and
+        BlockError: the file is damaged, truncated or not a snapshot; the message names the span and
             its tensor. Nothing is left in the store.
         StoreFullError: the store has no room; the message gives the bytes it takes.
-        ClientError: this is a Ray Client, with no object store on its side.
+        ClientError: this process is a Ray Client, which has no local object store.
 
     """
     references.refuse_client()
@@ -95,7 +95,7 @@ def restore(path: Path) -> ray.ObjectRef:
 
 
 def describe(path: Path, *, verify: bool = False) -> Info:
-    """Tell what a snapshot holds; `verify` reads all of it. Nothing is unpickled."""
+    """Describe a snapshot without unpickling it; `verify` reads the whole file."""
     with opened(os.fspath(path)) as file:
         snapshot = _head(file)
 
@@ -110,7 +110,7 @@ def describe(path: Path, *, verify: bool = False) -> Info:
 
 
 def digest(path: Path) -> str:
-    """Give the digest of what a snapshot holds, from what precedes its weights."""
+    """Return the digest of a snapshot's object; reads only the bytes before its weights."""
     with opened(os.fspath(path)) as file:
         snapshot = _head(file)
         file.seek(snapshot.offset)
@@ -119,13 +119,13 @@ def digest(path: Path) -> str:
 
 
 def absolute(path: Path) -> str:
-    """Give a path or URL that means the same in every process."""
+    """Return a path or URL that means the same in every process."""
     path = os.fspath(path)
     return path if _is_url(path) else os.path.abspath(path)
 
 
 def move(path: str, there: str) -> None:
-    """Have a snapshot under another name, in place of what is there; raises `SaveError`."""
+    """Rename a snapshot, and replace a file of that name; raises `SaveError`."""
     try:
         if not _is_url(path):
             os.replace(path, there)
@@ -139,7 +139,7 @@ def move(path: str, there: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a snapshot, if it is there."""
+    """Remove a snapshot, if it exists."""
     with contextlib.suppress(OSError):
         if not _is_url(path):
             os.unlink(path)
@@ -151,7 +151,7 @@ def remove(path: str) -> None:
 
 
 def _head(file: BinaryIO) -> _core.Snapshot:
-    """Read what precedes the block; no more than there is, whatever it says."""
+    """Read the bytes before the block; never more than the file has, whatever its header says."""
     nbytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(_core.SNAPSHOT_HEADER_NBYTES)
@@ -162,7 +162,7 @@ def _head(file: BinaryIO) -> _core.Snapshot:
 
 
 def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, start: Any, memory: Any) -> None:
-    """Read the block to where `start` lies, and refuse it unless it is as it was saved."""
+    """Read the block to the address of `start`; raises `BlockError` if its checksums differ."""
     if not _is_url(path):
         return snapshot.read(file.fileno(), path, start, memory)
     address = np.frombuffer(start, np.uint8).ctypes.data
@@ -179,7 +179,7 @@ def _fill(snapshot: _core.Snapshot, path: str, file: BinaryIO, start: Any, memor
 
 
 def _chunks(saved: Parts) -> Iterator[Any]:
-    """Give the file in order, in bounded chunks."""
+    """Yield the bytes of the file in order, in bounded chunks."""
     yield _core.snapshot_head(saved.skeleton, saved.table, saved.buffers)
     end = 0
     for segment in saved.segments:
@@ -190,7 +190,7 @@ def _chunks(saved: Parts) -> Iterator[Any]:
 
 
 def _progress(chunks: Iterator[Any], nbytes: int, what: str) -> Iterator[Any]:
-    """Show on a terminal how far it is, after a second."""
+    """Yield the chunks; on a terminal, show a progress bar after one second."""
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, delay=1, disable=None) as bar:
         for chunk in chunks:
             yield chunk
@@ -203,7 +203,7 @@ def _is_url(path: str) -> bool:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """Open a snapshot; what is wrong with it is told with its path."""
+    """Open a snapshot; add its path to any `BlockError`."""
     try:
         with _open(path) as file:
             yield file
@@ -221,7 +221,7 @@ def _open(path: str) -> Any:
 
 @contextlib.contextmanager
 def _writing(path: str) -> Iterator[Any]:
-    """Open a file that has its name when it is whole and on the disk, and else never has been."""
+    """Write atomically: the file appears under its name only when complete and synced."""
     try:
         if _is_url(path):
             import fsspec  # noqa: PLC0415 - where it is installed
@@ -230,7 +230,7 @@ def _writing(path: str) -> Iterator[Any]:
             with system.transaction, system.open(name, "wb") as file:
                 yield file
             return
-        target = os.path.realpath(path)  # a link stays one
+        target = os.path.realpath(path)  # keep a symbolic link, replace its target
         folder, name = os.path.split(target)
         with open(os.path.join(folder, f".{name}.{uuid.uuid4().hex}"), "xb") as file:
             try:
@@ -243,7 +243,7 @@ def _writing(path: str) -> Iterator[Any]:
                 raise
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # the name is on the disk, too
+            os.fsync(descriptor)  # sync the name as well
         finally:
             os.close(descriptor)
     except OSError as error:
