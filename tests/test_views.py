@@ -50,6 +50,6 @@ def test_a_dtype_of_a_newer_torch_is_refused_with_the_versions(monkeypatch, way)
     block = _core.Block(gathered.table, laid_out(gathered.segments()), "shared")
     tensors._dtypes.cache_clear()
     monkeypatch.delattr(torch, "uint7")
-    message = re.escape(f"torch {torch.__version__} has no uint7")
+    message = re.escape(f"uses torch.uint7, which torch {torch.__version__} lacks")
     with pytest.raises(rzc.VersionError, match=message):
         tensors.over(block, [])

@@ -1,9 +1,9 @@
-"""What is counted, and shown by Ray's Prometheus endpoint as `ray_rzc_…`.
+"""Metrics on Ray's Prometheus endpoint, as `ray_rzc_…`.
 
 record ─ a list ─▶ a thread, a second later ─▶ ray.util.metrics
 
-A load only appends to a list: Ray's own counters cost 10 µs each, and the first of a process an
-import. Gauges are set again every few seconds: Ray 2.60 forgets what has not been for 20.
+A load only appends to a list: each of Ray's counters costs 10 µs, and the first also an import. A
+thread sets gauges again every few seconds: Ray 2.60 forgets gauges that were not set for 20 s.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from ray_zerocopy import _core
 
 _FLUSH_S = 1.0
 _REPEAT_S = 5.0
-_KEPT = 10_000  # records, while no thread can be had
+_KEPT = 10_000  # records, while no thread can start
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 
-# Kind, what it tells, and by what it is told apart; the unit is in the name.
+# Kind, description, tags; the unit is in the name.
 _METRICS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str, tuple[str, ...]]] = {
     "rzc_published_bytes": ("counter", "Bytes put into the store as blocks", ()),
     "rzc_loads": (
         "counter",
-        "Objects loaded, by name and by how their pages are held",
+        "Objects loaded, by name and kind of pages",
         ("name", "held"),
     ),
     "rzc_load_seconds": ("histogram", "Seconds that a load took", ("name", "held")),
     "rzc_mapped_bytes": ("counter", "Bytes of blocks mapped by loads", ("held",)),
-    "rzc_fallbacks": ("counter", "Loads and puts that took a slower way, by reason", ("reason",)),
+    "rzc_fallbacks": ("counter", "Loads and puts on a slower path, by reason", ("reason",)),
     "rzc_automatic": (
         "counter",
-        "Objects that `enable` met with 100 KiB of tensors or more, by what became of them",
+        "Objects with 100 KiB of tensors or more that `enable` met, by how they were stored",
         ("stored",),
     ),
     "rzc_versions": ("gauge", "Versions of published models, by name and state", ("name", "state")),
     "rzc_followers": ("gauge", "Processes that follow a published model", ("name",)),
-    "rzc_rebuilds": ("counter", "Blocks of published models made again, by reason", ("reason",)),
+    "rzc_rebuilds": ("counter", "Blocks of published models rebuilt, by reason", ("reason",)),
     "rzc_swap_seconds": (
         "histogram",
-        "Seconds from hearing of a version to its use, by a follower",
+        "Seconds from a follower's notice of a new version to its use",
         ("name",),
     ),
 }
 
 LOADING = ContextVar("ray_zerocopy_loading", default="")
-"""The name under which what is being loaded was published."""
+"""The published name of the object that is being loaded."""
 
 _Series = tuple[str, tuple[str, ...]]  # a metric and its tags
 
@@ -65,7 +65,7 @@ _made: dict[str, Any] = {}
 
 
 def record(metric: str, value: float = 1.0, *tags: str) -> None:
-    """Count, set or observe a value of one of the metrics; the tags in the table's order."""
+    """Count, set or observe a metric; `tags` are in the order of `_METRICS`."""
     global _flushing
     _recorded.append((metric, value, tags))
     if not _flushing:
@@ -75,13 +75,13 @@ def record(metric: str, value: float = 1.0, *tags: str) -> None:
             _flushing = True
         try:
             _thread.start_new_thread(_flush_later, ())  # `threading` waits until it runs: 0.1 ms
-        except RuntimeError:  # no more threads: the next record tries again
+        except RuntimeError:  # thread limit: the next record tries again
             _flushing = False
             del _recorded[:-_KEPT]
 
 
 def loaded(block: _core.Block, isolation: str, seconds: float) -> None:
-    """Record a load of a block that was wanted with this isolation."""
+    """Record a load of a block; `isolation` is the one that the caller asked for."""
     name, held = LOADING.get(), block.held
     record("rzc_loads", 1, name, held)
     record("rzc_load_seconds", seconds, name, held)
@@ -98,7 +98,7 @@ def _flush_later() -> None:
 
 
 def flush() -> None:
-    """Hand what was recorded to Ray; dropped where Ray is gone."""
+    """Give the records to Ray; drop them if this process is not connected."""
     global _repeating
     with _lock:
         recorded, _recorded[:] = _recorded[:], []
@@ -121,7 +121,7 @@ def flush() -> None:
         _set(changed)
         if _standing and not _repeating:
             repeating = threading.Thread(target=_repeat, name="ray_zerocopy.gauges", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no more threads: the next flush tries again
+            with contextlib.suppress(RuntimeError):  # thread limit: the next flush tries again
                 repeating.start()
                 _repeating = True
 
@@ -147,7 +147,7 @@ def _named(metric: str, tags: tuple[str, ...]) -> dict[str, str]:
 
 def _metric(name: str) -> Any:
     if name not in _made:
-        from ray.util import metrics  # noqa: PLC0415 - a first load does without
+        from ray.util import metrics  # noqa: PLC0415 - not on the path of the first load
 
         kind, told, keys = _METRICS[name]
         if kind == "histogram":

@@ -1,5 +1,5 @@
-"""Models called in tasks: found in a pipeline and replaced, kept by the worker that runs them.
+"""Models in tasks: find and replace them in a pipeline, and cache them in workers.
 
-In: a pipeline, a reference. Out: the pipeline with other things where its models were; a model that
-a worker loads once. Imports `store` and what that may import.
+In: a pipeline, a reference. Out: the pipeline with its models replaced; a model that a worker loads
+once. Imports `store` and what that may import.
 """

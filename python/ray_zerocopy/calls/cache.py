@@ -1,8 +1,8 @@
-"""What a process keeps of what it has loaded: a few objects by reference, and not for long.
+"""A process's small cache of loaded objects.
 
-call ── use(ref) ──▶ kept? ──▶ the object, at once
-                      └ no ──▶ load, once however many ask
-idle for 5 s, or one too many ──▶ dropped, and the store has its pages back
+call ── use(ref) ──▶ cached? ──▶ the object, at once
+                        └ no ──▶ load, once for all threads that ask
+idle for 5 s, or one too many ──▶ drop it, and release its pages to the store
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ _COUNT = 8
 @dataclass
 class _Entry:
     loading: threading.Lock = field(default_factory=threading.Lock)
-    loaded: list[Any] = field(default_factory=list)  # the object, once it is there
+    loaded: list[Any] = field(default_factory=list)  # the object, once loaded
     traces: list[Callable[[], object]] = field(default_factory=list)
     users: int = 0
     used_s: float = 0.0
 
 
 class Cache:
-    """Loaded objects by reference: at most `count` of them, each for `idle_s` after its last use.
+    """Loaded objects by reference: at most `count`, each until `idle_s` seconds after its last use.
 
-    No reference is kept, only its id, so the owner of an object knows of no borrower here. What
-    does hold the object's pages is the loaded object; it goes `idle_s` seconds after its last use,
-    by a thread that runs only while something is kept. Where cycles hold on to what was dropped,
-    the thread collects them: nobody else would in a process that has nothing to do.
+    The cache keeps only ids, not references, so an object's owner sees no borrower here. The loaded
+    object holds its pages. A thread, which runs only while the cache is not empty, drops idle
+    objects and collects cycles that hold dropped ones: an idle process would never do so.
 
-    Threads may use one cache, and one object, at the same time. While one of them loads, only those
-    who want the same object wait.
+    The cache is thread-safe. While one thread loads an object, only threads that want the same
+    object wait.
     """
 
     def __init__(
@@ -51,21 +50,19 @@ class Cache:
         self._count = count
         self._idle_s = idle_s
         self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # the last was used last
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # most recently used last
         self._sweeping = False
-        self._dropped: list[Callable[[], object]] = []  # traces of what went since the last sweep
+        self._dropped: list[Callable[[], object]] = []  # traces of those since the last sweep
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @contextlib.contextmanager
     def use(self, ref: Any) -> Iterator[Any]:
-        """Lend the object that `ref` refers to, loading it unless it is kept.
+        """Lend the object of `ref`, a reference or a `Version`; load it unless it is cached.
 
-        A `Version` is known by its `binary()`, as a reference is.
-
-        It is not idle before the end of the `with`. An error in loading reaches every user who
-        waited for it, after a try of its own.
+        It is not idle before the end of the `with`. After a load fails, each waiting thread tries
+        again, and gets the error of its own try.
         """
         entry = self._take(ref.binary())
         try:
@@ -90,13 +87,13 @@ class Cache:
             if not self._sweeping:
                 name = "ray_zerocopy.cache"
                 sweeping = threading.Thread(target=self._sweep, name=name, daemon=True)
-                with contextlib.suppress(RuntimeError):  # no more threads: the next use tries again
+                with contextlib.suppress(RuntimeError):  # thread limit: the next use tries again
                     sweeping.start()
                     self._sweeping = True
         return entry
 
     def _sweep(self) -> None:
-        """Drop what is idle until nothing is left."""
+        """Drop idle objects until the cache is empty."""
         kept = True
         while kept:
             time.sleep(self._idle_s / 8)
@@ -104,7 +101,7 @@ class Cache:
             collect(dropped)
 
     def _drop_idle(self) -> tuple[list[Callable[[], object]], bool]:
-        """Give the traces of what went since the last time, and whether anything is kept."""
+        """Return the traces of objects dropped since the last call, and whether any is left."""
         last_use_s = time.monotonic() - self._idle_s
         with self._lock:
             for key, entry in list(self._entries.items()):

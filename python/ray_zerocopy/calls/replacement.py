@@ -1,6 +1,6 @@
-"""The models in any object: found however deep they hang, and replaced in a copy.
+"""Find the models in any object, at any depth, and replace them in a copy.
 
-pipeline ─ replace ─▶ the same with something else where its models were; all else is shared
+pipeline ─ replace ─▶ a copy with other objects in place of its models; all else is shared
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import torch
 
 
 class StandsForModel:
-    """Base of what stands for a model that is published."""
+    """Base class of objects that stand for a published model."""
 
 
 MODELS = (torch.nn.Module, StandsForModel)
 
 
 class Leaf:
-    """Base of what is whole: no model is looked for in it."""
+    """Base class of objects that are not searched for models."""
 
 
-# How a part is placed in what holds it, under which key, and the part itself.
+# A function that sets a part in its holder, the part's key, and the part.
 Part = tuple[Callable[[Any, Any, Any], None], Any, Any]
 
 _LEAVES = (
@@ -42,10 +42,10 @@ _FIXED = (tuple, frozenset, functools.partial, types.MethodType)
 
 
 def replace(root: Any, stand_in: Callable[[Any], Any]) -> Any:
-    """Copy what leads to a model, with `stand_in(model)` where the models were.
+    """Copy the objects that lead to a model, with `stand_in(model)` in place of each model.
 
-    Each is copied and replaced once, so that what was one object stays one. The root itself is not
-    changed; what does not lead to a model is shared with the copy.
+    Each object is copied or replaced once, so a shared object stays shared. `root` does not change;
+    the copy shares all objects that do not lead to a model.
     """
     return _Replacer(root, stand_in).copy(root)
 
@@ -64,7 +64,7 @@ class _Replacer:
                 self.copies[id(node)] = self.stand_in(node)
             elif isinstance(node, _FIXED):
                 remade = _remade(node, [self.copy(part) for part in _held(node)])
-                self.copies.setdefault(id(node), remade)  # one in a cycle has been made by now
+                self.copies.setdefault(id(node), remade)  # a cycle has made it already
             else:
                 self.copies[id(node)] = new = _shallow(node)
                 for set_part, key, part in _parts(node):
@@ -74,7 +74,7 @@ class _Replacer:
 
 
 def leading_to_models(root: object) -> dict[int, object]:
-    """Find the root, the models that hang on it, and all that lies between, by id."""
+    """Return the root, the models it leads to, and all objects in between, by id."""
     found, waiting = {id(root): root}, [root]
     models: list[object] = []
     holders: dict[int, list[object]] = {}
@@ -123,7 +123,7 @@ def _attributes(node: Any) -> Iterator[Part]:
 
 
 def _set_in_dict(node: Any, name: str, part: object) -> None:
-    """Set an attribute past frozen dataclasses and properties of the same name."""
+    """Set an attribute, bypassing frozen dataclasses and properties of the same name."""
     node.__dict__[name] = part
 
 
@@ -133,12 +133,12 @@ def _exchange(node: set[Any], old: object, new: object) -> None:
 
 
 def _shallow(node: Any) -> Any:
-    """Copy an object past its own way of copying and pickling, which may leave things behind."""
+    """Copy an object, bypassing its own copy and pickle methods, which may drop attributes."""
     if isinstance(node, dict | list | deque | set):
         return copy.copy(node)
     try:
         new = object.__new__(type(node))
-    except TypeError:  # a class with a layout of its own
+    except TypeError:  # a class with its own memory layout
         return copy.copy(node)
     for set_part, name, part in _attributes(node):
         set_part(new, name, part)
@@ -146,7 +146,7 @@ def _shallow(node: Any) -> Any:
 
 
 def _held(node: Any) -> tuple[Any, ...]:
-    """Give what an object that cannot be changed is made of."""
+    """Return the parts of an immutable object."""
     match node:
         case functools.partial():
             return node.func, node.args, node.keywords

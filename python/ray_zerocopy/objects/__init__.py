@@ -1,5 +1,5 @@
-"""An object as skeleton and tensors: split for the store, joined again over a block.
+"""Split an object into skeleton and tensors for the store, and join it again over a block.
 
-In: any picklable object graph. Out: a pickle without the bytes of tensors, and where these lie.
-Knows torch, numpy and pickle, never Ray's store. Imports `errors`, `pickled` and the Rust core.
+In: any picklable object graph. Out: a pickle without the bytes of tensors, and their addresses.
+Uses torch, numpy and pickle, never Ray's store. Imports `errors`, `pickled` and the Rust core.
 """

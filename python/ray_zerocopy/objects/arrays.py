@@ -1,9 +1,9 @@
-"""numpy arrays, as buffers of the memory that their elements lie in.
+"""Reduce numpy arrays to buffers over the memory of their elements.
 
     memory     ▒▒▒▒▒▒▒▒▒▒▒▒████████████████████▒▒▒▒▒▒     of another array, or a file
     window                 └─── buffer ───────┘           from its first element to its last
 
-Windows that overlap lie in one span, as do an array and a tensor over the same memory.
+Overlapping windows share one span, as do an array and a tensor over the same memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ray_zerocopy.pickled import named
 
 
 def reducer(kind: Any) -> Callable[[Any], Any] | None:
-    """Give what reduces arrays of a class; None if the class has to do with how it pickles."""
-    _ = np.rec  # numpy 2 imports it when asked; before, its classes would travel by value
+    """Return the function that reduces arrays of a class; None if the class pickles its own way."""
+    _ = np.rec  # numpy 2 imports it lazily; without it, its classes would pickle by value
     pickled = ("__reduce__", "__reduce_ex__", "__setstate__")
     own = [getattr(kind, name) for name in pickled]
     known = [[getattr(base, name) for name in pickled] for base in (np.ndarray, np.ma.MaskedArray)]
@@ -28,11 +28,11 @@ def reducer(kind: Any) -> Callable[[Any], Any] | None:
 
 
 def _reduce_array(whole: np.ndarray) -> Any:
-    """Reduce an array to a buffer, in the order in which its elements lie in memory.
+    """Reduce an array to a buffer, with its elements in memory order.
 
-    numpy does so only for arrays of no other class than its own; of a memory map it writes the
-    whole file into the pickle. What has gaps comes back without. Empty arrays come this way, too:
-    of those numpy 2 names a function that numpy 1.26 lacks. (numpy 2.4)
+    numpy does so only for its own class, and pickles the whole file of a memory map. Arrays with
+    gaps load without gaps. Empty arrays are reduced here because numpy 2 would pickle a function
+    for them that numpy 1.26 lacks. (numpy 2.4)
     """
     plain = whole.view(np.ndarray)
     if plain.dtype.hasobject:
@@ -50,9 +50,9 @@ def _reduce_array(whole: np.ndarray) -> Any:
 
 
 def _window(plain: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], int]:
-    """Give the memory from the first byte of an array to its last, its strides and offset there.
+    """Return the memory from an array's first byte to its last, and its strides and offset there.
 
-    That is a copy where it has gaps. What repeats is there once.
+    The memory is a copy if the array has gaps. It has repeated elements once.
     """
     steps = tuple(zip(plain.shape, plain.strides, strict=True))
     once = plain[tuple(slice(None if step else 1) for _, step in steps)]
@@ -69,14 +69,14 @@ def _window(plain: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], int]:
 
 
 def _buffer(memory: np.ndarray, align: int) -> pickle.PickleBuffer:
-    """Give memory in a row as a buffer whose items tell how it is aligned."""
+    """Return contiguous memory as a buffer whose item size is its alignment."""
     items = memory.view(np.uint8) if memory.nbytes else np.empty(0, np.uint8)
     if items.size % align:
         align = 1
     return pickle.PickleBuffer(items.view(f"u{align}").data)
 
 
-# What a memory map knows of its file, which its elements leave for the block.
+# Attributes of a memory map about its file; the stored array has no file.
 _OF_A_FILE = ("_mmap", "filename", "mode", "offset")
 
 
@@ -91,5 +91,5 @@ def array(
 
 @named
 def set_array_attributes(array: np.ndarray, attributes: dict[str, Any]) -> None:
-    """Give an array of a subclass its attributes."""
+    """Set the attributes of an array of a subclass."""
     vars(array).update(attributes)

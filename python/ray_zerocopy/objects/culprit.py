@@ -1,4 +1,4 @@
-"""Which part of an object graph cannot be published."""
+"""Find the part of an object graph that cannot be stored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ray_zerocopy.objects.torch_inside import REGISTRIES
 
 
 def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
-    """Give the path to the innermost part of an object graph that cannot be published.
+    """Return the path to the innermost part of an object graph that cannot be stored.
 
-    Or, with `accepts`, to one that can, but whose skeleton is not accepted.
+    `accepts` can reject further parts by their skeleton.
     """
     path, seen = type(obj).__name__, set()
     while id(obj) not in seen:
@@ -27,17 +27,17 @@ def culprit(obj: object, accepts: Callable[[bytes], bool] = bool) -> str:
 
 
 def way_out(reason: str) -> str:
-    """Tell what to store instead of what cannot be pickled for a reason, where that is known."""
+    """Return advice for an object that does not pickle for this reason, if we know any."""
     if "ConfigModuleInstance" in reason:  # torch's settings, in a function of dynamo's (torch 2.15)
         return (
-            ": torch compiled it, or made its guards, for this process; store the module or the "
-            "exported program that it came from, and compile it, or call `.module()`, when loaded"
+            ": torch compiled it, or made its guards, for this process only; store the module or "
+            "exported program it came from, and compile it, or call `.module()`, when loaded"
         )
     return ""
 
 
 def paths_to(obj: object, wanted: Callable[[object], bool]) -> Iterator[str]:
-    """Give the paths to all parts of an object graph that are wanted."""
+    """Yield the paths to all parts of an object graph that are `wanted`."""
     waiting, seen = [(type(obj).__name__, obj)], set()
     while waiting:
         path, obj = waiting.pop()
@@ -50,7 +50,7 @@ def paths_to(obj: object, wanted: Callable[[object], bool]) -> Iterator[str]:
 
 
 def can_be_published(obj: object, accepts: Callable[[bytes], bool] = bool) -> bool:
-    """Whether an object can be split, and `accepts` its skeleton."""
+    """Whether an object can be split, and `accepts` returns True for its skeleton."""
     try:
         parts = split(obj)
         _core.Gather(parts.sources)  # plans the block
@@ -60,7 +60,7 @@ def can_be_published(obj: object, accepts: Callable[[bytes], bool] = bool) -> bo
 
 
 def _parts_of(obj: object) -> Iterator[tuple[str, object]]:
-    """Name the parts of an object as one would write them after it."""
+    """Yield the parts of an object, each with its accessor, such as `.name` or `[0]`."""
     if isinstance(obj, dict):
         yield from ((f"[{key!r}]", value) for key, value in obj.items())
     elif isinstance(obj, list | tuple | set | frozenset):

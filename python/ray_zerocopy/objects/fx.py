@@ -1,9 +1,9 @@
-"""Graphs of torch.fx, node by node, and the modules that are made of them.
+"""Reduce graphs of torch.fx, node by node, and their modules.
 
-A `GraphModule` pickles as its code, which is traced again where it loads: metadata is lost, and so
-is what tracing does not see. Here the graph travels, and the code is made from it, as `recompile`
-does. Fake tensors and symbolic sizes in the nodes' metadata stay behind: they belong to the trace
-that made them.
+torch pickles a `GraphModule` as its code and traces it again when it loads: that loses metadata and
+all that tracing does not see. We pickle the graph, and make the code from it, as `recompile` does.
+Fake tensors and symbolic sizes in the nodes' metadata are dropped: they belong to the trace that
+made them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TRACED = (inside.FakeTensor, torch.SymBool, torch.SymFloat, torch.SymInt)
 
 @dataclass(frozen=True)
 class _Node:
-    """Where in its graph a node is that another one takes."""
+    """The index in its graph of a node that is another node's argument."""
 
     index: int
 
@@ -37,12 +37,12 @@ class _Node:
 
 @named
 def graph_index(index: int) -> _Node:
-    """Unpickle which node of its graph another one takes."""
+    """Unpickle the index of a node that is another node's argument."""
     return _Node(index)
 
 
 def module_reducer(kind: Any) -> Callable[[Any], Any] | None:
-    """Give what reduces a graph's module to its dict; None if the class reduces itself."""
+    """Return the function that reduces a `GraphModule` to its dict; None if its class has one."""
     return _reduce_module if kind.__reduce__.__module__.startswith("torch.fx.") else None
 
 
@@ -62,14 +62,14 @@ def graph_module(base: Any, name: str) -> fx.GraphModule:
 
 @named
 def restore_graph_module(module: fx.GraphModule, state: dict[str, Any]) -> None:
-    """Give a `GraphModule` its state, and make its code."""
+    """Set the state of a `GraphModule`, and make its code."""
     _core.note_module(module)
     module.__setstate__(state)
     module.graph = inside.graph_in(state)  # makes the code
 
 
 def reduce_graph(whole: fx.Graph) -> Any:
-    """Reduce a graph to its nodes; those that a node takes come before it."""
+    """Reduce a graph to its nodes; each node comes after its arguments."""
     indices = {node: _Node(index) for index, node in enumerate(whole.nodes)}
     nodes = [
         (node.op, node.target, args, kwargs, node.name, node.type)
@@ -106,13 +106,13 @@ def _at(part: Any, made: list[fx.Node]) -> Any:
 
 @named
 def set_graph_metadata(whole: fx.Graph, metadata: list[dict[str, Any]]) -> None:
-    """Give the nodes of a graph their metadata, in order."""
+    """Set the metadata of a graph's nodes, in order."""
     for node, meta in zip(whole.nodes, metadata, strict=True):
         node.meta = meta
 
 
 def reduce_node(node: fx.Node) -> Any:
-    """Reduce a node that something outside of its graph's arguments holds."""
+    """Reduce a node that an object outside its graph holds."""
     return graph_node, (node.graph, list(node.graph.nodes).index(node))
 
 
@@ -123,6 +123,6 @@ def graph_node(whole: fx.Graph, index: int) -> fx.Node:
 
 
 def reduce_operator(op: Any) -> Any:
-    """Reduce one of `OPERATORS` to where `torch.ops` has it."""
+    """Reduce one of `OPERATORS` to its path in `torch.ops`."""
     path = f"higher_order.{op.name()}" if isinstance(op, inside.HigherOrderOperator) else str(op)
     return operator.attrgetter(f"ops.{path}"), (torch,)

@@ -1,4 +1,4 @@
-"""Modules, as their class and what differs from a new one's defaults."""
+"""Reduce modules to their class and the state that differs from a new module's defaults."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ray_zerocopy.pickled import named
 restore_module = named(_core.restore_module)
 initialized_module = named(_core.initialized_module)
 
-# Makes an object without its `__init__`; pickle knows this function and has an opcode for it.
+# Makes an object without calling `__init__`; pickle has an opcode for this function.
 _new_object = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
 def reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
-    """Give what reduces modules of this one's class to the class and what differs from defaults.
+    """Return the function that reduces modules of this class, or None if the class reduces itself.
 
-    None if the class reduces itself.
+    It reduces a module to the class and the state that differs from the defaults.
     """
     kind: Any = type(module)
     reduces_by_default = (
@@ -50,7 +50,7 @@ def reducer(module: torch.nn.Module) -> Callable[[Any], Any] | None:
 
 
 def _has_properties(kind: type) -> bool:
-    """Whether the class may have to do with how attributes are set: not all are in the dict."""
+    """Whether the class has properties or slots: its attributes are then not all in its dict."""
     own = [vars(base) for base in kind.__mro__ if base not in (torch.nn.Module, object)]
     return any(
         hasattr(value, "__set__")
@@ -62,7 +62,7 @@ def _has_properties(kind: type) -> bool:
 
 @functools.cache
 def _resizes_buffers(kind: type) -> bool:
-    """Whether a method of the class calls `resize_`, as observers and fake quantisers do."""
+    """Whether a method of the class calls `resize_`, as in observers and fake quantisers."""
     return any(
         "resize_" in method.__code__.co_names
         for base in kind.__mro__
@@ -79,17 +79,17 @@ def _refuses_to_pickle(kind: type) -> bool:
 
 @named
 def restore_by_setstate(module: torch.nn.Module, differing: dict[str, Any]) -> None:
-    """Restore a module through its dict: it has a `__setstate__`, or properties in the way."""
+    """Restore a module through `__setstate__`: its class defines one, or has properties."""
     _core.note_module(module)
     module.__setstate__(_core.module_state(differing))
 
 
 @named
 def restore_resizing(module: torch.nn.Module, differing: dict[str, Any]) -> None:
-    """Restore a module that resizes its buffers: they come with storages that torch can resize.
+    """Restore a module that resizes its buffers; copy them into storages that torch can resize.
 
-    torch resizes no storage over memory that it has not allocated (pytorch#170298). Buffers that
-    share their storage stay over the block.
+    torch cannot resize a storage over memory that it has not allocated (pytorch#170298). Buffers
+    that share their storage stay over the block.
     """
     restore_by_setstate(module, differing)
     with torch.no_grad():
@@ -100,14 +100,14 @@ def restore_resizing(module: torch.nn.Module, differing: dict[str, Any]) -> None
 
 @named
 def restore_pretrained(module: torch.nn.Module, differing: dict[str, Any]) -> None:
-    """Restore a model of transformers, and what the process knows of its class."""
+    """Restore a model of transformers, and register its class in this process."""
     restore_by_setstate(module, differing)
     transformers_inside.enter_class(module)
 
 
 @named
 def new_parametrized(kind: Any) -> Any:
-    """Make what will be of a class that `parametrize` derives from this one."""
+    """Make a module of this class; `restore_parametrized` derives its final class."""
     return kind.__new__(kind)
 
 
@@ -115,7 +115,7 @@ def new_parametrized(kind: Any) -> Any:
 def restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> None:
     """Restore a module and the class that `parametrize` made for it.
 
-    That class refuses to pickle; torch makes it anew, so that `parametrize.cached` still works.
+    That class does not pickle. torch makes it again, so that `parametrize.cached` still works.
     """
     restore_by_setstate(module, differing)
     inside.inject_class(module)
@@ -124,9 +124,9 @@ def restore_parametrized(module: torch.nn.Module, differing: dict[str, Any]) -> 
 
 
 def make_picklable(module: torch.nn.Module) -> None:
-    """Let a parametrized module that `join` made pickle, wherever it goes by itself.
+    """Make a parametrized module from `join` picklable on its own.
 
-    `join` has made its class for it alone; other modules are left as they are.
+    `join` has made its class for this module only. Other modules do not change.
     """
     if _refuses_to_pickle(type(module)):
         type(module).__reduce_ex__ = _reduce_parametrized  # type: ignore[assignment]

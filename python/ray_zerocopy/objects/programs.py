@@ -1,13 +1,13 @@
-"""What torch has compiled, without its weights: TorchScript's modules, torch.export's programs.
+"""Reduce TorchScript modules and torch.export programs to code and tensors.
 
-Neither pickles as other objects do. Each is reduced to an archive of its code, which torch writes,
-and its tensors, which go the way of all tensors. Loading gives torch the archive and the tensors
-over the block; nothing is copied into place.
+Neither pickles like other objects. Each becomes an archive of its code, which torch writes, and its
+tensors, which are stored like all tensors. Loading gives torch the archive and the tensors over the
+block, without a copy.
 
-TorchScript's archive is written by the protocol of `torch.package`: storages that were numbered
-before are not written, and on reading are found by their number. The module itself is only read,
-so other threads may run it meanwhile. The functions that `torch.jit.save` and `torch.jit.load`
-stand on are called directly; only those two warn of deprecation. (torch 2.15)
+The protocol of `torch.package` writes TorchScript's archive: it omits storages that have a number
+already, and the reader finds them by number. It only reads the module, so other threads may run it
+meanwhile. We call the functions beneath `torch.jit.save` and `torch.jit.load`, because those two
+warn of deprecation. (torch 2.15)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ray_zerocopy.pickled import named
 
 PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
 
-# The tensors that are attributes of a module, and those of its submodules.
+# The tensors that are attributes of a module, and the same for its submodules.
 Slots = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -45,10 +45,10 @@ def reduce(program: Any) -> Any:
 def _split(module: Any) -> tuple[bytes, dict[int, torch.Tensor], Slots]:
     """Split a TorchScript module into its code, its storages by number, and its slots.
 
-    A storage is held by any tensor over it. All that hang in attributes, in lists, tuples and dicts
-    there, and in constants of the code are taken out; in a frozen or traced module the weights are
-    such constants. In the archive stay tensors of script classes, and what a `__getstate__` makes
-    when called, as the packed weights of quantized layers.
+    Any tensor over a storage represents it. This takes out tensors in attributes, in lists, tuples
+    and dicts there, and in constants of the code: in a frozen or traced module the weights are
+    constants. The archive keeps tensors of script classes and results of `__getstate__`, such as
+    the packed weights of quantized layers.
     """
     slots = _slots(module)
     file = io.BytesIO()
@@ -68,11 +68,11 @@ def _split(module: Any) -> tuple[bytes, dict[int, torch.Tensor], Slots]:
 
 
 def _join(archive: bytes, storages: dict[int, torch.Tensor], slots: Slots) -> Any:
-    """Build a TorchScript module again around its storages; the inverse of `_split`.
+    """Rebuild a TorchScript module around its storages; the inverse of `_split`.
 
-    Reading makes a new tensor over each storage. The slots are then given the tensors that came
-    along, as these are what the rest of the object graph knows, and are parameters where the
-    source's were. An archive is read on the CPU, wherever the tensors are wanted.
+    Reading makes a new tensor over each storage. The slots then get the tensors from the pickle:
+    the rest of the object graph holds these, and they are parameters if the source's were. torch
+    reads the archive on the CPU, whatever device the tensors are for.
     """
     reader = inside.PyTorchFileReader(io.BytesIO(archive))
     context = inside.DeserializationStorageContext()
@@ -106,7 +106,7 @@ def _children(module: Any) -> Any:
 
 
 def _tensors(module: Any, slots: Slots) -> Iterator[torch.Tensor]:
-    """Give the tensors with a storage to take out, first those in slots."""
+    """Yield the tensors whose storage is to be taken out, those in slots first."""
     for tensor in (*_in_slots(slots), *_elsewhere(module)):
         if tensor.layout is torch.strided and not tensor.is_meta and inside.has_storage(tensor):
             yield tensor
@@ -123,12 +123,13 @@ def _elsewhere(module: Any) -> Iterator[torch.Tensor]:
     for name in inside.attribute_names(module):
         yield from _inside(module.getattr(name))
     for method in inside.methods_of(module):
-        # Inlined, as functions that it calls have constants, too; named, as nodes die with it.
+        # Inlined, because called functions have constants too; kept in a name, because it owns
+        # its nodes.
         graph = method.inlined_graph
         if graph.findAllNodes("prim::ConstantMKLDNNTensor"):
             raise TypeError(
-                "torch.jit.optimize_for_inference made it for this process, and torch's archives "
-                "do not keep that: store the script it was made of, and optimize what is loaded"
+                "torch's archives cannot keep the result of torch.jit.optimize_for_inference: "
+                "store the original script module, and optimize it after loading"
             )
         for node in graph.findAllNodes("prim::Constant"):
             yield from _inside(node.output().toIValue())
@@ -145,9 +146,9 @@ def _inside(value: object) -> Iterator[torch.Tensor]:
 
 
 def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    """Give a tensor that shows all of a storage: this one, if it does.
+    """Return a tensor over all of a storage: this one, if it is.
 
-    A span that has one view only is quicker to load.
+    A span with a single view loads faster.
     """
     if tensor.nbytes == storage.nbytes() and tensor.is_contiguous():
         return tensor
@@ -161,7 +162,7 @@ def script_module(*parts: Any) -> torch.jit.ScriptModule:
 
 
 def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
-    """Give what Python hung on a module, such as a configuration; `torch.jit.save` drops it."""
+    """Return Python attributes of a module, such as a config; `torch.jit.save` drops them."""
     usual = vars(inside.wrap_cpp_module(inside.compiled(module)))
     methods = (inside.ScriptMethod, types.MethodType)
     return {
@@ -173,19 +174,19 @@ def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
 
 @named
 def set_script_attributes(module: torch.jit.ScriptModule, attributes: dict[str, Any]) -> None:
-    """Give a script module what Python hung on it."""
+    """Set the Python attributes of a script module."""
     vars(module).update(attributes)
 
 
 def _reduce_function(function: Any) -> Any:
-    """Reduce a scripted or traced function, by way of a module with it as its method.
+    """Reduce a scripted or traced function as a module with it as its method.
 
-    torch's archive has no place for the defaults of its arguments, so these are refused.
+    Raises `TypeError` if an argument has a default: torch's archive cannot keep it.
     """
     if any(argument.has_default_value() for argument in function.schema.arguments):
         raise TypeError(
-            f"an archive does not keep the defaults of {function.schema}: script a function "
-            "without them, or a module"
+            f"torch's archives cannot keep the argument defaults of {function.schema}: script a "
+            "function without defaults, or a module"
         )
     archive, unit = function.save_to_buffer(), inside.CompilationUnit()
     cpu = torch.device("cpu")
@@ -205,8 +206,8 @@ def script_function(name: str, *parts: Any) -> Any:
 def _reduce_exported(program: Any) -> Any:
     """Reduce an exported program to its graph, as `torch.export.save` writes it, and its tensors.
 
-    Pickle reduces it, too, but what loads has lost what the graph knows of each value, without
-    which `.module()` raises `KeyError`. (torch 2.15)
+    Plain pickle loses the graph's metadata of each value, so that `.module()` raises `KeyError`
+    after loading. (torch 2.15)
     """
     graph = inside.program_graph(program)
     return inside.exported_program, (
@@ -218,11 +219,11 @@ def _reduce_exported(program: Any) -> Any:
 
 
 def plain(archive: bytes) -> bytes:
-    """Give what counts of an archive: the same for equal programs in every process.
+    """Normalise an archive for the digest: equal programs give equal bytes in every process.
 
-    TorchScript writes constants in the order of a set, and after all else a hash of all that was
-    written; its debug information names files; types of one name have numbers in the order in which
-    the process made them. Other archives count as they are. (torch 2.15)
+    TorchScript writes constants in the order of a set, and a hash of the archive at its end. Its
+    debug information names files. It numbers types of the same name in the order in which the
+    process made them. Archives of other kinds stay as they are. (torch 2.15)
     """
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         names = [name for name in file.namelist() if not name.endswith(_COUNTS_FOR_NOTHING)]

@@ -1,6 +1,6 @@
-"""Sets of a class of their own: reduced to the class and a plain set.
+"""Reduce sets of a subclass to the class and a plain set.
 
-Python reduces them to a list, in an order that follows the process's hash seed and means nothing.
+Python reduces them to a list, in an order that depends on the process's hash seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ KINDS = (set, frozenset, WeakSet)
 
 
 def reducer(kind: Any) -> Callable[[Any], Any] | None:
-    """Give what reduces sets of a class; None if the class has to do with how it pickles."""
+    """Return the function that reduces sets of a class; None if the class pickles its own way."""
     if kind is WeakSet:
         return _reduce_weak
     own = kind.__reduce_ex__, kind.__reduce__

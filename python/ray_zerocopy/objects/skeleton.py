@@ -1,8 +1,8 @@
 """Split an object graph into its skeleton and its tensors, and join them again.
 
-The skeleton is a pickle in which every tensor is a number. `split` writes it and notes, for each
-number, a view (dtype, shape, stride, offset) over a storage; `join` reads it with the tensors at
-hand. A pickler reaches every tensor wherever it hangs, and sees the same object twice as one.
+The skeleton is a pickle with a number in place of each tensor. `split` writes it, and notes for
+each number a view (dtype, shape, stride, offset) of a storage; `join` reads it and puts the tensors
+in. A pickler reaches tensors in any attribute or container, and writes a shared object once.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from ray_zerocopy.objects import (
     transformers_inside,
 )
 
-# What a skeleton has in one piece from a page on counts as data.
+# A piece of a skeleton of at least a page counts as data.
 _DATA_NBYTES = 4096
 
 
 @dataclass
 class Split:
-    """An object graph in parts: its skeleton, and its tensors where they still lie.
+    """An object graph in parts: its skeleton, and its tensors in their original memory.
 
-    `buffers` names those of the sources that are no tensors but buffers, such as numpy's.
+    `buffers` are the numbers of those sources that are not tensors but buffers, such as numpy's.
     """
 
     skeleton: bytes
@@ -53,10 +53,10 @@ class Split:
 
 
 def split(obj: object) -> Split:
-    """Take the tensors out of `obj`, which is not changed and of which nothing is copied.
+    """Separate the tensors of `obj` from its skeleton, without changing `obj` or copying tensors.
 
-    Tensors of another device are the exception: they are copied to the host, with a
-    `HostCopyWarning`. As in any pickle, gradients and hooks of tensors stay behind.
+    Only tensors on another device are copied, to the host, with a `HostCopyWarning`. As in any
+    pickle, gradients and hooks of tensors are dropped.
     """
     file = io.BytesIO()
     splitter = _Splitter(file)
@@ -70,12 +70,12 @@ def join(
     buffers: Sequence[object],
     device: torch.device | str | None = None,
 ) -> Any:
-    """Build the object again around its tensors; the inverse of `split`.
+    """Rebuild the object around its tensors; the inverse of `split`.
 
-    What torch makes of them, as sparse tensors, lies where they do, on `device` or on the CPU, and
-    is no inference tensor either, whatever mode the caller is in.
+    Tensors that torch derives from them, such as sparse ones, are on the same device (`device` or
+    the CPU). No tensor is an inference tensor, whatever mode the caller is in.
 
-    Raises `ModuleNotFoundError` where the module of a class is not installed.
+    Raises `ModuleNotFoundError` if the module of a class is not installed.
     """
     unpickler = _Joiner(io.BytesIO(skeleton), buffers=buffers)
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
@@ -91,10 +91,10 @@ def join(
 
 
 def unshared_nbytes(skeleton: bytes) -> int:
-    """Count the bytes of a page and more that lie in a skeleton, where each load copies them.
+    """Count the bytes of a skeleton in pieces of a page or more, which each load copies.
 
-    They belong to objects that turn their weights into `bytes` or text themselves, to compiled
-    code, and to tensors in formats that torch packs.
+    These are weights that objects turn into `bytes` or text themselves, compiled code, and tensors
+    in formats that torch packs.
     """
     parts = (part for _, part, _ in pickletools.genops(skeleton))
     sizes = [len(part) for part in parts if isinstance(part, bytes | bytearray | str)]
@@ -102,7 +102,7 @@ def unshared_nbytes(skeleton: bytes) -> int:
 
 
 class _Joiner(pickle.Unpickler):
-    """A class of our own, so that its `persistent_load` can be set."""
+    """A subclass, so that `persistent_load` can be set."""
 
 
 class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
@@ -116,7 +116,7 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
         self.sources = _core.Sources(_to_host)
         self.persistent_id = self.sources.take
         self.buffers: list[int] = []
-        # never a method of this object's: in a cycle, it would keep the model until a collection
+        # not a bound method: that is a cycle, which would keep the model until a collection
         take = functools.partial(_take_buffer, self.sources, self.buffers)
         super().__init__(file, protocol=5, buffer_callback=take)
         self._reducers: dict[type, Callable[[Any], Any] | None] = {}
@@ -132,7 +132,7 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
 
 
 def _take_buffer(sources: _core.Sources, taken: list[int], buffer: pickle.PickleBuffer) -> bool:
-    """Take a buffer out of band; true leaves it in the skeleton, as it does an empty one."""
+    """Take a buffer out of band, or return True to leave an empty one in the skeleton."""
     if not memoryview(buffer).nbytes:
         return True
     taken.append(sources.take_buffer(buffer))
@@ -147,8 +147,8 @@ def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
 
 Reduce = Callable[[Any], Any]
 
-# What reduces an object, by the first class that it is of: given one, `reducer` of a module tells
-# what reduces all objects of its very class, or None.
+# The first entry whose class matches an object makes the function that reduces all objects of
+# exactly that object's class, or None.
 _BY_CLASS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Reduce | None]], ...] = (
     (torch.Tensor, lambda _: tensors.reduce_tensor),
     (programs.PROGRAMS, lambda _: programs.reduce),
@@ -170,13 +170,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, np.ndarray)
 
 
 def _reducer(obj: Any) -> Reduce | None:
-    """Give what reduces objects of this one's class; None if that is cloudpickle's affair.
+    """Return the function that reduces objects of this class, or None to leave it to cloudpickle.
 
-    So it is where the class was registered, with Ray or `copyreg`; the plain ones are ours.
+    Classes registered with Ray or `copyreg` are left to cloudpickle, except the plain ones.
     """
     kind = type(obj)
     registered = cloudpickle.CloudPickler.dispatch.get(kind)
-    by_itself = getattr(registered, "__module__", None) or ""  # as of sets of weak references
+    by_itself = getattr(registered, "__module__", None) or ""  # such as cloudpickle's for WeakSet
     if registered and kind not in _PLAIN and not by_itself.startswith(cloudpickle.__name__):
         return None
     for kinds, reducer in _BY_CLASS:

@@ -1,4 +1,4 @@
-"""Tensors: reduced for a pickler that takes their bytes out, and built again over a block."""
+"""Reduce tensors for a pickler that takes their bytes out, and rebuild them over a block."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ray_zerocopy.pickled import named
 # (span, dtype, flags, offset, shape, stride), counted in elements as in torch
 View: TypeAlias = tuple[int, str, int, int, tuple[int, ...], tuple[int, ...]]
 
-# How views are made in this process. Every torch has `from_numpy`; lending by DLPack's exchange
-# API, from torch 2.10 on, takes less of its time, and gives the same tensors.
+# How this process makes views. Every torch has `from_numpy`; DLPack's exchange API, from torch 2.10
+# on, is faster and gives the same tensors.
 way: Literal["dlpack", "from_numpy"] = "dlpack" if _core.borrows() else "from_numpy"
 
 
 def nbytes_of(tensor: torch.Tensor) -> int:
-    """Count the bytes of a tensor's elements, those that a sparse one does not store included."""
+    """Count the bytes of all elements, including those that a sparse tensor does not store."""
     return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
 
 
@@ -34,7 +34,7 @@ def nbytes_of(tensor: torch.Tensor) -> int:
 
 
 def reduce_tensor(tensor: torch.Tensor) -> Any:
-    """Reduce what is more than a plain tensor: attributes, a class of its own, components."""
+    """Reduce a tensor that is not plain: it has attributes, its own class, or components."""
     kind = type(tensor)
     if (kind.__module__, kind.__name__) == _IN_A_FILE:
         kind, tensor = torch.Tensor, tensor.as_subclass(torch.Tensor)
@@ -54,24 +54,24 @@ def reduce_tensor(tensor: torch.Tensor) -> Any:
     return (*made, state, None, None, inside.set_state) if state else made
 
 
-# It pickles as the name of its file. Loaded, it is memory, as numpy's maps are. (tensordict 0.15)
+# It pickles as the name of its file. We load it as memory, like numpy's maps. (tensordict 0.15)
 _IN_A_FILE = ("tensordict.memmap", "MemoryMappedTensor")
 
 
 @named
 def tensor_subclass(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
-    """Unpickle a tensor of a class of its own."""
+    """Unpickle a tensor of a subclass."""
     return inside.make_subclass(kind, plain, requires_grad)
 
 
 def reduce_storage(storage: torch.UntypedStorage) -> Any:
-    """Reduce a storage to that of a tensor over all of it."""
+    """Reduce a storage to a tensor over all of it."""
     everything = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return torch.Tensor.untyped_storage, (everything,)
 
 
 def reduce_typed_storage(storage: torch.TypedStorage) -> Any:
-    """Reduce a typed storage to the untyped one beneath."""
+    """Reduce a typed storage to its untyped storage."""
     return inside.typed_storage, (inside.untyped(storage), storage.dtype)
 
 
@@ -81,13 +81,14 @@ def reduce_typed_storage(storage: torch.TypedStorage) -> Any:
 def over(
     block: _core.Block, buffers: list[int], device: torch.device | str | None = None
 ) -> list[torch.Tensor | None]:
-    """Build the tensor of each view in the block's table; None for those that are `buffers`.
+    """Build the tensor of each view in the block's table; None for views that are `buffers`.
 
-    A view that has a span for itself, as nearly all have, becomes a tensor with a storage of its
-    own. Views of one span share a storage, as they did in the source. On another device than the
-    CPU each storage is copied there.
+    A view with its own span, as nearly all have, becomes a tensor with its own storage. Views of
+    one span share a storage, as in the source. Each storage is copied to `device` unless that is
+    the CPU.
 
-    The tensors keep the block alive. None is an inference tensor, whatever mode the caller is in.
+    The tensors keep the block alive. No tensor is an inference tensor, whatever mode the caller is
+    in.
     """
     with torch.inference_mode(False):
         if device is None or torch.device(device).type == "cpu":
@@ -112,10 +113,7 @@ def over(
 
 
 def buffers_over(block: _core.Block, buffers: list[int]) -> list[memoryview]:
-    """Give the bytes of the views that are buffers rather than tensors.
-
-    They can be written where the block is this process's own, not where it is shared.
-    """
+    """Return the bytes of the views that are buffers; they are read-only if the block is shared."""
     memory = memoryview(block)
     if block.held == "shared":
         memory = memory.toreadonly()
@@ -127,7 +125,7 @@ def over_blocks(
     buffers: list[int],
     device: torch.device | str | None = None,
 ) -> tuple[list[torch.Tensor | None], list[memoryview]]:
-    """Do the same for views in several blocks, each with the numbers of its own."""
+    """Return `over` and `buffers_over` for several blocks, each with the numbers of its views."""
     if len(blocks) == 1:
         block, _ = blocks[0]
         return over(block, buffers, device), buffers_over(block, buffers)
@@ -143,7 +141,7 @@ def over_blocks(
 
 
 def _from_numpy(block: _core.Block, buffers: list[int]) -> list[torch.Tensor | None]:
-    """Do as `Block.tensors` does, in any torch: None for views that share a span, or are lazy."""
+    """Like `Block.tensors`, in any torch: None for views that share a span, or are lazy."""
     memory, spans, views = memoryview(block), block.spans, block.views
     known = set(buffers)
     views_on = Counter(view[0] for index, view in enumerate(views) if index not in known)
@@ -159,14 +157,14 @@ def _from_numpy(block: _core.Block, buffers: list[int]) -> list[torch.Tensor | N
         start, strides = spans[span][0] + offset * itemsize, [step * itemsize for step in stride]
         try:
             array = np.ndarray(shape, via, memory, start, strides)
-        except ValueError:  # more dimensions, or repeated elements, than numpy has
+        except ValueError:  # more dimensions or repeated elements than numpy allows
             made.append(None)
             continue
         tensor = torch.from_numpy(array)
         if tensor.dtype is not dtype:
             tensor = tensor.view(dtype)
         if flags & _core.PARAMETER:
-            # as torch's own lazy modules do; `Parameter(tensor)` makes a second tensor
+            # like torch's own lazy modules; `Parameter(tensor)` would make a second tensor
             tensor.__class__ = torch.nn.Parameter
         if flags & _core.REQUIRES_GRAD:
             tensor.requires_grad = True
@@ -176,11 +174,11 @@ def _from_numpy(block: _core.Block, buffers: list[int]) -> list[torch.Tensor | N
 
 @functools.cache
 def _dtypes(name: str) -> tuple[torch.dtype, np.dtype, int]:
-    """Give torch's dtype of this name; numpy's, or its integer of that size; and the size."""
+    """Return torch's dtype of this name, numpy's (or an integer of that size), and the size."""
     dtype = _dtype(name)
     try:
         via = np.dtype(name)
-        known = via.isbuiltin == 1  # not registered by somebody, as the bfloat16 of ml_dtypes
+        known = via.isbuiltin == 1  # False if a package registered it, as ml_dtypes does bfloat16
     except TypeError:
         known = False
     return dtype, via if known else np.dtype(f"i{dtype.itemsize}"), dtype.itemsize
@@ -190,8 +188,8 @@ def _dtype(name: str) -> torch.dtype:
     try:
         return getattr(torch, name)
     except AttributeError:
-        message = f"torch {torch.__version__} has no {name}, which a newer one has published"
-        raise VersionError(f"{message}: install that one here, too") from None
+        message = f"this model uses torch.{name}, which torch {torch.__version__} lacks"
+        raise VersionError(f"{message}: upgrade torch in this process") from None
 
 
 def _strided(storage: torch.UntypedStorage, view: View) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""What is private to torch and needed here: the only file that knows torch from the inside.
+"""Every use of torch's private parts.
 
-Seen on torch 2.6 to 2.15, unless said otherwise. Rust takes what it needs from here, too, and reads
+Tested on torch 2.6 to 2.15, unless noted. The Rust code imports from here too, and reads
 `Tensor._backward_hooks` and `UntypedStorage._cdata` by name.
 """
 
@@ -29,10 +29,10 @@ __all__ = [
     "wrap_cpp_module",
 ]
 
-# Where a module keeps its parts, in its `__dict__`.
+# A module's dicts of parts, in its `__dict__`.
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 
-# Tensors: what they are, and what makes them.
+# Tensors.
 has_storage = torch._C._has_storage
 make_subclass = torch.Tensor._make_subclass
 set_conj = torch._C._set_conj
@@ -41,16 +41,16 @@ ignoring_torch_function = torch._C.DisableTorchFunctionSubclass
 outside_of_torch_functions = torch._C.DisableTorchFunction  # modes, too
 parse_to = torch._C._nn._parse_to
 
-# What a tensor's own `__reduce_ex__` keeps of its attributes and slots.
+# A tensor's attributes and slots, as in its own `__reduce_ex__`.
 get_state = torch._utils._get_obj_state
 set_state = torch._utils._set_obj_state
 
-# How `parametrize` makes a class for a module, and a property for a parameter.
+# `parametrize` makes a class for a module, and a property for a parameter.
 inject_class = parametrize._inject_new_class
 inject_property = parametrize._inject_property
 
-# TorchScript: what `torch.jit.save`, `torch.jit.load` and `torch.package` stand on. Only those warn
-# of deprecation, from 2.9 on.
+# TorchScript: the functions beneath `torch.jit.save`, `torch.jit.load` and `torch.package`. Only
+# these three warn of deprecation, from 2.9 on.
 CompilationUnit = torch._C.CompilationUnit
 DeserializationStorageContext = torch._C.DeserializationStorageContext
 ModuleDict = torch._C.ModuleDict
@@ -64,28 +64,28 @@ import_module_from_package = torch._C._import_ir_module_from_package
 
 
 def default_device(device: torch.device | str) -> AbstractContextManager[Any]:
-    """Have tensors made here lie on a device, whatever the caller has said for tensors at large.
+    """Create tensors on this device, whatever default device the caller has set.
 
-    `torch.device(...)` and `set_default_device` are modes on a stack; a further mode slows torch
-    down, so where the stack is empty nothing is done.
+    `torch.device(...)` and `set_default_device` are modes on a stack. A mode slows torch down, so
+    this does nothing if the stack is empty.
     """
     return torch.device(device) if torch._C._len_torch_function_stack() else nullcontext()
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """Give a module's own parameters, in the dict that holds them; None for one not registered."""
+    """Return the dict of a module's own parameters; None is an unset one."""
     own: dict[str, torch.nn.Parameter | None] = module._parameters
     return own
 
 
 def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    """Give a module's own buffers, in the dict that holds them."""
+    """Return the dict of a module's own buffers."""
     own: dict[str, torch.Tensor | None] = module._buffers
     return own
 
 
 def renew_flat_weights(module: torch.nn.RNNBase) -> None:
-    """Have an RNN list its weights again: it keeps a second list of them, and weak references."""
+    """Update an RNN's second list of its weights, and its weak references to them."""
     module._init_flat_weights()
 
 
@@ -95,75 +95,75 @@ def holds_meta(skeleton: bytes) -> bool:
 
 
 def graph_makers(graph: torch.fx.Graph) -> tuple[Any, Any]:
-    """Give the class that traced a graph, or None, and what makes its code."""
+    """Return the class that traced a graph, or None, and its code generator."""
     return graph._tracer_cls, graph._codegen
 
 
 def graph_in(state: dict[str, Any]) -> Any:
-    """Give the graph in a graph module's state."""
+    """Return the graph in a graph module's state."""
     return state["_graph"]
 
 
 def compiled(module: torch.jit.ScriptModule) -> Any:
-    """Give the module of torch's own beneath a script module."""
+    """Return the C++ module of a script module."""
     return module._c
 
 
 def outer(module: torch.jit.ScriptModule) -> Any:
-    """Give what Python hangs attributes on: a traced module wraps it."""
+    """Return the module that has the Python attributes; a traced module wraps it."""
     return vars(module).get("_actual_script_module", module)
 
 
 def attribute_names(module: Any) -> Any:
-    """Name all attributes of a compiled module but submodules.
+    """Return the names of all attributes of a compiled module, without submodules.
 
-    torch's own lists know parameters and buffers only.
+    torch's own lists have only parameters and buffers.
     """
     return torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()
 
 
 def methods_of(module: Any) -> list[Any]:
-    """Give the methods of a compiled module; each has a `graph` and an `inlined_graph`."""
+    """Return the methods of a compiled module; each has a `graph` and an `inlined_graph`."""
     return [module._get_method(name) for name in module._method_names()]
 
 
 def shares_storage(tensor: torch.Tensor) -> bool:
-    """Whether other tensors lie over the storage of this one."""
+    """Whether other tensors share the storage of this one."""
     return not has_storage(tensor) or holders(tensor.untyped_storage()) > 2
 
 
 def holders(storage: torch.UntypedStorage) -> int:
-    """Count who holds a storage, this reference to it included (seen on torch 2.15)."""
+    """Return the refcount of a storage, this reference included (tested on torch 2.15)."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
 
 
 def is_sole(storage: torch.UntypedStorage) -> bool:
-    """Tell whether nobody but this object can reach the bytes of a storage.
+    """Whether only this object can reach the bytes of a storage.
 
-    Only of what torch's allocator has made, and numpy has not seen, is that known: it can be
-    resized. What is pinned a device may read, and torch keeps it for its next user.
+    That is certain only for resizable storages: torch's allocator made them, and numpy has no
+    view of them. A device may read pinned memory, and torch keeps it for its next user.
     """
     return holders(storage) == 1 and storage.resizable() and not storage.is_pinned()
 
 
 @named
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    """Make a typed storage as torch does for itself: without a warning of deprecation."""
+    """Make a typed storage without a deprecation warning, as torch does internally."""
     return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def untyped(storage: torch.TypedStorage) -> torch.UntypedStorage:
-    """Give what lies beneath a typed storage, without a warning of deprecation."""
+    """Return the untyped storage of a typed one, without a deprecation warning."""
     return storage._untyped_storage
 
 
 def program_graph(program: torch.export.ExportedProgram) -> bytes:
-    """Write the graph of an exported program, as `torch.export.save` does, and no tensor of it.
+    """Serialize the graph of an exported program like `torch.export.save`, without its tensors.
 
-    torch can leave the tensors out from 2.12 on. Those before are given a program of empty ones.
+    torch can leave the tensors out from 2.12 on. For older ones, replace them by empty tensors.
     """
-    from torch._export.serde.serialize import serialize  # noqa: PLC0415 - and sympy, a second
+    from torch._export.serde.serialize import serialize  # noqa: PLC0415 - imports sympy: a second
 
     tensors = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
     if tensors[0] in inspect.signature(serialize).parameters:
@@ -184,7 +184,7 @@ def _hollow(value: Any) -> Any:
 
 @named
 def exported_program(graph: bytes, *tensors: Any) -> torch.export.ExportedProgram:
-    """Build an exported program of its graph, state dict, constants and example inputs."""
+    """Build an exported program from its graph, state dict, constants and example inputs."""
     from torch._export.serde.serialize import (  # noqa: PLC0415 - likewise
         SerializedArtifact,
         deserialize,

@@ -1,7 +1,6 @@
-"""What is private to transformers and accelerate, and needed: the only file that knows it.
+"""Every use of private parts of transformers and accelerate.
 
-Seen on transformers 4.50 to 5.23 and accelerate 1.15; nothing is imported that the process
-has not imported itself.
+Tested on transformers 4.50 to 5.23 and accelerate 1.15. It imports neither.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ def is_pretrained(kind: type) -> bool:
 
 
 def send_by_value(obj: Any) -> None:
-    """Have cloudpickle send a class or function by value that came with a checkpoint.
+    """Make cloudpickle pickle a class or function by value that came with a checkpoint.
 
-    `trust_remote_code=True` imports it from a folder that is on no other process's path.
+    `trust_remote_code=True` imports it from a folder that is not on the path of other processes.
     """
     if (obj.__module__ or "").startswith("transformers_modules."):
         module = sys.modules.get(obj.__module__)
@@ -32,20 +31,20 @@ def send_by_value(obj: Any) -> None:
 
 
 def is_offloaded(skeleton: bytes) -> bool:
-    """Whether a pickle holds a model whose hooks give it its values when it is called."""
+    """Whether a pickle holds a model whose hooks load its values at each call."""
     return b"AlignDevicesHook" in skeleton
 
 
 def reads_files(part: object) -> bool:
-    """Whether this is what gives such hooks values from files."""
+    """Whether such hooks read values from files through this object."""
     return type(part).__name__ == "OffloadedWeightsLoader" and bool(vars(part)["index"])
 
 
 def enter_class(module: torch.nn.Module) -> None:
-    """Enter a model's class where `__init__` would have.
+    """Register a model's class, as `__init__` would.
 
-    In a process that has made none of that class, `output_hidden_states=True` gives none, and no
-    error, however the model came there. (transformers 5)
+    Without it, `output_hidden_states=True` returns none and raises no error in a process that has
+    never made a model of that class. (transformers 5)
     """
     known = getattr(sys.modules["transformers.modeling_utils"], "_CAN_RECORD_REGISTRY", None)
     if known is not None:
@@ -53,10 +52,10 @@ def enter_class(module: torch.nn.Module) -> None:
 
 
 def reduce_context_var(variable: ContextVar[Any]) -> Any:
-    """Reduce a context variable to where a module keeps it: by itself, or in an object of its own.
+    """Reduce a context variable to its path in a module: a global, or an attribute of one.
 
-    Every process has one of its own there. The hooks of `output_hidden_states=True` hold one in an
-    object that is global to them. (transformers 5)
+    Every process has its own there. The hooks of `output_hidden_states=True` hold one in a global
+    object. (transformers 5)
     """
     for name, module in list(sys.modules.items()):
         for path, value in list(getattr(module, "__dict__", {}).items()):
