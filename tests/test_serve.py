@@ -303,7 +303,7 @@ def test_one_request_runs_at_a_time_or_as_many_as_asked(kind, deployed):
 
 def test_less_than_one_is_refused(cluster):
     for kind in ("app", "multiplexed"):
-        with pytest.raises(ValueError, match="max_ongoing_forwards is 1 or more, not 0"):
+        with pytest.raises(ValueError, match="max_ongoing_forwards must be 1 or more, not 0"):
             served_as(kind, nn.Identity(), max_ongoing_forwards=0)
 
 

@@ -1,4 +1,4 @@
-"""Ray Data: a pool of actors that run batches through one shared model."""
+"""Ray Data: a pool of actors that run one shared model on batches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Predictor", "map_batches"]
 def map_batches(
     dataset: Dataset, model: Any, *, actors: int | tuple[int, int] | None = None, **options: Any
 ) -> Dataset:
-    """Add a model's outputs to a dataset as columns; a pool of actors shares the one model.
+    """Add a model's outputs to a dataset as columns; a pool of actors shares one model.
 
-    The block lives as long as the dataset does, or what is made from it.
+    The block lives as long as the dataset, and datasets made from it.
 
     Args:
-        dataset: whose batches reach `preprocess`, or the model, as a dict of arrays.
+        dataset: `preprocess`, or the model, gets its batches as dicts of arrays.
         model: as for `Predictor`.
-        actors: how many, or the fewest and the most; without it Ray Data decides.
-        options: those of `Predictor`, such as `inputs` and `postprocess`; the others go to
-            `Dataset.map_batches`: `batch_size`, `num_gpus` and the rest.
+        actors: their number, or minimum and maximum; default: Ray Data decides.
+        options: options of `Predictor`, such as `inputs` and `postprocess`; all others go to
+            `Dataset.map_batches`, such as `batch_size` and `num_gpus`.
 
     Example:
         >>> scored = rzc.data.map_batches(dataset, model, actors=4, batch_size=256)

@@ -1,4 +1,4 @@
-"""`python -m ray_zerocopy.demo`: share a model among workers, beside plain Ray."""
+"""`python -m ray_zerocopy.demo`: share a model among workers, compared with plain Ray."""
 
 from ray_zerocopy.operate.demo import main
 

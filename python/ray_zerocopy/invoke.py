@@ -1,4 +1,4 @@
-"""Calls of a shared model as Ray tasks: by reference, or through what stands where it stood.
+"""Call a shared model in Ray tasks: by reference, or through a shim in the model's place.
 
 pipeline ─ rewrite_pipeline ─▶ the same with shims for models
 shim(x) ═ call_model.remote(shim.ref, (x,)) ═▶ in a worker: cache ─▶ model(x)
@@ -30,21 +30,21 @@ from ray_zerocopy.store.references import put
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 5.0  # of a call, after which it says what it may wait for
+_PATIENCE_S = 5.0  # then a waiting call warns about missing resources
 
 
 class CallModel(Leaf):
-    """A Ray task that calls a model in the store; the worker that runs it keeps the model loaded.
+    """A Ray task that calls a model in the store; its worker keeps the model loaded.
 
-    A call costs a task and a forward: a worker loads a model at its first call, keeps it for the
-    next, and drops it five seconds after the last, so that the store has its memory back within ten
-    seconds of the driver dropping its last reference. What a forward changes in place, such as a
-    cache in a buffer, stays in the worker that ran it, is seen by what that worker runs next and by
-    nobody else, and goes with the model: never build on it.
+    A call costs a task and a forward. A worker loads a model at its first call, keeps it for more
+    calls, and drops it five seconds after the last. So the store has the memory back within ten
+    seconds after the driver drops its last reference. Do not rely on in-place changes by a forward,
+    such as a cache in a buffer: they stay in one worker, only later calls there see them, and they
+    end when the worker drops the model.
 
-    It runs without autograd unless `grad` says so, on as many torch threads as Ray gave it CPUs, at
-    least one. An exception of the model reaches the caller as itself, with the worker's traceback;
-    the call of a worker that died is made again by Ray, as often as `max_retries` says.
+    The task runs without autograd unless `grad=True`, on as many torch threads as it has CPUs, at
+    least one. An exception of the model reaches the caller with its own type and the worker's
+    traceback. If a worker dies, Ray repeats the call up to `max_retries` times.
     """
 
     def __init__(self, *, grad: bool = False, **options: Any) -> None:
@@ -55,7 +55,7 @@ class CallModel(Leaf):
         return call, (self._grad, self._options)
 
     def options(self, **options: Any) -> CallModel:
-        """Give the same task with other options: `grad=True`, or any of Ray's for a task."""
+        """Return the same task with other options: `grad=True`, or any of Ray's task options."""
         return CallModel(**{"grad": self._grad, **self._options, **options})
 
     def remote(
@@ -65,27 +65,27 @@ class CallModel(Leaf):
         kwargs: Mapping[str, Any] | None = None,
         method_name: str = "__call__",
     ) -> ray.ObjectRef:
-        """Call a method of the model and give the reference of its result.
+        """Call a method of the model and return the reference of its result.
 
-        `model_ref` refers to what `rzc.put` stored, which is called in the mode it was put in, or
-        to what `extract_tensors` returned; or it is what `publish` or `follow` gave. As in any
-        task, an argument that is itself a reference is replaced by its value. Tensors of 100 kB
-        and more come and go as blocks: like numpy arrays with Ray, a result then lies in the store
-        for as long as it lives. With the option `num_returns=2` a pair of results comes by two
-        references. A coroutine is run to its end in the task.
+        `model_ref` is a reference from `rzc.put` (the model runs in the mode it was put in), a
+        reference to a result of `extract_tensors`, or a result of `publish` or `follow`. As in any
+        task, Ray replaces an argument that is a reference by its value. Arguments and results with
+        100 KiB of tensors or more travel as blocks: like numpy arrays in Ray, such a result stays
+        in the store as long as it lives. With `num_returns=2`, a pair of results has two
+        references. The task runs a coroutine to its end.
 
-        Raises `AttributeError` for a private method; for an unknown one the task does.
+        Raises `AttributeError` for a private method; for an unknown one the task raises it.
         """
         if isinstance(model_ref, Version | Live):
             model_ref = _version(model_ref).handle
         elif not isinstance(model_ref, ray.ObjectRef):
             kind = type(model_ref).__name__
-            raise TypeError(f"model_ref is an ObjectRef, not a {kind}: ray_zerocopy.put gives one")
+            raise TypeError(f"model_ref must be an ObjectRef, not a {kind}: use ray_zerocopy.put")
         if not isinstance(args, tuple | list):
-            raise TypeError(f"args is a tuple of arguments, not a {type(args).__name__}: (x,)")
+            raise TypeError(f"args must be a tuple, such as (x,), not a {type(args).__name__}")
         if _is_private(method_name):
-            raise AttributeError(f"{method_name!r} is private, so no task can call it")
-        # In a list, Ray leaves the reference alone: loading is up to the worker's cache.
+            raise AttributeError(f"{method_name!r} is private: a task can call only public methods")
+        # In a list, so that Ray does not resolve the reference: the worker's cache loads it.
         count = self._options.get("num_returns")
         several = isinstance(count, int) and count > 1
         asked = ([model_ref], method_name, self._grad, several)
@@ -93,7 +93,7 @@ class CallModel(Leaf):
         return self._task.remote(asked, *map(_light, args), **keywords)
 
     def lacks(self) -> list[tuple[str, float, float]]:
-        """Tell what a task needs more of than is free here: (resource, needed, free)."""
+        """Return the resources that a task needs more of than are free: (name, needed, free)."""
         options = {"num_cpus": 1, **self._options}
         needs = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus")}
         needs |= options.get("resources") or {}
@@ -125,32 +125,34 @@ def rewrite_pipeline(
 ) -> Any:
     """Copy a pipeline so that each call of one of its models runs as a Ray task.
 
-    Models are found in attributes, slots, lists, dicts, tuples and sets, however deep, and each is
-    stored once, in eval mode; where it stood now stands its `Shim`. The pipeline itself is not
-    changed: what leads to a model is copied, all else is shared with the copy. A model by itself
-    becomes a shim. Only an `nn.Module` (a TorchScript module is one) is a model, and what it holds
-    goes with it: a part that two models share is stored with each. What closures hold is not found.
-    What `publish` or `follow` gave counts as a model; of the latter, the current one runs.
+    It finds models in attributes, slots, lists, dicts, tuples and sets, at any depth, but not in
+    closures. It stores each model once, in eval mode, and puts a `Shim` in its place. The pipeline
+    does not change: objects that lead to a model are copied, the copy shares all others. A model by
+    itself becomes a shim.
+
+    A model is an `nn.Module` (including TorchScript modules) with everything it holds: a part that
+    two models share is stored with each. Results of `publish` and `follow` count as models; calls
+    through `follow` run the current version.
 
     Args:
         pipeline: any object.
-        method_names: the methods that can be called, where a model has them, besides `__call__`.
-        attribute_names: attributes that a shim has from its model, if that has them; `config` is
-            what transformers' pipelines ask of their models.
-        grad: record autograd's graph in the task; the results carry none home.
+        method_names: methods that the shims offer besides `__call__`, if the model has them.
+        attribute_names: attributes that a shim copies from its model, if it has them;
+            transformers' pipelines read `config`.
+        grad: record autograd's graph in the task; results return without it.
         options: Ray's options for the tasks, such as `num_cpus=2`.
 
     Example:
         >>> fast = rewrite_pipeline(pipeline, method_names=("generate",), num_cpus=2)
         >>> fast(text)                                              # its models run in tasks
-        >>> refs = [fast.model.remote(batch) for batch in batches]  # in many at a time
+        >>> refs = [fast.model.remote(batch) for batch in batches]  # many tasks at a time
 
     """
     for names in (method_names, attribute_names):
         if isinstance(names, str):
-            raise TypeError(f"names come in a tuple: ({names!r},) rather than {names!r}")
+            raise TypeError(f"names must be a tuple: ({names!r},), not {names!r}")
     if own := {"ref", "remote"}.intersection(method_names):
-        raise ValueError(f"a shim has a {own.pop()!r} of its own: call_model reaches the model's")
+        raise ValueError(f"a shim has its own {own.pop()!r}: use call_model for the model's")
     task = call_model.options(grad=grad, **options)
 
     def shim_of(source: Any) -> Shim:
@@ -167,7 +169,7 @@ def rewrite_pipeline(
 
 
 class Method(Leaf):
-    """A method of a model in the store: call it and wait, or take the reference of its result."""
+    """A method of a model in the store: call it and wait, or get the reference of its result."""
 
     def __init__(self, ref: Any, name: str, task: CallModel) -> None:
         self.ref = ref
@@ -175,7 +177,7 @@ class Method(Leaf):
         self._task = task
 
     def __reduce__(self) -> Any:
-        # Ray's pickle of a reference names its owner as well; plain pickle would keep only the id.
+        # Ray's pickle of a reference includes its owner; plain pickle keeps only the id.
         return method, (ray.cloudpickle.dumps(self.ref), self._name, self._task)
 
     def __deepcopy__(self, memo: object) -> Method:
@@ -187,8 +189,8 @@ class Method(Leaf):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method in a task and wait for its result.
 
-        A warning tells when the task waits for CPUs or other resources. An actor that holds them
-        all waits for ever, unless the task needs none: `num_cpus=0`.
+        Logs a warning if the task waits for CPUs or other resources. A call from an actor that
+        holds them all never ends, unless the task needs none (`num_cpus=0`).
         """
         result, told = self.remote(*args, **kwargs), False
         while True:
@@ -200,13 +202,13 @@ class Method(Leaf):
                 told = self._tell_what_lacks()
 
     def _tell_what_lacks(self) -> bool:
-        """Warn of what a task waits for, if it does; whether it did."""
+        """Warn about resources that the task waits for; returns whether there are any."""
         lacking = [f"{need:g} {name} ({has:g} free)" for name, need, has in self._task.lacks()]
         if lacking:
             logger.warning(
-                "%s waits for a task that needs %s. If the caller holds these itself, as actors, "
-                "Tune trials and pools of Ray Data do, it waits for ever: with num_cpus=0 in "
-                "rewrite_pipeline or call_model.options the task runs beside it",
+                "%s waits for a task that needs %s. If the caller itself holds these (an actor, "
+                "a Tune trial, a pool of Ray Data), it waits for ever: set num_cpus=0 in "
+                "rewrite_pipeline or call_model.options",
                 *(self, " and ".join(lacking)),
             )
         return bool(lacking)
@@ -223,10 +225,10 @@ def method(ref: bytes, name: str, task: CallModel) -> Method:
 
 
 class Shim(Method):
-    """Stands where a model stood; a call of it, or of a method it allows, runs as a Ray task.
+    """Replaces a model; calls of it and of its allowed methods run as Ray tasks.
 
-    `shim(x)` waits for the result, `shim.remote(x)` and `shim.predict.remote(x)` give its
-    reference, for many at a time or to `await`. `shim.ref` refers to the model. A shim is small,
+    `shim(x)` waits for the result. `shim.remote(x)` and `shim.predict.remote(x)` return its
+    reference, for parallel calls or `await`. `shim.ref` refers to the model. A shim is small,
     pickles, and works in other tasks and actors.
     """
 
@@ -250,7 +252,7 @@ class Shim(Method):
 
     def __getattr__(self, name: str) -> Method:
         if _is_private(name) or name not in self._methods:
-            raise AttributeError(f"{self!r} has no {name!r}: public methods are in method_names")
+            raise AttributeError(f"{self!r} has no {name!r}: add public methods to method_names")
         return Method(self.ref, name, self._task)
 
     def __repr__(self) -> str:
@@ -287,10 +289,10 @@ def evaluated(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _light(value: Any) -> Any:
-    """Let tensors that Ray would put into the store lie there as a block, beside its own pickle.
+    """Wrap values whose tensors Ray would put into the store, so that they become a block.
 
-    Measured, a task that returns 16 MB: 16 ms rather than 58; 120 kB: 9.0 rather than 11.4. At
-    40 kB, which travel in the message, Ray's own way is the shorter by 0.8 ms.
+    A task that returns 16 MB: 16 ms, was 58; 120 kB: 9.0 ms, was 11.4. Ray sends 40 kB in the
+    message, and its own pickle is faster there by 0.8 ms.
     """
     if isinstance(value, Mapping):
         parts: Any = value.values()
@@ -328,10 +330,10 @@ def _call(call: tuple[list[Any], str, bool, bool], /, *args: Any, **kwargs: Any)
             result = asyncio.run(result)
     if several and isinstance(result, tuple | list):
         return [_light(part) for part in result]
-    return result if several else _light(result)  # of another number, Ray tells
+    return result if several else _light(result)  # Ray reports a wrong number of results
 
 
-# Not as a decorator: a function that its name leads to is sent by name, and the cache is one.
+# Not a decorator: `_call` keeps its name, so Ray pickles it by name and a worker has one cache.
 _remote_call = ray.remote(_call)
 
 

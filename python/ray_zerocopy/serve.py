@@ -1,7 +1,7 @@
 """Ray Serve: replicas that share one block, and replicas that each serve many models.
 
-Serve keeps what is bound to a deployment as a plain pickle, whose references Ray cannot count: so
-the cluster keeps the model, for as long as a deployment has it.
+Serve keeps the bound arguments of a deployment as a plain pickle, and Ray cannot count references
+there. So the cluster keeps the model as long as a deployment uses it.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ logger = logging.getLogger(__name__)
 def app(model: Any, *, max_ongoing_forwards: int = 1, **options: Any) -> serve.Application:
     """Make an application for `serve.run` whose replicas share one model.
 
-    A request posts its columns as JSON, such as `{"x": [[1.0, 2.0], [3.0, 4.0]]}` for two rows,
-    and is answered by the output's columns, with null for NaN and infinities. What the model
-    cannot take is answered by status 400 and `{"error": ...}`. Through a handle,
-    `handle.predict.remote(batch)` takes and gives arrays, and raises `InputError`. Forwards run in
-    a thread, so that a replica stays responsive. Running an application of the same name again
-    replaces the weights, replica by replica.
+    A request posts columns as JSON, such as `{"x": [[1.0, 2.0], [3.0, 4.0]]}` for two rows. The
+    reply has the output's columns, with null for NaN and infinities. Input that the model rejects
+    gets status 400 and `{"error": ...}`. Through a handle, `handle.predict.remote(batch)` takes and
+    returns arrays, and raises `InputError`. Forwards run in a thread, so that a replica stays
+    responsive. Running an application of the same name again replaces the weights, replica by
+    replica.
 
-    The cluster keeps the model for as long as the application is deployed, and no longer, whatever
-    becomes of this process. What a reference refers to is copied for it: with the reference
-    dropped, the store has it once.
+    The cluster keeps the model exactly as long as the application is deployed, even if this process
+    ends. It copies the object of a reference: drop the reference, so that the store has it once.
 
     Args:
-        model: a reference from `put`, a `ModelWrapper`, or the model itself; or what `follow` gave:
-            then each publish reaches the replicas between two requests, without a deployment.
-        max_ongoing_forwards: how many requests a replica runs through `preprocess`, the model and
-            `postprocess` at a time. More than one is for those that keep nothing between or during
-            calls: caches in buffers and fast tokenizers of transformers mix requests.
-        options: those of `Predictor`, such as `postprocess`; the others go to `serve.deployment`:
-            `num_replicas`, `ray_actor_options` and the rest.
+        model: a reference from `put`, a `ModelWrapper`, the model itself, or a result of `follow`:
+            then replicas switch to each published version between two requests, without a
+            deployment.
+        max_ongoing_forwards: requests that a replica runs at the same time through `preprocess`,
+            the model and `postprocess`. Use more than one only if these keep no state: caches in
+            buffers and fast tokenizers of transformers mix requests.
+        options: options of `Predictor`, such as `postprocess`; all others go to
+            `serve.deployment`, such as `num_replicas` and `ray_actor_options`.
 
     Example:
         >>> serve.run(rzc.serve.app(model, num_replicas=4))
@@ -73,15 +73,15 @@ def multiplexed(
     """Make an application for `serve.run` whose replicas each serve many models.
 
     A request names its model in the header `serve_multiplexed_model_id`, a handle by
-    `handle.options(multiplexed_model_id=name)`; otherwise as `app`. A replica loads a model at its
-    first request, in milliseconds and without a copy, and answers others meanwhile.
+    `handle.options(multiplexed_model_id=name)`; otherwise it works like `app`. A replica loads a
+    model at its first request, in milliseconds and without a copy, and answers others meanwhile.
 
     Args:
         models: each as for `app`, by name.
-        max_num_models_per_replica: how many a replica keeps loaded; by default all.
-        max_ongoing_forwards: as for `app`, of all models of a replica together, which share the
-            hooks.
-        options: as for `app`; those of `Predictor` hold for all models.
+        max_num_models_per_replica: models that a replica keeps loaded; default: all.
+        max_ongoing_forwards: as for `app`, for all models of a replica together, because they
+            share the hooks.
+        options: as for `app`; options of `Predictor` apply to all models.
 
     """
 
@@ -97,17 +97,18 @@ def multiplexed(
 
 
 def keep(model: Any) -> ModelWrapper:
-    """Have the cluster keep a model for as long as a deployment has it, and no longer.
+    """Make the cluster keep a model exactly as long as a deployment uses it.
 
-    For deployments of one's own; `app` and `multiplexed` do it by themselves. Bound to none, the
-    model goes two minutes after this process drops the wrapper. What is published already is bound
-    as it is. Wrappers in task mode, and all before Ray 2.46, live as long as the process that made
-    them.
+    Use it for your own deployments; `app` and `multiplexed` call it themselves. If no deployment
+    uses the model, the cluster drops it two minutes after this process drops the wrapper. Published
+    models are bound unchanged. Models in task mode, and all models before Ray 2.46, live as long as
+    the process that made the wrapper.
 
     Args:
         model: as for `app`.
 
-    Raises as `publish` does.
+    Raises:
+        PublishError, StoreFullError, CatalogError: as from `publish`.
 
     Example:
         >>> @serve.deployment
@@ -129,11 +130,11 @@ def keep(model: Any) -> ModelWrapper:
 
 @dataclass(frozen=True)
 class _Kept(ModelWrapper):
-    """A wrapper that pickles, where Serve binds it, as one of the same version by name."""
+    """A wrapper that pickles, when Serve binds it, as a wrapper of the version's name."""
 
     def _bound(self) -> ModelWrapper:
         version: Any = self.ref
-        if not deployments.hold(version):  # no deployment had it
+        if not deployments.hold(version):  # already dropped: no deployment used it
             version = deployments.keep(version.ref)
             object.__setattr__(self, "ref", version)
         return ModelWrapper(version.handle)
@@ -148,16 +149,17 @@ class _Kept(ModelWrapper):
 async def load(model: Any, **how: Any) -> Any:
     """Load a model in a thread, so that the replica answers requests meanwhile.
 
-    `model` is a reference from `put`, a `ModelWrapper` or a model; `how` is as for `get`.
+    `model`: a reference from `put`, a `ModelWrapper` or a model; `how`: as for `get`.
     """
     return await asyncio.to_thread(lambda: wrap(model).load(**how))
 
 
 class Loading:
-    """What a function makes in a thread, to `await` as often as one likes; it is made once.
+    """The result of a function that runs once, in a thread; `await` it any number of times.
 
-    `serve.multiplexed` loads one model at a time: a slow one keeps all others waiting, unless the
-    function that loads returns at once, with this. What failed is tried again at the next `await`.
+    `serve.multiplexed` loads one model at a time, and a slow load blocks all others. Return this
+    from the function that loads, so that it returns at once. After an error, the next `await` tries
+    again.
 
     Example:
         >>> @serve.multiplexed(max_num_models_per_replica=20)
@@ -176,11 +178,11 @@ class Loading:
         task = self._task
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = self._task = asyncio.create_task(asyncio.to_thread(self._make))
-        return asyncio.shield(task).__await__()  # a request that goes away leaves it to the others
+        return asyncio.shield(task).__await__()  # a cancelled request does not cancel it for others
 
 
 class Replica:
-    """One of the replicas of an `app`; a class of one's own may build on it."""
+    """A replica of an `app`; you may subclass it."""
 
     def __init__(self, model: Any, *, max_ongoing_forwards: int = 1, **how: Any) -> None:
         self._predictor = Predictor(model, **how)
@@ -191,14 +193,14 @@ class Replica:
         return await _answer(request, self.predict)
 
     async def predict(self, batch: Any) -> Columns:
-        """Give the output's columns for a batch of columns; raises as `Predictor.predict` does."""
+        """Return the output's columns for a batch; raises as `Predictor.predict` does."""
         return await self._forwards.run(self._predictor.predict, batch)
 
 
 class _Named:
-    """What a replica of many models does; `serve.multiplexed` is put on where its bound is known.
+    """A replica of many models. Its subclass in `multiplexed` applies `serve.multiplexed`.
 
-    Serve looks for multiplexed methods on the class, so it cannot be done in `__init__`.
+    Serve looks for multiplexed methods on the class, so `__init__` cannot set the bound.
     """
 
     predictor: Callable[[str], Any]
@@ -206,7 +208,7 @@ class _Named:
     def __init__(
         self, models: dict[str, ModelWrapper], *, max_ongoing_forwards: int, **how: Any
     ) -> None:
-        # A replica that is being replaced still loads what its deployment no longer has.
+        # A replica that is being replaced may still load models that its deployment dropped.
         self._models = {name: borrowed(model) for name, model in models.items()}
         self._how = how
         self._forwards = _Forwards(max_ongoing_forwards)
@@ -227,30 +229,30 @@ class _Named:
 
 
 def borrowed(wrapper: ModelWrapper) -> ModelWrapper:
-    """Give a wrapper that holds a reference to what the cluster keeps."""
+    """Return a wrapper with a reference to the model that the cluster keeps."""
     if isinstance(wrapper.ref, Version):
         return ModelWrapper(deployments.borrowed(wrapper.ref))
     return wrapper
 
 
 class _Forwards:
-    """Threads of a replica for its forwards: those that wait leave the threads that load alone.
+    """A replica's threads for forwards, apart from those that load, so that waiting blocks no load.
 
-    A request that goes away before its turn is not run; one that runs keeps its turn to its end.
+    A request cancelled before its turn does not run; a running one keeps its turn until it ends.
     """
 
     def __init__(self, at_once: int) -> None:
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="ray_zerocopy.forward")
 
     async def run(self, predict: Callable[[Any], Columns], batch: Any) -> Columns:
-        request = contextvars.copy_context()  # which Serve's own functions ask in hooks
+        request = contextvars.copy_context()  # for Serve's own functions in hooks
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, request.run, predict, batch)
 
 
 def _positive(at_once: int) -> int:
     if at_once < 1:
-        raise ValueError(f"max_ongoing_forwards is 1 or more, not {at_once}")
+        raise ValueError(f"max_ongoing_forwards must be 1 or more, not {at_once}")
     return at_once
 
 
@@ -258,7 +260,7 @@ async def _answer(request: Request, predict: Callable[[Any], Any]) -> JSONRespon
     try:
         columns = await predict(from_json(await _json(request)))
     except InputError as error:
-        logger.warning("answered by 400: %s", error, exc_info=error.__cause__)
+        logger.warning("replied with status 400: %s", error, exc_info=error.__cause__)
         return JSONResponse({"error": str(error)}, status_code=400)
     return JSONResponse(to_json(columns))
 

@@ -1,9 +1,9 @@
-"""What a model takes of a batch's columns, and what columns become of its output.
+"""Convert a batch's columns to a model's arguments, and its output to columns.
 
 JSON ─ from_json ─▶ columns ─ argument ─▶ tensors ─▶ model ─ outputs ─▶ columns ─ to_json ─▶ JSON
 
-A column is an ndarray with a row for each item; rows of unequal shapes are a column of objects, as
-in Ray Data.
+A column is an ndarray with one row per item. Rows of unequal shapes are a column of objects, as in
+Ray Data.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ray_zerocopy.errors import InputError, OutputError
 Columns = dict[str, np.ndarray]
 
 _NUMBERS = "biufc"
-_TEXT = "OSUT"  # objects and strings, which stay what they are
-_SIGNED_NBYTES = 1  # torch computes with no unsigned integer that is larger
+_TEXT = "OSUT"  # objects and strings: passed on as they are
+_SIGNED_NBYTES = 1  # torch cannot compute with larger unsigned integers
 _REAL = (bool, int, float, complex, np.bool_, np.number)
 _ROWS = (list, tuple, np.ndarray)
 
@@ -33,18 +33,18 @@ _ROWS = (list, tuple, np.ndarray)
 
 
 def columns_of(batch: Any) -> Mapping[str, Any]:
-    """Give a batch as columns: a mapping as it is, a DataFrame or Table as Ray Data would."""
+    """Return a batch as columns: a mapping unchanged, a DataFrame or Table as Ray Data would."""
     if isinstance(batch, Mapping):
         return batch
-    blocks = importlib.import_module("ray.data.block")  # needs pyarrow; Serve comes without
+    blocks = importlib.import_module("ray.data.block")  # needs pyarrow, which Serve lacks
     found: Mapping[str, Any] = blocks.BlockAccessor.for_block(batch).to_numpy()
     return found
 
 
 def from_json(body: Any) -> Columns:
-    """Give the columns of a JSON object of lists.
+    """Return the columns of a JSON object of lists.
 
-    Raises `InputError` for another body, and for columns of unequal numbers of rows.
+    Raises `InputError` for any other body, and for columns with different numbers of rows.
     """
     if not isinstance(body, dict):
         kind = type(body).__name__
@@ -65,7 +65,7 @@ def _read(rows: list[Any]) -> np.ndarray:
 
 
 def floats_of(model: Any) -> torch.dtype | None:
-    """Give the dtype of a module's floating-point parameters, or buffers; None for several."""
+    """Return the dtype of a module's floating-point parameters, else buffers; None if several."""
     if not isinstance(model, torch.nn.Module):
         return None
     for tensors in (model.parameters(), model.buffers()):
@@ -76,18 +76,18 @@ def floats_of(model: Any) -> torch.dtype | None:
 
 
 def _computes_in_floats(dtype: torch.dtype) -> bool:
-    """Whether sums are made in this dtype; weights are only stored in those of a byte."""
+    """Whether torch computes in this dtype; one-byte floats only store weights."""
     return bool(dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def argument(
     name: str, column: Any, floats: torch.dtype | None, device: torch.device | str | None
 ) -> Any:
-    """Give what a model takes for a column: of numbers a tensor of its own, all else as it is.
+    """Return a model's argument for a column: a copied tensor for numbers, else the column itself.
 
-    Integers and bools keep their dtype, unsigned ones of more than a byte become int64. Floating
-    columns have `floats`, the model's dtype; without it, float64 becomes torch's default dtype, as
-    in `torch.tensor` of Python numbers.
+    Integers and bools keep their dtype, but unsigned integers of more than one byte become int64.
+    Floating columns get `floats`, the model's dtype. Without it, float64 becomes torch's default
+    dtype, as in `torch.tensor` of Python numbers.
 
     Raises `InputError` for dates, rows of unequal shapes, and None among numbers.
     """
@@ -114,13 +114,13 @@ def argument(
     elif kind == "f":
         column = column.astype(np.float64) if itemsize > 8 else column
         dtype = floats or (torch.get_default_dtype() if itemsize >= 8 else None)
-    # Copied: a batch may be read-only, and the model may write what it is given.
+    # Copy: a batch may be read-only, and the model may write to its arguments.
     copied = np.array(column, dtype=column.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(copied).to(device, dtype)
 
 
 def _stacked(name: str, column: np.ndarray) -> np.ndarray:
-    """Make numbers of a column of objects, if it holds nothing else; all others stay objects."""
+    """Convert a column of objects to numbers if it has only numbers; else return it unchanged."""
     rows = list(column)
     if not rows:
         return column
@@ -139,7 +139,7 @@ def _stacked(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _dense(rows: Sequence[Any]) -> np.ndarray | None:
-    """Give rows of numbers as one array; None for others and for rows of unequal shapes."""
+    """Return rows of numbers as one array; None for other rows and for unequal shapes."""
     if not all(isinstance(row, _REAL + _ROWS) for row in rows):
         return None
     try:
@@ -150,13 +150,13 @@ def _dense(rows: Sequence[Any]) -> np.ndarray | None:
 
 
 def _nested(row: Any) -> Any:
-    """Give lists in place of arrays of arrays, as Arrow's lists of lists are."""
+    """Convert arrays of arrays, such as Arrow's lists of lists, to lists."""
     objects = isinstance(row, np.ndarray) and row.dtype.kind == "O"
     return [_nested(item) for item in row] if objects else row
 
 
 def _leaves(row: Any) -> Iterator[Any]:
-    """Give the items of a row; of an array of numbers one."""
+    """Yield the items of a row, but only one for an array of numbers."""
     if isinstance(row, np.ndarray) and row.dtype.kind in _NUMBERS:
         yield row.dtype.type()
     elif isinstance(row, _ROWS):
@@ -167,7 +167,7 @@ def _leaves(row: Any) -> Iterator[Any]:
 
 
 def _objects(rows: Sequence[Any]) -> np.ndarray:
-    """Give rows as a column of objects, whatever they are."""
+    """Return any rows as a column of objects."""
     column = np.empty(len(rows), object)
     for index, row in enumerate(rows):
         column[index] = row
@@ -186,13 +186,13 @@ def described(name: str, value: Any) -> str:
 
 
 def outputs(output: Any) -> Columns:
-    """Give a model's output as columns, each in memory of its own.
+    """Return a model's output as columns, each in its own memory.
 
-    A tensor or array is the column `"output"`, a tuple `"output_0"`, `"output_1"` and so on; a
-    mapping, a dataclass and a named tuple have names, and so has a list with a mapping for each
-    row. Rows of unequal shapes become a column of objects.
+    A tensor or array becomes the column `"output"`, a tuple `"output_0"`, `"output_1"` and so on. A
+    mapping, a dataclass, a named tuple and a list with one mapping per row have their own names.
+    Rows of unequal shapes become a column of objects.
 
-    Raises `OutputError` for what has no rows.
+    Raises `OutputError` for outputs without rows.
     """
     return {name: _column(name, value) for name, value in _named(output).items()}
 
@@ -204,7 +204,7 @@ def _named(output: Any) -> Mapping[str, Any]:
         return {each.name: getattr(output, each.name) for each in dataclasses.fields(output)}
     if isinstance(output, tuple):
         unnamed = [f"output_{index}" for index in range(len(output))]
-        names = getattr(output, "__match_args__", unnamed)  # which named tuples have
+        names = getattr(output, "__match_args__", unnamed)  # named tuples have it
         return dict(zip(names, output, strict=True))
     if isinstance(output, list) and output and all(isinstance(row, Mapping) for row in output):
         names = dict.fromkeys(name for row in output for name in row)
@@ -236,11 +236,11 @@ def _array(value: Any) -> np.ndarray:
         return _rows(value.unbind()) if value.is_nested else _from_tensor(value)
     if isinstance(value, list | tuple):
         return _rows(value)
-    return np.array(value)  # copied: a model may give what it keeps, and write it in the next call
+    return np.array(value)  # copy: the model may keep its output, and write to it in the next call
 
 
 def _rows(values: Sequence[Any]) -> np.ndarray:
-    """Give a list of rows as a column, of objects where their shapes differ."""
+    """Return a list of rows as a column; of objects if their shapes differ."""
     rows = [_array(row) if isinstance(row, torch.Tensor | list | tuple) else row for row in values]
     shapes = {() if isinstance(row, Mapping) else np.shape(row) for row in rows}
     if len(shapes) > 1 or any(isinstance(row, np.ndarray) and row.dtype == object for row in rows):
@@ -256,7 +256,7 @@ def _from_tensor(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     tensor = tensor.cpu().resolve_conj().resolve_neg()
     if tensor.is_floating_point() and (tensor.itemsize == 1 or tensor.dtype is torch.bfloat16):
-        tensor = tensor.float()  # numpy has none of these
+        tensor = tensor.float()  # numpy lacks these
     tensor = tensor.to(torch.complex64) if tensor.dtype is torch.complex32 else tensor
     return np.array(tensor.numpy())
 
@@ -265,9 +265,9 @@ def _from_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_json(columns: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-    """Give columns as lists that are valid JSON: null for NaN and infinities, which JSON lacks.
+    """Return columns as lists that are valid JSON: null for NaN and infinities, which JSON lacks.
 
-    Raises `OutputError` for what JSON has no form of, such as complex numbers.
+    Raises `OutputError` for types that JSON lacks, such as complex numbers.
     """
     found = {}
     for name, column in columns.items():

@@ -1,4 +1,4 @@
-"""A model that takes batches of columns, and gives columns: what Ray Data and Ray Serve run.
+"""Run a model on batches of columns, for Ray Data and Ray Serve.
 
 batch ─ preprocess ─▶ columns ─ inputs ─▶ model ─ postprocess ─▶ columns
 """
@@ -27,9 +27,9 @@ from ray_zerocopy.wrappers import current
 
 Hook = Callable[[Any], Any]
 
-# What torch and Python raise where arguments do not fit.
+# Errors of torch and Python for wrong arguments.
 _REFUSALS = (TypeError, ValueError, LookupError, RuntimeError)
-# Of those, what arguments are not to blame for. torch 2.8 and newer have `AcceleratorError`.
+# Subclasses with other causes than arguments. torch 2.8 and newer have `AcceleratorError`.
 _FAULTS = (
     *(RayZeroCopyError, RecursionError, torch.OutOfMemoryError),
     *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []),
@@ -37,29 +37,29 @@ _FAULTS = (
 
 
 class Predictor:
-    """Runs batches of columns through a model that is loaded once, over the shared block.
+    """Runs a model on batches of columns; loads it once, over the shared block.
 
-    Made for `map_batches`, which `ray_zerocopy.data.map_batches` calls in one line.
+    Ray Data's `map_batches` takes this class; `ray_zerocopy.data.map_batches` does it in one line.
 
-    A column of numbers reaches the model as a tensor of its own memory: integers and bools as they
-    are, unsigned integers of more than a byte as int64, floating-point numbers in the dtype of the
-    model's parameters (where these have several, float64 becomes torch's default dtype). Lists of
-    one length count as numbers; strings and other objects stay what they are.
+    The model gets each column of numbers as a tensor with its own memory. Integers and bools keep
+    their dtype, but unsigned integers of more than one byte become int64. Floating-point numbers
+    get the dtype of the model's parameters; if these have several dtypes, float64 becomes torch's
+    default dtype. Lists of equal length count as numbers. Strings and other objects do not change.
 
     Args:
-        model: a reference from `put`, what `publish` or `follow` gave (the latter's current version
-            runs each batch), a `ModelWrapper`, or the model itself. What a reference
-            holds runs in the mode it was stored in, the others in eval mode.
+        model: a reference from `put`, a result of `publish` or `follow` (then the current version
+            runs each batch), a `ModelWrapper`, or the model itself. A model from a reference runs
+            in the mode it was stored in, others in eval mode.
         inputs: the columns that the model takes: a name or names for positional arguments, or a
-            mapping from the names of keyword arguments to columns. By default all columns, by
-            their names, or a single one as the only argument.
-        device: where the model is loaded and the columns go; by default the model is not copied.
-        preprocess: makes the batch from which `inputs` are taken: columns, a DataFrame, or a
-            mapping of tensors and whatever else the model takes, which reach it as they are.
-        postprocess: makes of the model's output what becomes columns: a tensor or array (column
+            mapping from keyword arguments to columns. Default: all columns as keyword arguments, or
+            a single column as the only argument.
+        device: the device for the model and the columns; default: CPU, without a copy of the model.
+        preprocess: a function from the batch to the batch for `inputs`: columns, a DataFrame, or a
+            mapping of tensors and other arguments, which do not change.
+        postprocess: a function from the model's output to columns: a tensor or array (column
             `"output"`), a tuple (`"output_0"`, `"output_1"`), a mapping, dataclass or named tuple
-            by its names, or a list with a mapping for each row. Rows of unequal shapes become a
-            column of objects.
+            (its names), or a list with one mapping per row. Rows of unequal shapes become a column
+            of objects.
         method_name: the model's method to call.
 
     """
@@ -88,10 +88,10 @@ class Predictor:
         return self._current()
 
     def __call__(self, batch: Any) -> Columns:
-        """Give the batch with the output's columns added, which replace others of their names.
+        """Return the batch plus the output's columns, which replace columns of the same name.
 
         `batch` is a mapping of columns, a DataFrame or an Arrow table. Raises as `predict` does,
-        and `OutputError` where the output has another number of rows than the batch.
+        and `OutputError` if the output and the batch differ in their number of rows.
         """
         columns, found = columns_of(batch), self.predict(batch)
         for name, column in found.items():
@@ -104,11 +104,12 @@ class Predictor:
         return {**columns, **found}
 
     def predict(self, batch: Any) -> Columns:
-        """Give the output's columns alone.
+        """Return only the output's columns.
 
         Raises:
-            InputError: the model lacks a column, or refuses one: by its kind, dtype or shape.
-            OutputError: a part of the output is no column.
+            InputError: the batch lacks a column of the model, or the model rejects one for its
+                type, dtype or shape.
+            OutputError: a part of the output is not a column.
 
         """
         if self._preprocess:
@@ -127,7 +128,7 @@ class Predictor:
             return outputs(self._postprocess(output) if self._postprocess else output)
 
     def _taken(self, columns: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], list[str]]:
-        """Give the columns that the model takes, and the keywords for them, if it has any."""
+        """Return the columns that the model takes, and their keywords, if any."""
         inputs = self._inputs
         if inputs is None:
             inputs = list(columns) if len(columns) == 1 else {name: name for name in columns}
@@ -140,17 +141,17 @@ class Predictor:
         return [(name, columns[name]) for name in names], keywords
 
     def _floats_of(self, model: Any) -> torch.dtype | None:
-        """Give `floats_of` a model, which takes 1.3 ms for one of 144 parameters: once for each."""
+        """Return a model's `floats_of`, cached (144 parameters: 1.3 ms)."""
         seen, floats = self._floats
         if seen() is not model:
             floats = floats_of(model)
-            if isinstance(model, torch.nn.Module):  # others have none, and no weak references
+            if isinstance(model, torch.nn.Module):  # others allow no weak references
                 self._floats = weakref.ref(model), floats
         return floats
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part the options of a `Predictor` from those that go on to Ray."""
+    """Split options into those of `Predictor` and those for Ray."""
     own = inspect.signature(Predictor).parameters.keys() & options.keys()
     how = {name: options[name] for name in own}
     return how, {name: value for name, value in options.items() if name not in own}
@@ -158,7 +159,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 @contextlib.contextmanager
 def _refused(by: str, batch: Callable[[], Iterable[tuple[str, Any]]]) -> Iterator[None]:
-    """Raise `InputError` with the columns where they may be what an error comes from."""
+    """Raise `InputError` with the columns for errors that they may have caused."""
     try:
         yield
     except _FAULTS:
@@ -166,6 +167,6 @@ def _refused(by: str, batch: Callable[[], Iterable[tuple[str, Any]]]) -> Iterato
     except _REFUSALS as error:
         columns = ", ".join(itertools.starmap(described, batch())) or "a batch without columns"
         raise InputError(
-            f"{by} refused {columns}: {type(error).__name__}: {error}; another kind, dtype or "
-            f"shape is made in preprocess="
+            f"{by} refused {columns}: {type(error).__name__}: {error}; convert the type, dtype or "
+            f"shape in preprocess="
         ) from error
