@@ -171,7 +171,7 @@ def test_a_node_is_named_by_the_start_of_its_id(run, name):
 def test_the_same_bytes_are_not_published_again(run, name):
     number = parsed(run("publish", name, "--make", "test_cli:made", "--json"))["number"]
     code, out, _ = run("publish", name, "--make", "test_cli:made")
-    assert (code, out) == (0, f"{name} version {number} has these bytes already\n")
+    assert (code, out) == (0, f"{name} version {number} is identical: not stored again\n")
     _, out, _ = run("inspect", name)
     told = "current, published by make, heals, on 1 nodes"
     assert out.startswith(f"{name} version {number}, {told}\n")

@@ -794,7 +794,7 @@ def test_nothing_starts_before_the_first_publish_which_keeps_its_timeout():
             rzc.load("a")
         assert ray.util.list_named_actors(all_namespaces=True) == []
 
-        with pytest.raises(rzc.CatalogError, match=r"not started in 0.1 s, and goes on starting"):
+        with pytest.raises(rzc.CatalogError, match=r"not started in 0.1 s, and is still starting"):
             rzc.publish("a", torch.ones(3), timeout=0.1)
         assert rzc.publish("a", torch.ones(3)).number == 1
         live = rzc.follow("a")

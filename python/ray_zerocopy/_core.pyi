@@ -52,20 +52,20 @@ NEG: Final[int]
 
 @final
 class Arena:
-    """Shared memory for tensors, with pages only where lots lie."""
+    """Shared memory for tensors; only live lots have pages."""
 
     def __new__(cls) -> Arena: ...
     def lend(self, nbytes: int) -> Lot: ...
 
 @final
 class Lot(Buffer):
-    """A part of an arena: a writable buffer. Its pages are free again when nobody holds it."""
+    """A writable buffer in an arena. Its pages are freed with its last reference."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Sources:
-    """The tensors of an object graph as a pickler meets them: views over storages of the source."""
+    """The tensors of an object graph, in the pickler's order: views of the source's storages."""
 
     def __new__(
         cls, to_host: Callable[[torch.UntypedStorage], torch.UntypedStorage]
@@ -77,7 +77,7 @@ class Sources:
 
 @final
 class Gather:
-    """Storages and views on their way into a block."""
+    """Storages and views to write into a block."""
 
     def __new__(cls, sources: Sources) -> Gather: ...
     @property
@@ -94,13 +94,13 @@ class Gather:
 
 @final
 class Segment(Buffer):
-    """A part of the block on its way: a read-only buffer."""
+    """A part of a block to be written: a read-only buffer."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Connection:
-    """Keeps this process's connection to Ray's store open: what is mapped stays what it was."""
+    """Keeps this process's connection to Ray's store open, so that mapped memory is not reused."""
 
     def __new__(cls, path: str | None) -> Connection: ...
     @property
@@ -108,7 +108,7 @@ class Connection:
 
 @final
 class Block(Buffer):
-    """A block in this process, with its table: writable memory over the store's buffer."""
+    """A block mapped in this process, with its table: writable memory over the store's buffer."""
 
     def __new__(
         cls,
@@ -142,7 +142,7 @@ class Block(Buffer):
 
 @final
 class Snapshot:
-    """What precedes a block in a snapshot: read, and as it was written."""
+    """The part of a snapshot before its block, read and validated."""
 
     def __new__(cls, head: bytes, nbytes: int) -> Snapshot: ...
     @property
@@ -176,7 +176,7 @@ class Modules:
 
 @final
 class ModuleReducer:
-    """Reduces modules of one class to the class and what differs from `nn.Module`'s defaults."""
+    """Reduces modules of one class to the class and the state that differs from the defaults."""
 
     def __new__(
         cls,

@@ -66,7 +66,7 @@ def before():
 def after():
     assert rzc.published() == ["heals", "object"]
     assert rzc.load("heals", timeout=SOON_S).weight[0, 0] == 1
-    with pytest.raises(rzc.LostVersionError, match="publish it anew"):
+    with pytest.raises(rzc.LostVersionError, match="publish it again"):
         rzc.load("object", timeout=SOON_S)
     assert rzc.publish("heals", make=lambda: filled(3)).number == 2
     assert rzc.load("heals").weight[0, 0] == 3

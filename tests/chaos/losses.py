@@ -357,7 +357,7 @@ def block_lost_with_a_copy_elsewhere(stage):
 
 def block_lost_without_a_copy(stage):
     assert stage.everywhere("load", "healed") == {2}
-    refused(rzc.LostVersionError, "publish it anew", lambda: rzc.load("unhealed", timeout=SOON_S))
+    refused(rzc.LostVersionError, "publish it again", lambda: rzc.load("unhealed", timeout=SOON_S))
     stage.add_node()
     assert stage.everywhere("load", "copied") == {1}
 

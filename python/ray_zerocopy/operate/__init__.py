@@ -1,4 +1,4 @@
-"""For those who run a cluster: a command line, a doctor, a demo, a Grafana dashboard.
+"""Tools for operators of a cluster: a command line, a doctor, a demo, a Grafana dashboard.
 
-Imports everything; nothing imports it.
+Imports everything; no other module imports it.
 """

@@ -70,9 +70,9 @@ def main(ctx: click.Context, address: str | None, debug: bool) -> None:
 
 
 def _command(connects: bool = True, slow: bool = False) -> Callable[[Command], click.Command]:
-    """Make a command with `--json`, of a function that returns a value and how to print it.
+    """Make a command with `--json` from a function that returns a value and a print function.
 
-    `--json` prints the value. A slow command shows the time that passes on a terminal.
+    `--json` prints the value. A slow command shows the elapsed time on a terminal.
     """
 
     def decorate(function: Command) -> click.Command:
@@ -110,7 +110,7 @@ def _connect(ctx: click.Context) -> None:
 
 
 def _failure(address: str) -> Exception | None:
-    """Connect to a cluster; give the error if there is none."""
+    """Connect to a cluster; returns the error if there is none."""
     try:
         _refuse_silence(address)
         ray.init(address, ignore_reinit_error=True, **_QUIET)
@@ -130,7 +130,7 @@ def _working(what: str | None) -> Iterator[None]:
 
 
 def _refuse_silence(address: str) -> None:
-    """Raise `ConnectionError` if nobody listens: Ray would wait for minutes."""
+    """Raise `ConnectionError` if nothing listens there: Ray would wait for minutes."""
     host, _, port = address.rpartition(":")
     if port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
@@ -178,7 +178,7 @@ def list_() -> Shown:
 @click.option("--verify", is_flag=True, help="Verify all checksums.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")
 def inspect(target: str, number: int | None, verify: bool, tensors: bool) -> Shown:
-    """Show what a published model or a snapshot file contains. Nothing is unpickled."""
+    """Show what a published model or a snapshot file contains, without unpickling it."""
     source: Any = Path(target)
     heading = None
     if not source.is_file():
@@ -276,7 +276,7 @@ def doctor(local: bool) -> Shown:
         here = "this machine"
     else:
         ray.init("local", num_cpus=1, include_dashboard=False, **_QUIET)
-        local, here = True, "this machine, with a Ray of its own: no cluster is running"
+        local, here = True, "this machine, with a temporary Ray: no cluster is running"
     found = {here: examination.examine()} if local else examination.examine_cluster()
     bad = sum(not finding.good for findings in found.values() for finding in findings)
     parts: list[str | Table] = []
@@ -333,7 +333,7 @@ def _table(
 
 
 def _plain(value: Any) -> Any:
-    """Convert what JSON lacks; leave out references."""
+    """Convert types that JSON lacks; leave out references."""
     if is_dataclass(value) and not isinstance(value, type):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return {name: v for name, v in fields.items() if not isinstance(v, ray.ObjectRef)}
@@ -356,12 +356,12 @@ def _publish(name: str, **how: Any) -> Shown:
     known = {version.number for version in rzc.versions(name)}
     version, seconds = _timed(lambda: rzc.publish(name, **how))
     if version.number in known:
-        return _shown(version, f"{_named(version)} has these bytes already")
+        return _shown(version, f"{_named(version)} is identical: not stored again")
     return _shown(version, f"{_named(version)}: {_mib(version.nbytes)} MiB in {seconds:.1f} s")
 
 
 def _snapshot(path: str) -> str:
-    """Give a URL as it is, and the absolute path of a file that is there."""
+    """Return a URL unchanged, and the absolute path of an existing file."""
     if "://" in path:
         return path
     if not Path(path).is_file():
@@ -370,7 +370,7 @@ def _snapshot(path: str) -> str:
 
 
 def _node(start: str) -> str:
-    """Give the id of the live node whose id starts with this."""
+    """Return the id of the live node whose id starts with this."""
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     found: list[str] = [node for node in alive if node.startswith(start)]
     if len(found) != 1:
@@ -390,20 +390,20 @@ def _one_line(error: BaseException) -> str:
 
 
 def _version(name: str, number: int | None) -> Any:
-    """Give a live version with its reference."""
+    """Return a live version with its reference."""
     return find(name, number)
 
 
 def _nodes(ref: ray.ObjectRef | None) -> list[str]:
-    """Give the ids of the nodes that hold a version's block."""
+    """Return the ids of the nodes that hold a version's block."""
     return [] if ref is None else located(ref)[0]
 
 
 def _imported(path: str) -> Callable[[], Any]:
-    """Give the function that `module:function` names."""
+    """Return the function of a `module:function` path."""
     module, _, name = path.partition(":")
     if not module or not name:
-        raise click.UsageError(f"--make is module:function, not {path!r}")
+        raise click.UsageError(f"--make must be module:function, not {path!r}")
     try:
         made: Callable[[], Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

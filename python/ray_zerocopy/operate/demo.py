@@ -1,4 +1,4 @@
-"""BERT-base shared by four workers, beside plain Ray: `python -m ray_zerocopy.demo`."""
+"""Share BERT-base among four workers and compare with plain Ray: `python -m ray_zerocopy.demo`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 class Visit(NamedTuple):
-    """What one worker measured: seconds, and bytes of private memory gained."""
+    """One worker's measurements: seconds, and growth of private memory in bytes."""
 
     load: float
     answer: float
@@ -31,17 +31,17 @@ class Visit(NamedTuple):
 
 
 class Worker:
-    """A process that wants the model, warm: its libraries are imported and have run once."""
+    """A warm process that will load the model: its libraries are imported and have run once."""
 
     def __init__(self) -> None:
         model = bert(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         infer(model, torch.zeros(1, 32, dtype=torch.long))
 
     def ready(self) -> None:
-        """Answer once the warming up is over."""
+        """Return once the warm-up is over."""
 
     def visit(self, refs: list[Any], tokens: torch.Tensor) -> Visit:
-        """Load the model, ask it once, and keep it."""
+        """Load the model, run it once, and keep it."""
         before = private_nbytes()
         start = time.perf_counter()
         self.model = ray.get(refs[0])
@@ -56,7 +56,7 @@ class Worker:
 
 
 def main() -> dict[str, Any]:
-    """Share BERT-base both ways, print what it took, and give it in seconds and bytes."""
+    """Share BERT-base both ways, print the measurements, and return them in seconds and bytes."""
     print(f"\nray_zerocopy {rzc.__version__}: one BERT-base, {WORKERS} workers, one machine\n")
     try:
         with step("build BERT-base from its configuration, random weights"):
@@ -81,7 +81,7 @@ def main() -> dict[str, Any]:
         with step(f"start {WORKERS} workers, each with torch and transformers"):
             workers = [ray.remote(num_cpus=1)(Worker).remote() for _ in range(WORKERS)]
             ray.get([worker.ready.remote() for worker in workers])
-        # Ours goes first: whatever the first to come still pays for, we pay.
+        # Ours goes first, and so pays any one-time costs.
         ours = share("ref = rzc.put(model)", rzc.put, model, workers, tokens)
         plain = share("ref = ray.put(model)", ray.put, model, workers, tokens)
     finally:
@@ -92,7 +92,7 @@ def main() -> dict[str, Any]:
 def share(
     line: str, put: Callable[[object], Any], model: object, workers: list[Any], tokens: torch.Tensor
 ) -> list[Visit]:
-    """Publish the model, let every worker in turn load and ask it, and take it back."""
+    """Store the model, let each worker in turn load and run it, and drop it."""
     print()
     with step(line):
         ref = put(model)
@@ -107,7 +107,7 @@ def share(
 def report(
     model: torch.nn.Module, ours: list[Visit], plain: list[Visit], expected: torch.Tensor
 ) -> dict[str, Any]:
-    """Print the table, whether all outputs are exact, and the saving; give the figures."""
+    """Print the table, whether all outputs are exact, and the savings; return the figures."""
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     print(f"\n{'':18}{'load':>12}{'first inference':>20}{'private memory':>20}")
     for name, visits in (("ray_zerocopy", ours), ("plain Ray", plain)):
@@ -121,9 +121,8 @@ def report(
     mine, theirs = (sum(visit.growth for visit in visits) for visits in (ours, plain))
     faster = median_load(plain) / median_load(ours)
     print(
-        f"\nFirst inference counts from the request for the model to its first output; private\n"
-        f"memory is what a worker has to itself, measured after it. The model has "
-        f"{nbytes / MIB:,.0f} MiB.\n"
+        f"\nFirst inference: from the load of the model to its first output. Private memory: the\n"
+        f"growth of a worker's own memory until then. Size of the model: {nbytes / MIB:,.0f} MiB.\n"
         f"Outputs: {'identical to the source model, to the bit' if exact else 'NOT IDENTICAL'}.\n\n"
         f"ray_zerocopy saves {(theirs - mine) / MIB:,.0f} MiB in {WORKERS} workers "
         f"({mine / MIB:,.0f} MiB instead of {theirs / MIB:,.0f}) and loads {faster:,.0f} x as fast."
@@ -133,18 +132,18 @@ def report(
 
 
 def figures(visit: Visit) -> dict[str, float]:
-    """Give what a worker measured, without its output."""
+    """Return a worker's measurements without its output."""
     return {"load": visit.load, "answer": visit.answer, "growth": visit.growth}
 
 
 def median_load(visits: list[Visit]) -> float:
-    """Give the seconds of the load in the middle."""
+    """Return the median load time in seconds."""
     return statistics.median(visit.load for visit in visits)
 
 
 def bert(**config: int) -> torch.nn.Module:
     """Build a BERT with random weights; by default BERT-base."""
-    from transformers import BertConfig, BertModel  # noqa: PLC0415 - no dependency
+    from transformers import BertConfig, BertModel  # noqa: PLC0415 - not a dependency
 
     return BertModel(BertConfig(**config)).eval()
 
@@ -157,9 +156,9 @@ def infer(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def private_nbytes() -> int:
-    """Give the private memory (RssAnon), without what is mapped of files, as the store's is.
+    """Return the private memory (RssAnon): without mapped files, such as the store.
 
-    Free heap goes back to the kernel first, for plain Ray's sake: its load leaves 110 MiB of it.
+    Returns free heap to the kernel first, in favour of plain Ray: its load leaves 110 MiB of it.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -169,7 +168,7 @@ def private_nbytes() -> int:
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what is being done, and when it is done how long it took."""
+    """Print a step, and its duration when it is done."""
     print(f"  {text} ".ljust(66, "."), end=" ", flush=True)
     start = time.perf_counter()
     yield

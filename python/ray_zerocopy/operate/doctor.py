@@ -56,9 +56,9 @@ def examine() -> list[Finding]:
 
 
 def examine_cluster(timeout: float = _ANSWER_S) -> dict[str, list[Finding]]:
-    """Check every node of the cluster by a task on it; the findings by node address.
+    """Check every node of the cluster by a task on it; returns the findings by node address.
 
-    A node that does not answer within `timeout` seconds has one finding, which says so.
+    A node that does not answer within `timeout` seconds gets one finding, which says so.
     """
     task = ray.remote(num_cpus=0, max_retries=0)(examine)
     asked = {
@@ -121,7 +121,7 @@ def _huge_pages() -> Iterator[Finding]:
 
 
 def _shm() -> Iterator[Finding]:
-    """Ray accepts a store larger than `/dev/shm`, and dies with SIGBUS when that is full."""
+    """Ray accepts a store larger than `/dev/shm`, and dies with SIGBUS when `/dev/shm` is full."""
     if not _SHM.is_dir():
         yield Finding(
             "/dev/shm", False, "none", "the object store lies on disk: mount a tmpfs on /dev/shm"
@@ -217,7 +217,7 @@ def _round_trip() -> Iterator[Finding]:
 
 
 def _fastest(block: np.ndarray) -> tuple[float, float, Info]:
-    """Time three round trips and three copies, interleaved; give the best of each in seconds."""
+    """Time three round trips and three copies, interleaved; return the best of each in seconds."""
     target = block.copy()
     seconds = copy = float("inf")
     for _ in range(3):
@@ -246,5 +246,5 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def as_dict(findings: dict[str, list[Finding]]) -> dict[str, list[dict[str, Any]]]:
-    """Give findings as plain values."""
+    """Return findings as plain values."""
     return {node: [vars(finding) for finding in found] for node, found in findings.items()}

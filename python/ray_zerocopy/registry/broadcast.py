@@ -1,10 +1,10 @@
-"""A block sent ahead to every node, once each: nodes that have it feed those that do not.
+"""Send a block to every node once; nodes that have it send it to the others.
 
-    wave 1   A ─▶ B                       as many transfers at a time as there are nodes that have
-    wave 2   A ─▶ C    B ─▶ D             the block, so that their number doubles; who is done
-    wave 3   A ─▶ E    B ─▶ F  …          starts the next transfer and waits for nobody
+    wave 1   A ─▶ B                       as many transfers at a time as nodes have the block, so
+    wave 2   A ─▶ C    B ─▶ D             that their number doubles; a finished transfer starts the
+    wave 3   A ─▶ E    B ─▶ F  …          next at once
 
-Simultaneous cold gets are a star: all pull from where the block is known to lie, one node.
+Simultaneous cold gets form a star: all nodes pull from the one known location.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray_zerocopy.registry.publication import find
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
 from ray_zerocopy.store.references import refuse_client
 
-# A transfer that takes this many times as long as the median so far no longer counts, and goes on.
+# A transfer slower than this multiple of the median continues, but no longer counts as running.
 _SLOW = 3.0
 _PATIENCE_S = 2.0
 _LOCATED_S = 60.0
@@ -36,21 +36,21 @@ def prefetch(
 ) -> dict[str, float | None]:
     """Send a block to every node of the cluster, or to these, once each, and wait.
 
-    The first load there then finds it. A node that joins later fetches it at its first load. What a
-    node was sent is a copy, which it may drop when its store is full.
+    The first load there then finds it. A node that joins later fetches it at its first load. The
+    nodes get copies, which they may drop when their store is full.
 
     Args:
-        ref_or_name: what `put` gave, or the name of a published model, whose current version is
-            sent.
-        nodes: the ids of nodes, as `ray.nodes()` gives them.
-        timeout: seconds for one transfer; a node that takes longer keeps no other one waiting.
+        ref_or_name: a reference from `put`, or the name of a published model (sends its current
+            version).
+        nodes: ids of nodes, as in `ray.nodes()`; default: all.
+        timeout: seconds for one transfer; a slow node delays no other.
 
     Returns:
-        Seconds by node, 0.0 where the block lay already; None for a node that died, took too long,
-        or has no room for it.
+        Seconds by node: 0.0 if the node had the block already; None for a node that died, took too
+        long, or has no room for it.
 
     Raises:
-        ValueError: there is no live node of an id given.
+        ValueError: no live node has a given id.
         UnknownVersionError: nothing is published under that name.
         LostVersionError: no node has the block.
 
@@ -64,11 +64,11 @@ def prefetch(
     }
     wanted = list(stores if nodes is None else nodes)
     if unknown := set(wanted) - set(stores):
-        raise ValueError(f"there is no live node {sorted(unknown)}; there are {sorted(stores)}")
-    ray.wait([ref], timeout=timeout, fetch_local=False)  # until it is made
+        raise ValueError(f"no live node has the id {sorted(unknown)}; nodes: {sorted(stores)}")
+    ray.wait([ref], timeout=timeout, fetch_local=False)  # until the object exists
     holders, nbytes = located(ref, _LOCATED_S)
     if not holders and nbytes <= INLINE_NBYTES:
-        return dict.fromkeys(wanted, 0.0)  # it comes along with the reference
+        return dict.fromkeys(wanted, 0.0)  # Ray sends it with the reference
     if not holders:
         raise LostVersionError(f"no node has the block of {ref_or_name}: put or publish it again")
     seconds: dict[str, float | None] = dict.fromkeys(wanted)
@@ -85,7 +85,7 @@ def _reference(ref_or_name: ray.ObjectRef | str, timeout: float) -> ray.ObjectRe
     while (version := find(ref_or_name)).ref is None:
         if time.monotonic() > deadline_s:
             raise LostVersionError(
-                f"version {version.number} of {ref_or_name!r} was not made again in {timeout:g} s"
+                f"version {version.number} of {ref_or_name!r} was not rebuilt in {timeout:g} s"
             )
     return version.ref
 
@@ -123,7 +123,7 @@ class _Waves:
         self._running[answer] = node, time.monotonic()
 
     def _in_time(self) -> int:
-        """Count the transfers that are not slow: a dying node does not hold the others up."""
+        """Count the transfers that are not slow, so that a dying node does not delay others."""
         took = [seconds for seconds in self._seconds.values() if seconds]
         patience_s = max(_PATIENCE_S, _SLOW * statistics.median(took)) if took else self._timeout
         since_s = time.monotonic() - patience_s
@@ -135,7 +135,7 @@ class _Waves:
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
 def _fetch(refs: list[ray.ObjectRef], timeout: float) -> float | None:
-    """Have this node fetch an object, which nobody unpickles; gives the seconds it took."""
+    """Make this node fetch an object without unpickling it; returns the seconds."""
     start = time.perf_counter()
     ready, _ = ray.wait(refs, timeout=timeout, fetch_local=True)
     return time.perf_counter() - start if ready else None

@@ -1,20 +1,20 @@
-"""What is published, and which version of a name is current: one actor that decides.
+"""The actor that knows all published versions, and decides which version of a name is current.
 
     publish ──▶ staging ─ made, and asked for ─▶ live ── retired, or more than `keep` ──▶ retired
                    │                              ▲ │
                    ▼                              │ ▼ its block is gone
-                abandoned                      made again (generation + 1)
+                abandoned                      rebuilt (generation + 1)
 
-| who moves it | when |
+| actor | transition |
 |---|---|
-| a publisher, by `publish` | it is staged; when its block is there, it is live and current |
-| the publisher, or the catalog | it is abandoned: by the one, or when it has not asked for 15 s |
-| anyone, by `promote` and `retire` | another version is current; it is retired |
-| the catalog (`healing`) | the owner died, or a block is found to be lost or damaged: made again |
+| a publisher, by `publish` | stages a version; once its block exists, it is live and current |
+| the publisher, or the catalog | abandons it; the catalog if the publisher is silent for 15 s |
+| any process, by `promote` and `retire` | makes another version current; retires a version |
+| the catalog (`healing`) | rebuilds it after the owner died, or a block is lost or damaged |
 
-Every change is written to the manifest before anyone hears of it (`manifest`). What is staged is
-not: a catalog that dies forgets it, and the publisher, who tells again every two seconds what it
-wants, tells the next one. Followers wait in `promises`.
+The catalog writes every change to the manifest before it tells others. It does not write staged
+versions: after a crash, the publisher, which repeats its request every two seconds, tells the next
+catalog. Followers wait in `promises`.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ ACTOR = {
     "lifetime": "detached",
     "get_if_exists": True,
     "num_cpus": 0,
-    "resources": {"node:__internal_head__": 0.001},  # without that node there is no cluster
+    "resources": {"node:__internal_head__": 0.001},  # the cluster ends with that node
     "max_restarts": -1,
-    "max_concurrency": 100_000,  # each name that is followed waits in one call
+    "max_concurrency": 100_000,  # one waiting call per followed name
 }
-START_S = 300.0  # of two processes, for a node that has other things to do
+START_S = 300.0  # to start two processes on a busy node
 LEASE_S = 15.0
 _AGAIN_S = 0.2
-_WRITTEN_A_SECOND = 1e8  # bytes, of a publisher that has other things to do
+_WRITTEN_A_SECOND = 1e8  # bytes, by a publisher on a busy machine
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a publisher wants to be the current version of a name."""
+    """A publisher's request for a new current version of a name."""
 
     name: str
     token: str
-    """Tells it from all others, however often it is told."""
+    """Identifies the request; repeats have the same token."""
     plan: Plan
     keep: int
     digest: str | None
-    """Of an object that is stored or written already; None for what has to be made."""
+    """Digest of an object that is already stored or written; None if it must be made."""
     draft: Draft | None = None
-    """An object that its publisher writes where there is room for it."""
+    """An object that its publisher writes into room made by the owner."""
     written: tuple[ray.ObjectRef, ...] = ()
-    """Where it is written ..."""
+    """The room, once written."""
     incarnation: str = ""
-    """... by the owner's own answer."""
+    """The incarnation of the owner that made the room."""
 
 
 @dataclass
@@ -81,17 +81,17 @@ class _Staged:
 
     @property
     def lease_s(self) -> float:
-        """How long its publisher may be silent: while it writes, for its bytes."""
+        """How long its publisher may be silent; longer while it writes many bytes."""
         draft = self.wanted.draft
         return LEASE_S + (draft.nbytes / _WRITTEN_A_SECOND if draft else 0)
 
 
 class _RestageError(Exception):
-    """What was equal to the current version and not stored, or held by an owner, is so no more."""
+    """A staged block is no longer valid: its owner died, or the version it equals has changed."""
 
 
 class Catalog:
-    """The actor that knows what is published; it holds no block, and owns none."""
+    """The actor that knows what is published; it neither holds nor owns blocks."""
 
     def __init__(self) -> None:
         self._manifest = Manifest(self._written)
@@ -100,12 +100,12 @@ class Catalog:
         self._healing = Healing(self._manifest, self._owner, self._staged.keys)
         me = ray.get_runtime_context().current_actor
         self._promises = Promises(self._current, me)
-        self._files: dict[str, str] = {}  # tokens by the file that is being replaced
+        self._files: dict[str, str] = {}  # tokens by file that is being replaced
         self._up: asyncio.Task[None] | None = None
         self._leases: set[asyncio.Task[None]] = set()
 
     async def _ready(self) -> None:
-        """Know what is written and what the owner holds, before anything else."""
+        """Read the manifest, and ask the owner for its blocks, before anything else."""
         if self._up is None or (self._up.done() and self._up.exception() is not None):
             self._up = asyncio.ensure_future(self._start())
         await asyncio.shield(self._up)
@@ -117,7 +117,7 @@ class Catalog:
         await self._healing.recover(LEASE_S)
 
     def _written(self, name: str, before: Record, after: Record) -> None:
-        """Tell others of a change that is written."""
+        """Tell others of a written change."""
         self._healing.changed(name, before, after)
         if before.number != after.number:
             self._promises.keep(name)
@@ -128,14 +128,14 @@ class Catalog:
     async def publish(
         self, wanted: Wanted, copied: list[ray.ObjectRef], wait_s: float
     ) -> Version | Made | None:
-        """Have something published: give its version, or None while it is being made.
+        """Publish; returns the version, or None while its block is being made.
 
-        To be called again until it gives one: it is the same publication, also to a catalog that
-        has started meanwhile, and to ask is to say that the publisher lives. What equals the
-        current version is not stored: that one is given. `copied` refers to an object. Of a draft
-        this gives where to write it, unless it is written there.
+        The publisher repeats the call until it gets a version. Repeats are the same publication,
+        also for a restarted catalog, and show that the publisher is alive. An object that equals
+        the current version is not stored: this returns the current version. `copied` refers to a
+        stored object. For a draft that is not written yet, this returns the room for it.
 
-        Raises what `Owner.make` does, and `CatalogError` where the record cannot be written.
+        Raises as `Owner.make`, and `CatalogError` if the record cannot be written.
         """
         await self._ready()
         record = self._manifest.record(wanted.name)
@@ -190,7 +190,7 @@ class Catalog:
         return copy
 
     async def _commit(self, staged: _Staged, made: Made) -> Version:
-        """Have what is made live and current, by one write."""
+        """Make a finished version live and current, by one write."""
         name, token, plan = staged.wanted.name, staged.wanted.token, staged.wanted.plan
         await self._supersede(name, plan, made.digest)
         version = Version(
@@ -221,7 +221,7 @@ class Catalog:
         return self._version(name, number)
 
     async def _supersede(self, name: str, plan: Plan, digest: str) -> None:
-        """Have no version of another name healed from the files that this one is in."""
+        """Stop versions of other names from healing from the files that now hold this one."""
         for other in list(self._manifest.records) if plan.files else ():
             if other != name:
                 await self._manifest.change(
@@ -229,7 +229,7 @@ class Catalog:
                 )
 
     async def abandon(self, name: str, token: str) -> bool:
-        """Let go of what was staged: it is not made any further. False where it is published."""
+        """Stop a staged version and drop its block; returns False if it is already published."""
         record = await self._manifest.settled(name)
         staged = self._staged.pop(token, None)
         self._place(token)
@@ -243,19 +243,19 @@ class Catalog:
     async def _abandon_when_deserted(self, name: str, token: str) -> None:
         while (staged := self._staged.get(token)) is not None:
             if time.monotonic() - staged.asked_s > staged.lease_s:
-                with contextlib.suppress(CatalogError):  # tried again
+                with contextlib.suppress(CatalogError):  # the loop tries again
                     await self.abandon(name, token)
             await asyncio.sleep(LEASE_S / 4)
 
-    # Where a snapshot is saved, one publication at a time has the file: it is moved there when the
-    # version is live.
+    # One publication at a time may save to a snapshot file: its publisher moves the file there when
+    # the version is live.
 
     def _has_file(self, wanted: Wanted) -> bool:
         files = wanted.plan.files
         return not files or self._files.setdefault(files[-1], wanted.token) == wanted.token
 
     async def placed(self, token: str) -> None:
-        """Let others have the file: it is as the record says."""
+        """Let other publications use the file: it now matches the record."""
         self._place(token)
 
     def _place(self, token: str) -> None:
@@ -264,10 +264,10 @@ class Catalog:
     # --- reading ------------------------------------------------------------------------------
 
     async def find(self, name: str, number: int | None, wait_s: float) -> Version:
-        """Give a version, the current one without a number.
+        """Return a version; without a number, the current one.
 
-        Its block is made again where it is lost; without a reference where that takes longer than
-        `wait_s`. Raises `LostVersionError` where it cannot be made again.
+        If its block is lost, rebuild it; after `wait_s`, return the version without a reference.
+        Raises `LostVersionError` if the block cannot be rebuilt.
         """
         await self._ready()
         number = self._existing(name, number)
@@ -280,9 +280,9 @@ class Catalog:
         return self._version(name, number)
 
     async def broken(self, version: Version, node: str, wait_s: float) -> bool | None:
-        """Whether a version that somebody could not load is lost, so that it is made again.
+        """Whether a version that a process could not load is lost; if so, rebuild it.
 
-        False where its block is whole: the trouble is theirs. None if that takes longer.
+        False if its block is intact: the cause is in that process. None if the check takes longer.
         """
         await self._ready()
         kept = self._manifest.record(version.name).live.get(version.number)
@@ -293,7 +293,7 @@ class Catalog:
         return checking.result() if checking.done() else None
 
     async def versions(self, name: str) -> list[Version]:
-        """Give all versions of a name that are known, by number, then those that are staged."""
+        """Return all known versions of a name by number, then its staged ones."""
         await self._ready()
         known = sorted(self._manifest.record(name).kept)
         staged = [each for each in self._staged.values() if each.wanted.name == name]
@@ -303,21 +303,21 @@ class Catalog:
         ]
 
     async def names(self) -> list[str]:
-        """Give the names that have a current version."""
+        """Return the names that have a current version."""
         await self._ready()
         return self._names()
 
     async def follow(self, follower: str, names: list[str]) -> dict[str, Told]:
-        """Tell a process what the names that it follows stand for, and what to wait for."""
+        """Return the current versions of the names that a process follows, and their promises."""
         await self._ready()
         return self._promises.follow(follower, names)
 
     async def turn(self, turn: int) -> Told | None:
-        """Wait until a name stands for another version: the catalog's own call to itself."""
+        """Wait until a name has a new current version; the catalog calls this itself."""
         return await self._promises.turn(turn)
 
     async def state(self) -> dict[str, Any]:
-        """Tell of everything in plain values: names, their versions, followers, rebuilds."""
+        """Return the whole state in plain values: names, their versions, followers, rebuilds."""
         await self._ready()
         followers = self._promises.followers()
         names = {
@@ -362,7 +362,7 @@ class Catalog:
                 return record.retired(record.recent)
             if number == record.number:
                 others = sorted(set(record.recent) - {number})
-                promote = f"promote one of {others} before, or " if others else ""
+                promote = f"promote one of {others} first, or " if others else ""
                 raise CatalogError(
                     f"version {number} of {name!r} is the current one: {promote}retire the name"
                 )
@@ -378,7 +378,7 @@ class Catalog:
     def _existing(self, name: str, number: int | None) -> int:
         record = self._manifest.record(name)
         if record.number is None:
-            raise UnknownVersionError(f"nothing is published as {name!r}; there is {self._names()}")
+            raise UnknownVersionError(f"nothing is published as {name!r}; names: {self._names()}")
         number = record.number if number is None else number
         if number not in record.kept:
             raise UnknownVersionError(
@@ -403,10 +403,10 @@ def _count(name: str, record: Record) -> None:
 
 
 def start(address: str) -> None:
-    """Start the catalog of a cluster, unless it is there: as a job of its own, which then ends.
+    """Start the catalog of a cluster, if there is none, in its own job, which then ends.
 
-    What an actor and its tasks can import depends on the job that started it: whose working_dir and
-    path would go with it.
+    An actor and its tasks import from the working_dir and path of the job that started it, so this
+    job has none.
     """
     ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     catalog = ray.remote(Catalog).options(name="catalog", **ACTOR)

@@ -1,4 +1,4 @@
-"""How a process asks the catalog, and starts it where there is none."""
+"""Call the catalog from any process, and start it if there is none."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ray_zerocopy.store.ray_inside import cluster, outside_of_jobs
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S = 60.0  # for a catalog that is busy, or starting again
+ANSWER_S = 60.0  # for a catalog that is busy or restarting
 
 
 def is_running() -> bool:
-    """Whether anything was ever published in this cluster; its catalog is then there to ask."""
+    """Whether anything was ever published in this cluster; if so, the catalog runs after this."""
     references.refuse_client()
     try:
         catalog()
@@ -37,23 +37,25 @@ def is_running() -> bool:
 
 
 def running(name: str) -> None:
-    """Raise `UnknownVersionError` where nothing was ever published."""
+    """Raise `UnknownVersionError` if nothing was ever published."""
     if not is_running():
-        raise UnknownVersionError(f"nothing is published as {name!r}, nor anything else here")
+        raise UnknownVersionError(
+            f"nothing is published as {name!r}: nothing at all was published in this cluster"
+        )
 
 
 def catalog() -> Any:
-    """Give the handle of the catalog; raises `ValueError` where there is none."""
+    """Return the handle of the catalog; raises `ValueError` if there is none."""
     return _actor("catalog")
 
 
 def owner() -> Any:
-    """Give the handle of the owner; raises `ValueError` where there is none."""
+    """Return the handle of the owner; raises `ValueError` if there is none."""
     return _actor("owner")
 
 
 def _actor(name: str) -> Any:
-    """Look for an actor, once in a connection: to find it by its name is a message to the GCS."""
+    """Look up an actor, once per connection: each lookup is a message to the GCS."""
     global _found, _where
     here = f"{cluster()} {ray.get_runtime_context().get_worker_id()}"
     if _where != here:
@@ -63,14 +65,14 @@ def _actor(name: str) -> Any:
     return _found[name]
 
 
-_found: dict[str, Any] = {}  # by name, in this connection:
+_found: dict[str, Any] = {}  # by name, for the connection `_where`
 _where: str | None = None
 
 
 def start(seconds: float = 2 * START_S) -> None:
-    """Start the catalog where there is none; it takes a few seconds, once in a cluster's life.
+    """Start the catalog if there is none: a few seconds, once per cluster.
 
-    Raises `CatalogError` where it is not there in time: it goes on starting.
+    Raises `CatalogError` if it is not ready in time; it keeps starting.
     """
     references.refuse_client()
     try:
@@ -87,7 +89,7 @@ def start(seconds: float = 2 * START_S) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=os.path.sep,  # beside no script, and in no folder whose modules a worker would find
+        cwd=os.path.sep,  # a folder without modules that a worker could import
         env=outside_of_jobs(dict(os.environ)),
     )
     try:
@@ -95,16 +97,16 @@ def start(seconds: float = 2 * START_S) -> None:
     except subprocess.TimeoutExpired:
         threading.Thread(target=starting.communicate, daemon=True).start()  # reaps it
         raise CatalogError(
-            f"the catalog has not started in {seconds:.3g} s, and goes on starting: try again"
+            f"the catalog has not started in {seconds:.3g} s, and is still starting: try again"
         ) from None
     if starting.returncode:
         raise CatalogError(f"the catalog does not start: {told[-2000:]}")
 
 
 def ask(method: str, *args: Any, seconds: float = ANSWER_S) -> Any:
-    """Call the catalog; one that is starting again is asked again.
+    """Call the catalog; repeat the call while it restarts.
 
-    Raises what it raises, and `CatalogError` where it does not answer in time.
+    Raises the catalog's own errors, and `CatalogError` if it does not answer in time.
     """
     ends_s = time.monotonic() + seconds
     while True:
@@ -118,7 +120,7 @@ def ask(method: str, *args: Any, seconds: float = ANSWER_S) -> Any:
         except (ray.exceptions.RayActorError, ValueError) as error:
             _forget()
             if time.monotonic() > ends_s:
-                told = f"the catalog is not there to {method}, for {seconds:.3g} s: {error}"
+                told = f"no catalog for {seconds:.3g} s, so it could not {method}: {error}"
                 raise CatalogError(told) from error
             time.sleep(random.uniform(0.1, 0.3))
         except ray.exceptions.RayTaskError as error:

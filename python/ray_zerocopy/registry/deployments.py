@@ -1,15 +1,15 @@
-"""Versions that live as long as a deployment of Serve has them, under names of their own.
+"""Versions that live as long as a deployment of Serve uses them, under generated names.
 
 keep ─▶ published as "serve/<id>" ─ its handle is bound and pickled ─ hold ─▶ Keeper
-Keeper ─ looks at what Serve's controller has of its deployments ─▶ retires what is in none
+Keeper ─ reads the deployments of Serve's controller ─▶ retires versions in none of them
 
-| a kept version | goes |
+| a kept version | is retired |
 |---|---|
-| a deployment has it, or had it in the last look | never |
-| no deployment has it any more | at the next look but one |
-| it was pickled to be deployed, and is in no deployment | two minutes later |
+| a deployment uses it, or did at the last check | never |
+| no deployment uses it any more | at the second check after |
+| it was pickled for a deployment, but is in none | after two minutes |
 
-A replica that has loaded a version, or borrowed it, keeps its memory itself.
+A replica that has loaded or borrowed a version keeps its memory itself.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _ANSWER_S = 60.0
 
 
 def keep(ref: ray.ObjectRef) -> Version:
-    """Publish what a reference refers to, for the deployments that it will be bound to."""
+    """Publish the object of a reference, for later deployments."""
     version = publish_copy(f"{_PREFIX}{uuid.uuid4().hex}", ref)
     hold(version)
     return version
 
 
 def hold(version: Version) -> bool:
-    """Have a version kept for two minutes, and then for as long as a deployment has it.
+    """Keep a version for two minutes, and then as long as a deployment uses it.
 
-    False if it is gone, as no deployment had it.
+    Returns False if it is already retired, because no deployment used it.
     """
     deadline_s = time.monotonic() + _ANSWER_S
     while True:
@@ -58,28 +58,28 @@ def hold(version: Version) -> bool:
         try:
             held: bool = ray.get(keeper.hold.remote(version.name), timeout=_ANSWER_S)
             return held
-        except ray.exceptions.RayActorError as error:  # it starts again
+        except ray.exceptions.RayActorError as error:  # it is restarting
             if time.monotonic() > deadline_s:
                 raise CatalogError(f"the keeper of {version.name!r} does not start") from error
             time.sleep(0.2)
 
 
 def _start_keeper(_: object) -> None:
-    """Start it, in the catalog: what an actor can import depends on the job that started it."""
+    """Start the keeper from the catalog: an actor's imports depend on the job that started it."""
     options = {**ACTOR, "name": "keeper", "max_concurrency": 8}  # each of them a thread
     ray.remote(Keeper).options(**options).remote()
 
 
 def borrowed(version: Version) -> Version:
-    """Give a kept version with a reference: while that is held, it loads, retired or not."""
+    """Return a kept version with a reference: with it, the version loads even if retired."""
     kept = version.name.startswith(_PREFIX)
     return find(version.name, version.number) if kept else version
 
 
 class Keeper:
-    """Retires kept versions that no deployment has.
+    """Retires kept versions that no deployment uses.
 
-    What it knows it has asked of the catalog and of Serve: it may be killed at any time.
+    All its state is from the catalog and Serve, so it may be killed at any time.
     """
 
     def __init__(self) -> None:
@@ -88,14 +88,14 @@ class Keeper:
         threading.Thread(target=self._run, daemon=True).start()
 
     def hold(self, name: str) -> bool:
-        """Keep a version for two minutes, whoever has it; whether it is there."""
+        """Keep a version for two minutes in any case; returns whether it exists."""
         with self._changing:
             if there := name in self._find():
                 self._until_s[name] = time.monotonic() + _UNDEPLOYED_S
             return there
 
     def _find(self) -> set[str]:
-        """Give the kept versions; those that it sees for the first time have two minutes."""
+        """Return the kept versions; new ones get two minutes."""
         there = {name for name in published() if name.startswith(_PREFIX)}
         new = dict.fromkeys(there, time.monotonic() + _UNDEPLOYED_S)
         self._until_s = {name: self._until_s.get(name, new[name]) for name in there}
@@ -107,13 +107,13 @@ class Keeper:
             time.sleep(_LOOK_S)
             try:
                 with self._changing:
-                    if not known:  # what was there before it was started
+                    if not known:  # versions from before it started
                         self._find()
                         known = True
                     if self._until_s:
                         self._look()
             except (ray.exceptions.RayError, RayZeroCopyError, LookupError) as error:
-                logger.warning("kept versions stay for now: %s", error)
+                logger.warning("kept versions stay until the next check: %s", error)
 
     def _look(self) -> None:
         deployments = serve_deployments()

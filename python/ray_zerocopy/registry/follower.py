@@ -1,13 +1,12 @@
-"""A model that changes by itself: what a name stands for now, in a process that uses it.
+"""A model that updates itself to the current version of its name.
 
-catalog ═ a promise a name ═▶ Follower ─ another version ─▶ a thread loads it ─▶ live()
+catalog ═ a promise per name ═▶ Follower ─ a new version ─▶ a thread loads it ─▶ live()
 
-`live()` is an attribute read. Models that a caller already holds stay valid, with all their pages,
-for as long as they like.
+`live()` is an attribute read. Models that a caller already holds stay valid, with all their pages.
 
-Each live loads one version at a time, always the newest that it knows of: versions that come faster
-than it loads are skipped. Threads hold references while they load, and at no other time; when the
-process leaves the cluster, they end before.
+Each live loads one version at a time, always the newest it knows: it skips versions that come
+faster than it loads. Threads hold references only while they load, and end before the process
+leaves the cluster.
 """
 
 from __future__ import annotations
@@ -37,26 +36,26 @@ from ray_zerocopy.store.ray_inside import before_leaving, cluster, reference_at
 
 logger = logging.getLogger(__name__)
 
-_LEAVING_S = 2.0  # for what is being loaded when the process leaves
+_LEAVING_S = 2.0  # to finish loads when the process leaves
 _AGAIN_S = (0.2, 1.0)
 
 
 class Live(StandsForModel):
-    """The current version of a published model: call it for the model, each time you use it.
+    """The current version of a published model: call it to get the model, each time you use it.
 
-    `live()` is an attribute read. The model it gives changes between two calls, never during one,
-    and never blocks: the next version is loaded on a thread. Take it once a request,
-    `model = live()`, where a request needs several calls of the same weights.
+    `live()` is an attribute read and never blocks: a thread loads the next version. The model
+    changes between two calls, never during one. If a request needs several calls of the same
+    weights, get the model once: `model = live()`.
 
-    It pickles as its name and loads at its first call, so it goes into tasks, actors and Serve.
-    Threads and coroutines may share one. It belongs to the cluster where it was loaded first: when
-    this process has left that, it raises `CatalogError`.
+    It pickles as its name and loads at its first call, so you can pass it to tasks, actors and
+    Serve. Threads and coroutines may share one. It belongs to the cluster where it loaded first:
+    after this process has left that cluster, it raises `CatalogError`.
     """
 
     def __init__(self, name: str, how: dict[str, Any]) -> None:
         self.name = name
         self.seen = 0
-        """The number of the version that it has, or is to have; 0 for whatever is current."""
+        """The number of its version, or of the one it is about to load; 0 asks for the current."""
         self._how = how
         self._cluster: str | None = None
         self._first_load = threading.Lock()
@@ -66,16 +65,16 @@ class Live(StandsForModel):
         self._loaded: tuple[Version, Any] | None = None
 
     def __call__(self) -> Any:
-        """Give the model."""
+        """Return the model."""
         return (self._loaded or self._first())[1]
 
     def read(self, **how: Any) -> Live:
-        """Follow the same name, loaded in another way."""
+        """Follow the same name with other options of `get`."""
         return Live(self.name, {**self._how, **how})
 
     @property
     def version(self) -> Version:
-        """The version that `live()` gives now, without its reference."""
+        """The version that `live()` returns now, without its reference."""
         return (self._loaded or self._first())[0]
 
     def __reduce__(self) -> Any:
@@ -100,14 +99,14 @@ class Live(StandsForModel):
         return loaded
 
     def offer(self, version: Version) -> None:
-        """Load another version and then give that, unless a newer one is offered before."""
+        """Load a new version and switch to it, unless a newer one is offered first."""
         with self._lock:
             self.seen, self._next = version.number, version
             if self._loading is None:
                 self._loading = _in_thread("swap", self._catch_up)
 
     def leave(self, ends_s: float) -> None:
-        """Give nothing any more, and hold no reference, as the process leaves the cluster."""
+        """Drop the model and all references, because the process leaves the cluster."""
         self._next = None
         if (loading := self._loading) is not None:
             loading.join(max(0.0, ends_s - time.monotonic()))
@@ -117,14 +116,14 @@ class Live(StandsForModel):
         while (version := self._take()) is not None:
             try:
                 self._swap(version)
-            except Exception as error:  # whatever it is, the old version serves on
-                number, version = version.number, None  # a thread that sleeps holds no reference
-                if self._next is None:  # else that one is current, and this one may be retired
-                    logger.warning("%r stays, version %d does not load: %s", self, number, error)
+            except Exception as error:  # after any error, the old version stays
+                number, version = version.number, None  # hold no reference while asleep
+                if self._next is None:  # else the next one is current; this one may be retired
+                    logger.warning("%r stays: version %d does not load: %s", self, number, error)
                     self._tell_again(number)
 
     def _take(self) -> Version | None:
-        """Give what to load next; None ends the thread."""
+        """Return the version to load next; None ends the thread."""
         with self._lock:
             version, self._next = self._next, None
             if version is None:
@@ -132,7 +131,7 @@ class Live(StandsForModel):
             return version
 
     def _swap(self, version: Version) -> None:
-        """Give another version from now on."""
+        """Switch to another version."""
         start = time.perf_counter()
         assert self._loaded is not None
         old, model = self._loaded
@@ -142,7 +141,7 @@ class Live(StandsForModel):
         metrics.record("rzc_swap_seconds", time.perf_counter() - start, self.name)
 
     def _tell_again(self, number: int) -> None:
-        """Have a version that did not load offered again, after a while."""
+        """Ask for a version that did not load again, after a pause."""
         time.sleep(random.uniform(*_AGAIN_S))
         with self._lock:
             if self.seen == number:
@@ -152,18 +151,21 @@ class Live(StandsForModel):
 
 @named
 def live(name: str, how: dict[str, Any]) -> Live:
-    """Unpickle a live, which loads at its first call."""
+    """Unpickle a live; it loads at its first call."""
     return Live(name, how)
 
 
 def follow(name: str, **how: Any) -> Live:
-    """Load a published model that stays the current one: `live()` gives the model.
+    """Load a published model that updates itself: `live()` returns the current version's model.
 
-    `how` is as for `get`. Raises as `load` does.
+    `how` is as for `get`.
+
+    Raises:
+        UnknownVersionError, LostVersionError, CatalogError: as from `load`.
 
     Example:
         >>> live = rzc.follow("bert")
-        >>> output = live()(batch)      # after a publish, the new weights, without a restart
+        >>> output = live()(batch)      # after a publish: the new weights, without a restart
 
     """
     followed = Live(name, how)
@@ -173,14 +175,14 @@ def follow(name: str, **how: Any) -> Live:
 
 @dataclass
 class _Waiting:
-    """For what a name stands for next."""
+    """A follower waits for the next version of a name."""
 
     turn: int
     promise: Future[Told | None]
 
 
 class Follower:
-    """Waits for all that this process follows, in one thread."""
+    """Waits for the versions of all names that this process follows, in one thread."""
 
     def __init__(self) -> None:
         self._id = uuid.uuid4().hex
@@ -194,7 +196,7 @@ class Follower:
         self._leaves = False
 
     def follow(self, followed: Live) -> None:
-        """Offer this one what is current from now on, for as long as anybody has it."""
+        """Offer each new version to this live, as long as it exists."""
         with self._lock:
             self._lives.add(followed)
             if self._thread is None:
@@ -204,11 +206,11 @@ class Follower:
         self.wake()
 
     def wake(self) -> None:
-        """Look anew: there is an answer, or what is followed, or seen, is not as it was."""
+        """Check again: an answer arrived, or the set of followed names or seen versions changed."""
         self._woken.set()
 
     def leave(self) -> None:
-        """End all threads, as the process leaves the cluster."""
+        """End all threads, because the process leaves the cluster."""
         with self._lock:
             thread, lives, self._leaves = self._thread, list(self._lives), True
         self.wake()
@@ -227,13 +229,13 @@ class Follower:
                 self._ask(seen)
                 self._woken.wait(max(0.0, self._due_s - time.monotonic()))
                 self._hear()
-            except Exception as error:  # whatever it is, the next answer may be another
+            except Exception as error:  # after any error, ask again
                 logger.debug("asking the catalog again: %s", error)
                 self._forget()
                 self._woken.wait(random.uniform(*_AGAIN_S))
 
     def _seen(self) -> dict[str, int] | None:
-        """Give the number that is seen of each name, 0 where lives differ; None ends the thread."""
+        """Return the seen version per name, 0 if its lives differ; None ends the thread."""
         self._woken.clear()
         with self._lock:
             seen: dict[str, int] = {}
@@ -247,12 +249,12 @@ class Follower:
             return seen
 
     def _forget(self) -> None:
-        """Hold no reference, and ask anew."""
+        """Drop all references, and ask again."""
         self._asked, self._due_s = None, 0.0
         self._waiting.clear()
 
     def _ask(self, seen: dict[str, int]) -> None:
-        """Ask the catalog what there is, where that is not known, and every half minute."""
+        """Ask the catalog for unknown names at once, and for all at least every half minute."""
         known = {name for name, number in seen.items() if number and name in self._waiting}
         late = time.monotonic() >= self._due_s
         if late or (self._asked is None and known != seen.keys()):
@@ -260,13 +262,13 @@ class Follower:
             self._due_s = time.monotonic() + random.uniform(BEAT_S / 2, BEAT_S)
 
     def _future(self, ref: ray.ObjectRef) -> Future[Any]:
-        """Wait for an object, which wakes the thread."""
+        """Return a future of an object that wakes the thread."""
         future: Future[Any] = ref.future()
         future.add_done_callback(lambda _: self.wake())
         return future
 
     def _hear(self) -> None:
-        """Take what has arrived, and offer the versions."""
+        """Process the answers that have arrived, and offer their versions."""
         if self._asked is not None and self._asked.done():
             told, self._asked = self._asked.result(), None
             for name, each in told.items():
@@ -278,7 +280,7 @@ class Follower:
                     self._offer(name, kept)
 
     def _offer(self, name: str, told: Told) -> None:
-        """Offer a version, and wait for the next one, unless more is known already."""
+        """Offer a version and wait for the next, unless a later one is known already."""
         turn, version, place, (promise,) = told
         waiting = self._waiting.get(name)
         if waiting is None or waiting.turn < turn:

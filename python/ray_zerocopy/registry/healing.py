@@ -1,14 +1,14 @@
-"""Blocks of live versions: where they are, and how they are made again when they are lost.
+"""Track the blocks of live versions, and rebuild lost ones.
 
-    the owner died ─────────────────────────▶ what is current, and what only a copy can give ┐
-    somebody cannot load it ─ checked there ─▶ that one ─────────────────────────────────────┤
-    somebody asks for one without a block ──▶ that one ──────────────────────────────────────┤
-                                                                                             ▼
-                                      made by its plan, or copied from a process that has it mapped
+    the owner died ──────────────────────▶ current versions, and those that do not heal ┐
+    a process cannot load it ─ check ────▶ that version ────────────────────────────────┤
+    a process asks for it, with no block ▶ that version ────────────────────────────────┤
+                                                                                        ▼
+                                    make by its plan, or copy from a process that has it mapped
 
-Blocks are made again beside each other, each within the time that its version was given; where many
-are, a few start at a time, and one that takes long holds up nobody. When one is done, its record is
-read again: what was retired meanwhile, or has a block by now, is left as it is.
+Rebuilds run in parallel, each within its version's time limit. If there are many, a few start at a
+time, and a slow one does not delay the others. After a rebuild, the record is read again: versions
+that were retired or have a block meanwhile do not change.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ logger = logging.getLogger(__name__)
 
 _WATCH_S = 30.0
 _AGAIN_S = 0.2
-_AT_ONCE = 4  # processes that import torch and read weights
-_STARTED_S = 10.0  # a block that takes longer to make lets the next one start
+_AT_ONCE = 4  # processes that import torch and read weights at the same time
+_STARTED_S = 10.0  # then the next rebuild may start
 
 
 class Healing:
-    """Knows which blocks of live versions the owner holds; `staged` tells which it is asked for."""
+    """Knows which blocks of live versions the owner holds; `staged` returns the staged tokens."""
 
     def __init__(self, manifest: Manifest, owner: Any, staged: Callable[[], Iterable[str]]) -> None:
         self._manifest = manifest
         self._owner = owner
         self._staged = staged
-        self.incarnation = ""  # of the owner, if it is known to live
+        self.incarnation = ""  # of the owner; empty if it may be dead
         self._blocks: dict[str, ray.ObjectRef] = {}
         self._making: dict[Key, asyncio.Task[None]] = {}
         self._checking: dict[tuple[str, str], asyncio.Task[bool]] = {}
-        self._again_as: set[str] = set()  # blocks that no record has yet
+        self._again_as: set[str] = set()  # rebuilt blocks that are not in a record yet
         self._starting = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.rebuilds: Counter[str] = Counter()
@@ -56,16 +56,16 @@ class Healing:
     # --- what the owner holds -----------------------------------------------------------------
 
     def block(self, kept: Kept) -> ray.ObjectRef | None:
-        """Give the block of a version, if it has one now."""
+        """Return the block of a version, or None."""
         return self._blocks.get(kept.block)
 
     def have(self, block: str, made: Made) -> None:
-        """Have a block that the owner holds."""
+        """Record a block that the owner holds."""
         if made.ref is not None:
             self._blocks[block] = made.ref
 
     def drop(self, blocks: Iterable[str]) -> None:
-        """Let go of blocks, and of making them; only when what is written needs them no more."""
+        """Drop blocks, or stop making them; only after no stored record needs them."""
         gone = list(blocks)
         for block in gone:
             self._blocks.pop(block, None)
@@ -73,24 +73,24 @@ class Healing:
             self._owner.drop.remote(gone)
 
     def changed(self, name: str, before: Record, after: Record) -> None:
-        """Let go of what a change of a record, which is written, leaves behind."""
+        """Drop the blocks that a written change of a record no longer needs."""
         for number in before.live.keys() - after.live.keys():
             if making := self._making.get((name, number)):
                 making.cancel()
         self.drop(_blocks(before) - _blocks(after))
 
     async def recover(self, lease_s: float) -> None:
-        """Find what the owner still holds, and have the rest made again.
+        """Find the blocks that the owner still holds, and rebuild the others.
 
-        What no record has may be claimed by publishers that tell a new catalog what they told the
-        last one; then it goes.
+        Blocks without a record stay for `lease_s`: publishers may repeat their requests to this
+        new catalog and claim them.
         """
         held = await self._ask_owner()
         self._start(self._drop_unclaimed(held, lease_s))
         self._start(self._watch())
 
     async def _ask_owner(self) -> list[str]:
-        """Have the blocks that the owner holds, and no others; give all that it knows of."""
+        """Replace the known blocks by those that the owner holds; return all its tokens."""
         self.incarnation, held = await self._ask("held")
         live = self._live_blocks()
         self._blocks = {block: ref for block, ref in held.items() if ref and block in live}
@@ -98,7 +98,7 @@ class Healing:
         return list(held)
 
     async def _ask(self, method: str, *args: Any) -> Any:
-        """Call the owner; one that is starting again is asked again."""
+        """Call the owner; repeat the call while it restarts."""
         while True:
             try:
                 return await getattr(self._owner, method).remote(*args)
@@ -111,7 +111,7 @@ class Healing:
         self.drop(set(held) - self._live_blocks() - set(self._staged()))
 
     async def _watch(self) -> None:
-        """Notice that the owner died, and drop what a publisher that died has left there."""
+        """Notice if the owner dies, and drop blocks that dead publishers left there."""
         unclaimed: set[str] = set()
         while True:
             held: list[str] | None = await self._ask("watch", self.incarnation, _WATCH_S)
@@ -128,9 +128,9 @@ class Healing:
     # --- made again ---------------------------------------------------------------------------
 
     def again(self, key: Key, reason: str) -> asyncio.Task[None]:
-        """Make the block of a live version again, once however many ask.
+        """Rebuild the block of a live version; callers share one task.
 
-        The task raises `LostVersionError`, and is cancelled when the version is retired meanwhile.
+        The task raises `LostVersionError`; it is cancelled if the version is retired meanwhile.
         """
         making = self._making.get(key)
         if making is None:
@@ -141,7 +141,7 @@ class Healing:
         return making
 
     def _restore(self) -> None:
-        """Make again what is current, and what only a copy can give; the rest when it is asked."""
+        """Rebuild current versions and those that do not heal; others only on request."""
         wanted = [
             (name, number)
             for name, record in self._manifest.records.items()
@@ -189,7 +189,7 @@ class Healing:
         metrics.record("rzc_rebuilds", 1, reason)
 
     async def _made(self, block: str, kept: Kept, is_as_it_was: Callable[[Record], bool]) -> Made:
-        """Have a block made by its plan, or else copied from whoever has it mapped."""
+        """Make a block by its plan, or else copy it from a process that has it mapped."""
         name, number, digest = kept.version.name, kept.version.number, kept.version.digest
         failed = None
         if kept.plan.heals:
@@ -212,17 +212,17 @@ class Healing:
         if copied is not None:
             return copied
         if failed is not None:
-            raise LostVersionError(f"{_lost(kept)}, and not made again: {failed}") from failed
+            raise LostVersionError(f"{_lost(kept)}, and not rebuilt: {failed}") from failed
         raise LostVersionError(
             f"{_lost(kept)}: {_CANNOT[kept.version.source]}, and no node has a copy; publish it "
-            f"anew, with a make that gives the same each time, or a snapshot of its own"
+            f"again, with a make that returns the same model each time, or its own snapshot path"
         )
 
     def check(self, kept: Kept, node: str) -> asyncio.Task[bool]:
-        """Tell whether a block that somebody on a node could not load is damaged there, or gone.
+        """Whether a block that a process on a node could not load is damaged there, or lost.
 
-        A process of its own looks, once however many ask: a limit of theirs is no damage. What is
-        lost is made again.
+        A separate process checks, because a process at its limits is no sign of damage; callers
+        share one check. A lost block is rebuilt.
         """
         asked = kept.block, node
         checking = self._checking.get(asked)
@@ -257,13 +257,13 @@ class Healing:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("%s", error)  # whoever waits for it is told, too
+            logger.warning("%s", error)  # awaiting callers get it, too
 
 
 _CANNOT: dict[Source, str] = {
-    "object": "it was published as an object, which nobody can make again",
-    "make": "its make has given another model since",
-    "path": "its file has been another model's since",
+    "object": "it was published as an object, so the cluster cannot rebuild it",
+    "make": "its make now returns another model",
+    "path": "its file now holds another model",
 }
 
 

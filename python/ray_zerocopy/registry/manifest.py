@@ -1,11 +1,11 @@
 """The records of all names, in the key-value store of Ray's GCS: they outlive our processes.
 
-One key a name. Where the GCS itself keeps its state (Redis), they outlive the head node, too.
+One key per name. If the GCS keeps its state in Redis, the records outlive the head node, too.
 
-    build the new record ─▶ write it ─▶ have it here ─▶ tell others
-                                └ failed: read what is there, and have that
+    build the new record ─▶ write it ─▶ keep it here ─▶ tell others
+                                └ failed: read the stored record, and keep that
 
-`change` is the only way to another record, one at a time for each name.
+Only `change` changes a record, one change at a time per name.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ NAMESPACE = b"ray_zerocopy"
 
 
 def read(name: str) -> Record:
-    """Give the record of a name as it was written, empty where there is none."""
+    """Return the stored record of a name; empty if there is none."""
     return _read(KeyValues(NAMESPACE), name)
 
 
 def names() -> list[str]:
-    """Give every name that was ever written."""
+    """Return all names that were ever written."""
     return [key.decode() for key in KeyValues(NAMESPACE).every_key()]
 
 
 class Manifest:
-    """The records as the catalog has them; `tell` hears of each change that was written."""
+    """The catalog's copy of the records; calls `tell` after each written change."""
 
     def __init__(self, tell: Callable[[str, Record, Record], None]) -> None:
         self.records: dict[str, Record] = {}
@@ -50,21 +50,21 @@ class Manifest:
             self.records[name] = await asyncio.to_thread(_read, self._kept, name)
 
     def record(self, name: str) -> Record:
-        """Give the record of a name, empty where there is none."""
+        """Return the record of a name; empty if there is none."""
         return self.records.get(name, Record())
 
     async def settled(self, name: str) -> Record:
-        """Give the record of a name as it is written, when no change of it is under way."""
+        """Return the stored record of a name, after any running change of it."""
         return await self.change(name, lambda record: record)
 
     async def change(self, name: str, change: Callable[[Record], Record]) -> Record:
-        """Change the record of a name, and give what it is then.
+        """Change the record of a name, and return the new record.
 
-        `change` gives another record, or the same where there is nothing to do; what it raises ends
-        the matter. A write that fails changes nothing: where it is not known whether it has, the
-        record is read before anything else happens to the name.
+        `change` returns another record, or the same one if there is nothing to do. If it raises,
+        nothing changes. A failed write changes nothing either: if its outcome is unknown, the
+        stored record is read before the next change of that name.
 
-        Raises `CatalogError` where the GCS does not keep it.
+        Raises `CatalogError` if the GCS does not store the record.
         """
         async with self._changing[name]:
             await self._settle(name)
@@ -89,7 +89,7 @@ class Manifest:
         self._have(name, before, after)
 
     async def _settle(self, name: str) -> None:
-        """Have what is written, where a write has failed and may yet have been done."""
+        """After a failed write with unknown outcome, read the stored record."""
         if name not in self._unsure:
             return
         try:

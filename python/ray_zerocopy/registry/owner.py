@@ -1,15 +1,15 @@
-"""Who owns the blocks of published versions: an actor that outlives drivers, and holds no bytes.
+"""The actor that owns the blocks of published versions; it outlives drivers, and holds no bytes.
 
     Owner ═ a task, max_retries=-1 ═▶ make, or read ──▶ block, owned by the Owner
     Owner ═ a Copier of the node ═══▶ room, which the publisher fills ─▶ block, owned by the Owner
-                                ╰══▶ copy what is stored ─▶ the same
+                                ╰══▶ copy a stored object ─▶ the same
 
-What heals is what a task returned, so that Ray makes it again where the node that held it is lost.
-Whoever makes it again compares it with the digest in the manifest: a version never changes. A copy
-of an object keeps no lineage, which would keep the object, too.
+Blocks that heal are results of tasks, so that Ray rebuilds them from lineage if their node is lost.
+The task compares its result with the digest in the manifest: a version never changes. A copy has no
+lineage, because that would keep the original object too.
 
-Each block has a token, by which the catalog asks for it and lets go of it. To let go of what is
-still being made ends that, whatever it waits for.
+Each block has a token; the catalog asks for the block and drops it by that. Dropping a block that
+is still being made stops the work.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from ray_zerocopy.store.envelope import (
 from ray_zerocopy.store.loader import following
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
 
-# What Ray raises where an object is lost for good; others, of what a model itself does, are not.
+# Ray's errors for an object that is lost for good; a model's own errors are not among them.
 LOSSES = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.RayTaskError,
@@ -63,50 +63,50 @@ LOSSES = (
 
 _MAKE_NBYTES = 2**20
 _IDLE_S = 60.0
-_RESCUE_S = 30.0  # for a node to say that it has no copy
-_CHECK_S = 60.0  # to read a block, where it is said to be damaged
+_RESCUE_S = 30.0  # for a node to answer that it has no copy
+_CHECK_S = 60.0  # to read a block that a process could not load
 
 
 class AnotherModelError(LostVersionError):
-    """What a version is made by gives another model now."""
+    """The plan of a version now returns another model."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What came of making a block."""
+    """The result of making a block."""
 
     nbytes: int
     digest: str
     ref: ray.ObjectRef | None
-    """None where the name's current version is equal: nothing was stored."""
+    """None if the name's current version is equal: nothing was stored."""
     incarnation: str = ""
-    """Of the owner that holds it."""
+    """The incarnation of the owner that holds it."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """An object that its publisher writes itself, once, where the owner has made room for it."""
+    """An object that its publisher writes itself, once, into room that the owner has made."""
 
     skeleton: bytes
     buffers: list[int]
     table: bytes
     nbytes: int
-    """Of its block."""
+    """Size of its block."""
     numbers: Sequence[int] = ()
     bases: Sequence[Base] = ()
 
     def parts(self) -> Parts:
-        """Give it as Ray is to store it, the block left out."""
+        """Return its parts without the block, for Ray to store."""
         start = bytes(_core.HEADER_NBYTES)
         variant = self.numbers, self.bases
         return Parts(self.skeleton, self.buffers, self.table, [start], True, *variant)
 
 
 class Owner:
-    """Makes blocks by tasks and holds their references, by their tokens.
+    """Makes blocks by tasks, and holds their references by token.
 
-    A new process starts with none: what its predecessor owned is gone, or going, and the catalog
-    has it made again. `incarnation` tells them apart.
+    A new process starts with none: blocks of its predecessor are lost, and the catalog rebuilds
+    them. `incarnation` identifies the process.
     """
 
     def __init__(self) -> None:
@@ -117,15 +117,15 @@ class Owner:
         self._copiers: dict[str, tuple[Any, asyncio.TimerHandle]] = {}
 
     async def held(self) -> tuple[str, dict[str, ray.ObjectRef | None]]:
-        """Give the incarnation, and by token what it holds; None for what is being made."""
+        """Return the incarnation, and the held references by token; None while being made."""
         done = {token: block.result() for token, block in self._blocks.items() if block.done()}
         refs = {token: made.ref for token, made in done.items() if made is not None}
         return self._incarnation, dict.fromkeys(self._blocks) | refs
 
     async def watch(self, incarnation: str, wait_s: float) -> list[str] | None:
-        """Wait while this is the incarnation, and give the tokens of what it holds; else None.
+        """Wait, then return the tokens of held blocks; None at once for another incarnation.
 
-        Its death ends the call sooner.
+        If this process dies, the call ends early with an error.
         """
         if incarnation != self._incarnation:
             return None
@@ -135,13 +135,13 @@ class Owner:
     # --- making -------------------------------------------------------------------------------
 
     async def make(self, token: str, name: str, plan: Plan, digest: str | None) -> Made:
-        """Have a block made by its plan, and hold it; once, however often it is asked for.
+        """Make a block by its plan, and hold it; repeated calls for a token share one run.
 
-        `digest` is what it has to have; None where it is made for the first time.
+        `digest` is the expected digest; None for the first time.
 
         Raises:
-            AnotherModelError: it has another one.
-            PublishError, StoreFullError, CatalogError: it could not be made, or was let go of.
+            AnotherModelError: the block has another digest.
+            PublishError, StoreFullError, CatalogError: it could not be made, or was dropped.
 
         """
         made: Made = await self._once(token, lambda: self._make(token, name, plan, digest))
@@ -150,7 +150,7 @@ class Owner:
     async def copy(
         self, token: str, name: str, plan: Plan, digest: str, copied: list[ray.ObjectRef]
     ) -> Made:
-        """Have an object's block copied on its node, and hold the copy; as `make` otherwise."""
+        """Copy an object's block on its node, and hold the copy; otherwise like `make`."""
 
         def copy(copier: Any) -> Any:
             return copier.copy.remote(copied, plan.seconds)
@@ -159,9 +159,9 @@ class Owner:
         return dataclasses.replace(made, digest=digest)
 
     async def reserve(self, token: str, name: str, plan: Plan, draft: Draft) -> Made:
-        """Have room for an object on its node, and hold it; `nbytes` is all of that. As `make`.
+        """Make room for an object on its node, and hold it; `nbytes` is its size. Like `make`.
 
-        On this node without asking anybody else.
+        On this node, it needs no other process.
         """
 
         def reserve(copier: Any) -> Any:
@@ -176,29 +176,29 @@ class Owner:
 
     async def _room_here(self, draft: Draft) -> Made:
         try:
-            with reading(anchor):  # in a thread: a full store takes its time
+            with reading(anchor):  # in a thread, because a put into a full store takes long
                 room = await asyncio.to_thread(ray_inside.put, draft.parts(), lambda: draft.nbytes)
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
         if room is None:
-            raise CatalogError("this Ray has no room for others to write")
+            raise CatalogError("this Ray version cannot make room for a publisher to write")
         return Made(room.memory.nbytes, "", room.ref, self._incarnation)
 
     async def rescue(
         self, token: str, lost: list[ray.ObjectRef], digest: str, nodes: list[str]
     ) -> Made | None:
-        """Have a block copied whose owner is gone, from a node that still has it, and hold that.
+        """Copy a block whose owner died, from a node that still has it, and hold the copy.
 
-        Ray keeps such a copy while a process there has it mapped, and gives it only to that node.
-        All nodes are asked at once, and the newest block first. None if no node has one.
+        Ray keeps such a block while a process maps it, and only processes on that node can get it.
+        This asks all nodes at once, each for the newest block first. None if no node has one.
         """
         made: Made | None = await self._once(token, lambda: self._rescue(lost, digest, nodes))
         return made
 
     async def drop(self, tokens: Sequence[str]) -> None:
-        """Let go of blocks; their bytes are free when nobody has them mapped.
+        """Drop blocks; their bytes are free when no process maps them.
 
-        What is being made is not made any more: whatever it waits for, its worker ends.
+        For blocks still being made, this ends the worker.
         """
         for token in tokens:
             if block := self._blocks.pop(token, None):
@@ -207,14 +207,14 @@ class Owner:
                 ray.cancel(task, force=True)
 
     async def _once(self, token: str, work: Callable[[], Coroutine[Any, Any, Made | None]]) -> Any:
-        """Start the work for a token, unless it is done or under way, and wait for it."""
+        """Start the work for a token, unless it is done or running, and wait for it."""
         block = self._blocks.get(token)
         if block is None:
             block = self._blocks[token] = asyncio.ensure_future(work())
             block.add_done_callback(functools.partial(self._keep_or_forget, token))
         await asyncio.wait([block])
         if block.cancelled():
-            raise CatalogError("nobody waits for this block any more")
+            raise CatalogError("this publication was abandoned: publish again")
         return block.result()
 
     def _keep_or_forget(self, token: str, block: asyncio.Task[Made | None]) -> None:
@@ -240,7 +240,7 @@ class Owner:
         return Made(nbytes, found, block if stored else None, self._incarnation)
 
     async def _at_node(self, name: str, plan: Plan, ask: Callable[[Any], Any]) -> Made:
-        # soft, Ray puts actors anywhere
+        # with soft=True, Ray puts actors on any node
         there = NodeAffinitySchedulingStrategy(plan.node, soft=False)
         copier = self._let_go(plan.node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
         leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, plan.node)
@@ -254,13 +254,13 @@ class Owner:
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             self._let_go(plan.node)
             raise CatalogError(
-                f"{name!r} was not copied, publish it again; who copied it is gone: {error}"
+                f"{name!r} was not copied: the copying process died; publish it again: {error}"
             ) from error
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
 
     def _let_go(self, node: str) -> Any:
-        """Forget a node's copier, and give it; without a handle it ends when all is copied."""
+        """Remove and return a node's copier; without a handle, Ray ends it after its last copy."""
         copier, leaving = self._copiers.pop(node, (None, None))
         if leaving is not None:
             leaving.cancel()
@@ -289,9 +289,9 @@ class Owner:
         return None
 
     async def check(self, block: list[ray.ObjectRef], node: str) -> str | None:
-        """Tell what is wrong with a block that somebody on a node could not load; None if nothing.
+        """Return what is wrong with a block that a process on a node could not load, or None.
 
-        A process of its own reads it there, and compares it with its checksums.
+        Another process on that node reads it and compares it with its checksums.
         """
         places, nbytes = await asyncio.to_thread(located, block[0])
         if not places and nbytes > INLINE_NBYTES:
@@ -307,7 +307,7 @@ class Owner:
 
 
 async def _answer(nbytes: ray.ObjectRef) -> int | None:
-    """Give what a node said; nothing of one that failed."""
+    """Return a node's answer, or None if it failed."""
     try:
         answer: int | None = await nbytes
     except ray.exceptions.RayError:
@@ -322,44 +322,44 @@ async def _answer(nbytes: ray.ObjectRef) -> int | None:
 class Copier:
     """Makes room for objects on its node, or copies them, a few at a time.
 
-    As a task it would cost a new worker each time, seconds of imports: Ray ends the idle workers of
-    a job that is over, as the owner's is.
+    A task would need a new worker each time, with seconds of imports: the owner's job is over, and
+    Ray ends idle workers of such jobs.
     """
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def copy(self, copied: list[ray.ObjectRef], seconds: float) -> Any:
-        """Give a block like the one referred to, and its bytes."""
+        """Return a copy of the block of this reference, and its size."""
         parts = references.parts_of(copied[0], timeout=seconds)
         return parts, parts.nbytes
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def reserve(self, draft: Draft) -> Any:
-        """Give an object whose block is to be written, and its bytes."""
+        """Return an object with room for its block, and its size."""
         return ray_inside.with_room(draft.parts(), draft.nbytes)
 
 
-# A process of its own for each: what torch counts in one, as TorchScript's names, starts anew.
+# A new process for each, so that torch's counters, such as for TorchScript's names, start at zero.
 @ray.remote(num_cpus=0, num_returns=2, max_retries=-1, max_calls=1)  # type: ignore[untyped-decorator]
 def _build(token: str, name: str, plan: Plan, digest: str | None) -> Any:
-    """Give a block and its (nbytes, digest, whether it is stored)."""
+    """Return a block and its (nbytes, digest, whether it is stored)."""
     record = manifest.read(name)
     number = record.published_by(token)
-    if digest is None and number is not None:  # Ray makes again what was lost
+    if digest is None and number is not None:  # Ray is rebuilding a lost block
         digest = record.kept[number].version.digest
     if plan.files:
         obj, parts = None, _restored(name, plan.files, digest)
     else:
         obj = _called(name, plan.make)
         parts = Parts.of(obj)
-    complete(parts, f"what is published as {name!r}", obj)
+    complete(parts, f"the object of {name!r}", obj)
     found = parts.digest()
     if digest is None and record.current is not None and record.current.digest == found:
         return None, (parts.nbytes, found, False)
     if digest not in (None, found):
         raise AnotherModelError(
-            f"what {name!r} is made by gives another model now ({found[:12]}) than was published "
-            f"({digest[:12]}): publish it anew, with snapshot= where make does not give the same "
-            f"each time"
+            f"make or path of {name!r} now gives another model ({found[:12]}) than was published "
+            f"({digest[:12]}): publish it again, with snapshot= if make does not return the same "
+            f"model each time"
         )
     return parts, (parts.nbytes, found, True)
 
@@ -371,15 +371,14 @@ def _called(name: str, make: bytes | None) -> Any:
             return cloudpickle.loads(make)()
     except ImportError as error:
         raise PublishError(
-            f"{name!r} cannot be made where the cluster makes it again: {error}. That is outside "
-            f"of the job that publishes it, and of its working_dir: install the module on every "
-            f"node, define make in __main__, or have it pickled by value "
+            f"the cluster cannot make {name!r} outside of your job and its working_dir: {error}; "
+            f"install the module on every node, define make in __main__, or pickle it by value "
             f"(ray.cloudpickle.register_pickle_by_value)"
         ) from error
 
 
 def _restored(name: str, files: Sequence[str], digest: str | None) -> Parts:
-    """Read the first of these snapshots that is the version's, checked, into this node's store."""
+    """Read the first of these snapshots with the version's digest, checked, into the store."""
     others, failed = [], []
     for path in files:
         try:
@@ -391,14 +390,14 @@ def _restored(name: str, files: Sequence[str], digest: str | None) -> Parts:
     if others:
         raise AnotherModelError(
             f"{' and '.join(others)} is another model now than {name!r} was published from: "
-            f"publish it anew, from a file that nobody overwrites"
+            f"publish it again, from a file that is not overwritten"
         )
     raise CatalogError(f"{name!r} cannot be read: {'; '.join(failed)}")
 
 
 @ray.remote(num_cpus=0, num_returns=2, max_retries=0)  # type: ignore[untyped-decorator]
 def _copy_of(lost: list[ray.ObjectRef], digest: str) -> Any:
-    """Give a block like one of these, the newest first, and its bytes; None if none is here."""
+    """Return a copy of the newest of these blocks on this node, and its size, or None."""
     for ref in reversed(lost):
         try:
             parts = references.parts_of(ref, timeout=_RESCUE_S / 2 / len(lost))
@@ -411,7 +410,7 @@ def _copy_of(lost: list[ray.ObjectRef], digest: str) -> Any:
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
 def _check(block: list[ray.ObjectRef]) -> str | None:
-    """Tell what is wrong with a block, if its bytes are not as they were written, or are gone."""
+    """Return what is wrong with a block: its checksums differ, or it is lost. None if intact."""
     try:
         inspection.inspect(block[0], verify=True, timeout=_CHECK_S)
     except ray.exceptions.GetTimeoutError:
@@ -425,22 +424,22 @@ def _check(block: list[ray.ObjectRef]) -> str | None:
 
 
 def complete(parts: Parts, what: str, obj: Any = None) -> None:
-    """Raise `PublishError` where there is nothing to share, or not all of it can be."""
+    """Raise `PublishError` for an object without tensors, or with tensors that cannot be shared."""
     if torch_inside.holds_meta(parts.skeleton):
         tensors = "tensors lie on the meta device" if obj is None else without_values(obj)
-        raise PublishError(f"{what} is not whole: {tensors}; load them before")
+        raise PublishError(f"{what} is not complete: {tensors}; load them before publish")
     if holds_references(parts.skeleton):
         where = "" if obj is None else f", {references_in(obj)}"
         raise PublishError(
-            f"{what} holds an ObjectRef or an actor{where}: it may end with the job that made it; "
-            f"publish what it refers to"
+            f"{what} holds an ObjectRef or an actor{where}, which may end with the job that made "
+            f"it: publish the object it refers to"
         )
     if not parts.holds_tensors and b"numpy" not in parts.skeleton:
         raise PublishError(f"{what} holds no tensors or arrays: there is nothing to share")
 
 
 def cause_of(error: ray.exceptions.RayError) -> Exception:
-    """Give what a task or actor raised as our own error, with what the user can do."""
+    """Turn the error of a task or actor into one of ours, with advice for the user."""
     cause: BaseException = error
     while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
         cause = cause.cause
@@ -448,7 +447,7 @@ def cause_of(error: ray.exceptions.RayError) -> Exception:
         return cause
     if isinstance(cause, ray.exceptions.ObjectStoreFullError | ray.exceptions.OutOfDiskError):
         return StoreFullError(
-            f"there is no room for the block: start Ray with a larger store "
+            f"the object store has no room for the block: start Ray with a larger store "
             f"(object_store_memory), or retire versions: {cause}"
         )
     if isinstance(cause, ray.exceptions.OwnerDiedError):

@@ -1,10 +1,10 @@
-"""Followers wait here: each name has one promise, an object that all who follow the name wait for.
+"""Long poll for followers: each name has one promise, an object that all its followers wait for.
 
     catalog ─ calls itself ═▶ promise ══ Ray ══▶ each follower: the version, and the next promise
 
-What a change costs is computed once: Ray's own threads answer those who wait. What they are told
-has no reference to a block, only its place: a follower that hangs, and is told of all versions when
-it wakes, would keep them.
+The catalog computes a change once, and Ray's own threads answer the followers. An answer has the
+address of a block, not a reference: a follower that hangs and then gets all missed versions would
+keep their blocks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ray_zerocopy import metrics
 from ray_zerocopy.registry.records import Version
 from ray_zerocopy.store.ray_inside import Address, address_of
 
-BEAT_S = 30.0  # a follower says so often, at least, that it lives
-_MISSED_S = 1.5 * BEAT_S  # after which it follows nothing
+BEAT_S = 30.0  # each follower calls at least this often
+_MISSED_S = 1.5 * BEAT_S  # then the catalog drops it
 
-# What a follower is told: the turn, which grows with each change, whatever catalog there is; the
-# current version, and where its block is; and the next promise.
+# An answer to a follower: the turn, which grows with each change, also across catalog restarts; the
+# current version and the address of its block; and the next promise.
 Told = tuple[int, Version, Address | None, list[ray.ObjectRef]]
 
 
 class Promises:
-    """Who follows which names; `current` gives what a name stands for, or None."""
+    """Knows which process follows which names; `current` returns a name's version, or None."""
 
     def __init__(self, current: Callable[[str], Version | None], me: Any) -> None:
         self._current = current
@@ -44,7 +44,7 @@ class Promises:
 
     @property
     def processes(self) -> int:
-        """How many processes follow anything."""
+        """The number of processes that follow anything."""
         return len(self._following)
 
     def followers(self) -> Counter[str]:
@@ -52,7 +52,7 @@ class Promises:
         return Counter(name for names in self._following.values() for name in names)
 
     def follow(self, follower: str, names: list[str]) -> dict[str, Told]:
-        """Note what a process follows for the next seconds, and tell it what that is now."""
+        """Record which names a process follows, for `_MISSED_S`; return their current versions."""
         if missed := self._missed.pop(follower, None):
             missed.cancel()
         self._note(follower, names)
@@ -62,14 +62,14 @@ class Promises:
         return {name: each for name, each in told.items() if each is not None}
 
     def keep(self, name: str) -> None:
-        """Tell all who follow a name that it stands for another version."""
+        """Keep a name's promise: tell all its followers the new version."""
         if name not in self._promised or self._current(name) is None:
             return
         turn, _ = self._promised.pop(name)
         self._turns[turn].set_result(self._told(name) if self.followers()[name] else None)
 
     async def turn(self, turn: int) -> Told | None:
-        """Wait for a turn; None where nobody was seen to follow that name any more."""
+        """Wait for a turn; returns None if no process follows that name any more."""
         told = await self._turns[turn]
         del self._turns[turn]
         return told
@@ -87,7 +87,7 @@ class Promises:
         return turn, replace(version, ref=None), place, [promise]
 
     def _note(self, follower: str, names: list[str]) -> None:
-        """Note what a process follows: nothing, where it has not called for a while."""
+        """Record which names a process follows; none if it has not called for a while."""
         before = self._following.pop(follower, [])
         if names:
             self._following[follower] = names

@@ -1,7 +1,7 @@
-"""To publish a model under a name, and to load it by that.
+"""Publish a model under a name, and load it by name.
 
 publish ─ an object, or a plan ─▶ catalog: room, made? ─▶ written ─▶ live and current
-load ─ find ─▶ version ─▶ get(version.ref) ─ cannot be loaded ─▶ lost, or another trouble?
+load ─ find ─▶ version ─▶ get(version.ref) ─ fails ─▶ is the block lost, or is the cause here?
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _MAKE_NBYTES = 2**20
-_LARGE_NBYTES = 2**26  # takes seconds to write, where the machine has other things to do
-_WAIT_S = 2.0  # a question that takes longer is asked again
-_SLICE_S = 5.0  # of a load, after which the catalog is asked whether there is another generation
+_LARGE_NBYTES = 2**26  # writing this takes seconds on a busy machine
+_WAIT_S = 2.0  # ask again after this
+_SLICE_S = 5.0  # of a load; then ask the catalog whether the block was rebuilt
 _COPY_S = 3600.0
 _GENERATIONS = 3
 
@@ -59,35 +59,35 @@ def publish(
     timeout: float = 3600.0,
     base: str | Version | Sequence[str | Version] = (),
 ) -> Version:
-    """Keep a model in the cluster under a name, as its current version, whoever may die.
+    """Publish a model under a name, as its current version; the cluster keeps it.
 
-    Give the object itself, or `make`, a callable without arguments that gives it, or the `path` of
-    a snapshot: these the cluster can make again when every copy is lost. An object that nobody can
-    make again is kept as long as a copy lives, unless `snapshot` says where to save it; `heals`
-    tells. The new version becomes current in one step, when it is whole. Until then, and if this
-    fails or this process dies, the previous version stays current.
+    Pass the object itself, or `make`, a function without arguments that returns it, or the `path`
+    of a snapshot. The cluster can rebuild from `make` or `path` if every copy is lost. An object
+    lives as long as a copy of it, unless `snapshot` gives a path to save it. `heals` says whether
+    the version can be rebuilt. The new version becomes current in one step, when it is complete.
+    Until then, and if this fails or this process dies, the previous version stays current.
 
-    Publishing what equals the current version, in weights and structure, returns that. If either
-    can be made again, it is marked as healing.
+    Publishing an identical model (weights and structure) returns the current version. If either
+    can be rebuilt, the version is marked as healing.
 
     Args:
         name: letters, digits and `._/-`, 128 at most.
-        obj: what `put` takes.
-        make: runs in a worker outside of any job and its working_dir, so what it imports must be
-            installed there; what it holds itself is pickled, up to 1 MiB.
-        path: of what `save` wrote, or its URL; every node should be able to read it.
-        snapshot: such a path, where the object is saved when it is published. A version that was
-            published from there before heals no more: give each its own path if both should.
-        keep: how many versions stay, this one included, so that going back is instant. Older ones
-            are retired: their memory is free when nobody uses them.
-        timeout: seconds for all of it, and for each time it is made again.
-        base: names or versions of which `obj` is a variant, as for `put`: what has the same bytes
-            there is not stored again. Their blocks stay, even retired, while the variant does.
+        obj: an object for `put`.
+        make: runs in a worker outside of any job and its working_dir, so its imports must be
+            installed on the nodes. It is pickled, with a limit of 1 MiB.
+        path: path or URL of a file that `save` wrote; every node should be able to read it.
+        snapshot: such a path; saves the object there. A version that was published from this path
+            before no longer heals: give each version its own path if both should.
+        keep: number of versions to keep, including this one, for instant rollback. Older versions
+            are retired: their memory is free when no process uses them.
+        timeout: seconds for the whole call, and for each rebuild.
+        base: names or versions of which `obj` is a variant, as for `put`: tensors whose bytes a
+            base has are not stored again. The bases' blocks stay as long as the variant, even if
+            retired.
 
     Raises:
         PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
-            there is nothing to share, as in None, or only a part, as with tensors on the meta
-            device.
+            the object has no tensors, or has tensors without values (on the meta device).
         StoreFullError: no store has room for the block.
         SaveError: the snapshot cannot be written.
         CatalogError: the catalog does not answer in time, or `make` failed.
@@ -101,13 +101,13 @@ def publish(
     requirements.check(requirements.PUBLISHING, requirements.VERSIONS, "publishing")
     _check(name)
     if sum(given is not None for given in (obj, make, path)) != 1:
-        raise TypeError("publish takes one of an object, make and path")
+        raise TypeError("publish takes exactly one of an object, make and path")
     if snapshot is not None and obj is None:
-        raise TypeError("snapshot is for an object: make and path heal without")
+        raise TypeError("snapshot is for an object: make and path heal without it")
     if base and (obj is None or isinstance(obj, ray.ObjectRef) or snapshot is not None):
         raise TypeError("base is for an object that is published without snapshot")
     if keep < 1:
-        raise ValueError(f"keep is 1 or more, not {keep}")
+        raise ValueError(f"keep must be 1 or more, not {keep}")
     ends_s, token = time.monotonic() + timeout, uuid.uuid4().hex
     client.start(timeout)
     node = ray.get_runtime_context().get_node_id()
@@ -123,7 +123,7 @@ def publish(
         plan = Plan("object", node, files=(f"{target}.{token}", target), seconds=timeout)
         snapshots.save(obj, plan.files[0])
         return _publish(replace(wanted, plan=plan), ends_s)
-    what = f"what is published as {name!r}"
+    what = f"the object of {name!r}"
     if not isinstance(obj, ray.ObjectRef):
         with contextlib.suppress(_NoRoomError):
             return _write(wanted, obj, what, ends_s, _blocks_of(base))
@@ -135,7 +135,7 @@ def publish(
 
 
 def publish_copy(name: str, ref: ray.ObjectRef) -> Version:
-    """Publish what a reference refers to, with tensors or without, as what Serve deploys."""
+    """Publish the object of a reference, with tensors or without, for a deployment of Serve."""
     client.start()
     plan = Plan("object", ray.get_runtime_context().get_node_id(), seconds=_COPY_S)
     digest = references.parts_of(ref).digest()
@@ -144,11 +144,11 @@ def publish_copy(name: str, ref: ray.ObjectRef) -> Version:
 
 
 class _NoRoomError(Exception):
-    """Nobody can make room for this object, so it is to be copied."""
+    """No process can make room for this object, so it must be copied."""
 
 
 def _blocks_of(base: str | Version | Sequence[str | Version]) -> list[ray.ObjectRef]:
-    """Give the blocks of versions; of one that is being made again there is none."""
+    """Return the blocks of versions, without those that are being rebuilt."""
     bases = [base] if isinstance(base, str | Version) else base
     found = (find(b) if isinstance(b, str) else find(b.name, b.number) for b in bases)
     refs = (version.ref for version in found)
@@ -158,12 +158,12 @@ def _blocks_of(base: str | Version | Sequence[str | Version]) -> list[ray.Object
 def _write(
     wanted: Wanted, obj: Any, what: str, ends_s: float, bases: Sequence[ray.ObjectRef]
 ) -> Version:
-    """Publish an object by writing it once, where the owner makes room for it."""
+    """Publish an object by writing it once, into room that the owner makes."""
     shared = Anchored(obj, bases)
     parts = Parts.of(shared)
     complete(parts, what, obj)
     nbytes = shared.block.nbytes
-    if parts.bases:  # a smaller object comes along with its reference, where nobody can write
+    if parts.bases:  # Ray sends smaller objects in messages, which we cannot write to
         nbytes = max(nbytes, INLINE_NBYTES)
     if ray_inside.way != "room" or nbytes < INLINE_NBYTES:
         raise _NoRoomError
@@ -179,7 +179,7 @@ def _publish(
     copied: Sequence[ray.ObjectRef] = (),
     shared: Anchored | None = None,
 ) -> Version:
-    """Ask until it is published; a snapshot that was saved on the way is then where it belongs."""
+    """Ask the catalog until the version is published; then move its snapshot into place."""
     version: Version | None = None
     files = wanted.plan.files
     try:
@@ -206,10 +206,10 @@ def _publish(
 
 
 def _room(wanted: Wanted, ends_s: float) -> Made | None:
-    """Ask the owner for room; None where it does not answer: then the catalog asks it.
+    """Ask the owner for room; returns None if it does not answer: then the catalog asks it.
 
-    The catalog hears of what is written soon when it is. What takes long it has to know before, or
-    it would drop that, as of a publisher that died.
+    The catalog must know of a large object before the write, or it would drop the room as that of
+    a dead publisher. It hears of a small one soon enough after the write.
     """
     assert wanted.draft is not None
     if wanted.draft.nbytes >= _LARGE_NBYTES:
@@ -225,7 +225,7 @@ def _room(wanted: Wanted, ends_s: float) -> Made | None:
 
 
 def _written(wanted: Wanted, shared: Anchored, room: Made) -> Wanted:
-    """Write an object where there is room for it, and say so."""
+    """Write an object into its room, and return the request that says so."""
     assert room.ref is not None
     parts = references.write(shared, room.ref, room.nbytes)
     if parts is None:
@@ -235,7 +235,7 @@ def _written(wanted: Wanted, shared: Anchored, room: Made) -> Wanted:
 
 
 def _give_up(wanted: Wanted) -> None:
-    """Have it not made any further; what was saved goes, unless it may be published after all."""
+    """Stop the publication; remove its saved file, unless the version was published after all."""
     if len(wanted.plan.files) < 2:
         client.tell("abandon", wanted.name, wanted.token)
         return
@@ -251,8 +251,8 @@ def _pickled(make: Callable[[], Any]) -> bytes:
         raise PublishError(f"make does not pickle, so no worker can call it: {error}") from error
     if len(pickled) > _MAKE_NBYTES:
         raise PublishError(
-            f"make pickles to {len(pickled):,} bytes, {_MAKE_NBYTES:,} at most: it should say how "
-            f"to load the model, not hold it; publish the object itself, or a path"
+            f"make pickles to {len(pickled):,} bytes, {_MAKE_NBYTES:,} at most: it should load the "
+            f"model, not hold it; or publish the object itself, or a path"
         )
     return pickled
 
@@ -263,20 +263,19 @@ def _pickled(make: Callable[[], Any]) -> bytes:
 def load(name: str, *, version: int | None = None, timeout: float = 600.0, **how: Any) -> Any:
     """Load a published model, in any task, actor, driver or job of the cluster.
 
-    Where its block is lost, this waits until the cluster has made it again.
+    If its block is lost, this waits until the cluster has rebuilt it.
 
     Args:
         name: as published.
-        version: a number that is still live; by default the current one, whichever that is when
-            it is loaded.
-        timeout: seconds for all of it.
+        version: number of a live version; default: the current one at the time of the load.
+        timeout: seconds for the whole call.
         how: `isolation`, `prefault` and `device`, as for `get`.
 
     Raises:
-        UnknownVersionError: nothing live has that name and number.
-        LostVersionError: the block is gone and could not be made again, in time or at all.
-        ResourceError: this process is at a limit; its block stands.
-        VersionError: a newer ray_zerocopy has published it.
+        UnknownVersionError: no live version has that name and number.
+        LostVersionError: the block is gone and could not be rebuilt, in time or at all.
+        ResourceError: this process is at a limit; the block is intact.
+        VersionError: a newer ray_zerocopy published it.
         CatalogError: the catalog does not answer.
 
     """
@@ -284,7 +283,7 @@ def load(name: str, *, version: int | None = None, timeout: float = 600.0, **how
 
 
 def load_version(found: Version, *, timeout: float = 600.0, **how: Any) -> Any:
-    """Load just this version, in whatever generation there is."""
+    """Load exactly this version, in any generation."""
     return _load(found.name, found.number, found, timeout, how)
 
 
@@ -297,7 +296,7 @@ def _load(
     while (left_s := ends_s - time.monotonic()) > 0:
         found, version = None, found or find(name, number, min(left_s, _WAIT_S))
         if version.ref is None:
-            trouble = "its block is lost, and not made again yet"
+            trouble = "its block is lost, and not rebuilt yet"
             continue
         loading = metrics.LOADING.set(name)
         try:
@@ -305,10 +304,10 @@ def _load(
         except ray.exceptions.GetTimeoutError:
             trouble = "its block has not arrived"
         except (*LOSSES, BlockError) as error:
-            trouble = str(error)  # the error itself would hold this frame, and its references
+            trouble = str(error)  # a kept error would hold this frame and its references
             losses += 1
             if not _is_lost(version, ends_s) and isinstance(error, BlockError):
-                raise  # it is whole elsewhere
+                raise  # the block is intact elsewhere
             if losses == _GENERATIONS:
                 break
         finally:
@@ -319,7 +318,7 @@ def _load(
 
 
 def _is_lost(version: Version, ends_s: float) -> bool:
-    """Ask whether a version that could not be loaded here is lost, and wait for the answer."""
+    """Ask the catalog whether a version that does not load here is lost; waits for the answer."""
     node = ray.get_runtime_context().get_node_id()
     version = replace(version, ref=None)
     while (left_s := ends_s - time.monotonic()) > 0:
@@ -330,9 +329,9 @@ def _is_lost(version: Version, ends_s: float) -> bool:
 
 
 def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Version:
-    """Give a live version, to be loaded by its reference; the current one without a number.
+    """Return a live version with its reference; without a number, the current one.
 
-    It is without one while its block is made again, for which this waits so long.
+    If its block is being rebuilt, this waits up to `wait_s`; then the version has no reference.
     """
     _check(name)
     client.running(name)
@@ -346,33 +345,41 @@ def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Versi
 
 
 def versions(name: str) -> list[Version]:
-    """Give the versions of a name by number, lately retired ones among them; then staged ones."""
+    """Return the versions of a name by number, recently retired ones included, then staged ones."""
     _check(name)
     return client.ask("versions", name) if client.is_running() else []
 
 
 def published() -> list[str]:
-    """Give the names that have a current version, in order."""
+    """Return the names that have a current version, sorted."""
     return client.ask("names") if client.is_running() else []
 
 
 def state() -> dict[str, Any]:
-    """Tell of everything in plain values: names, their versions, followers, rebuilds."""
+    """Return the whole state in plain values: names, their versions, followers, rebuilds."""
     nothing: dict[str, Any] = {"names": {}, "processes": 0, "rebuilds": {}}
     return client.ask("state") if client.is_running() else nothing
 
 
 def promote(name: str, number: int) -> Version:
-    """Make a live version the current one: forward, or back; raises `UnknownVersionError`."""
+    """Make a live version the current one, forward or back.
+
+    Raises:
+        UnknownVersionError: no live version has that name and number.
+
+    """
     client.running(name)
     version: Version = client.ask("promote", name, number)
     return version
 
 
 def retire(name: str, number: int | None = None) -> None:
-    """Retire a version, or all of a name; their memory is free when nobody uses them any more.
+    """Retire a version, or all of a name; their memory is free when no process uses them.
 
-    Raises `UnknownVersionError` for what does not exist, and `CatalogError` for a current version.
+    Raises:
+        UnknownVersionError: the name or version does not exist.
+        CatalogError: the version is the current one.
+
     """
     client.running(name)
     client.ask("retire", name, number)
@@ -380,4 +387,4 @@ def retire(name: str, number: int | None = None) -> None:
 
 def _check(name: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"a name is 1 to 128 letters, digits and ._/-, not {name!r}")
+        raise ValueError(f"a name must be 1 to 128 letters, digits and ._/-, not {name!r}")

@@ -1,4 +1,4 @@
-"""What is published under a name, and every way in which that changes: plain values, no reference.
+"""The record of a name: its versions, and every change of them. Plain values, no references.
 
                  committed            promoted, rebuilt, superseded
     (staging) ─────────────▶ live ◀───────────────────────┘
@@ -6,7 +6,7 @@
                               ▼
                            retired ─ the oldest are forgotten
 
-A record never changes: each method gives another one. The catalog writes that, and then acts.
+Records are immutable: each method returns a new one. The catalog writes it, and then acts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Key = tuple[str, int]  # of a version: its name and number
 
 SCHEMA = 1
 _REMEMBERED = 16  # retired versions that a name still lists
-_PLACES = 3  # generations whose copies may be in use somewhere
+_PLACES = 3  # generations that processes may still have mapped
 
 
 @dataclass(frozen=True)
@@ -38,37 +38,37 @@ class Version(StandsForModel):
 
     name: str
     number: int
-    """1, 2, 3 …; 0 while it is staging, as it is given when it is live."""
+    """1, 2, 3 …; 0 while staging, because it gets its number when it becomes live."""
     ref: ray.ObjectRef | None
-    """An ordinary reference; None while the block is being made, and once it is retired."""
+    """An ordinary reference; None while the block is being made, and after retirement."""
     nbytes: int
-    """Bytes in the block."""
+    """Size of the block in bytes."""
     digest: str
-    """128 bits, in hexadecimal: equal for equal weights and structure, in every process."""
+    """128 bits in hexadecimal: equal for equal weights and structure, in every process."""
     source: Source
-    """`"object"`, `"make"` or `"path"`: what was published."""
+    """The argument of `publish`: `"object"`, `"make"` or `"path"`."""
     heals: bool
-    """Whether the block can be made again when every copy is lost, as it was made once."""
+    """Whether the block can be rebuilt if every copy is lost."""
     state: Literal["staging", "live", "retired"]
     published_at: float
     """Seconds since the epoch."""
     current: bool = False
-    """Whether it is what its name stands for."""
+    """Whether it is the current version of its name."""
     generation: int = 0
-    """How often its block was made again."""
+    """How often its block was rebuilt."""
 
     def binary(self) -> bytes:
-        """Give what tells it from others in a `Cache`, whatever its generation."""
+        """Return its key in a `Cache`, the same for all generations."""
         return f"{self.name}@{self.number}".encode()
 
     @property
     def handle(self) -> Version:
-        """The version without its reference, which any pickle may take along: found by its name."""
+        """The version without its reference: any pickle may hold it, and loads find it by name."""
         return replace(self, ref=None, current=False, generation=0)
 
     @property
     def mark(self) -> tuple[int, int]:
-        """What changes when a name stands for another block."""
+        """Differs whenever the name has another block."""
         return self.number, self.generation
 
     def __reduce__(self) -> Any:
@@ -77,27 +77,27 @@ class Version(StandsForModel):
 
 @named
 def version(fields: dict[str, Any]) -> Version:
-    """Unpickle a version; raises `VersionError` where a newer ray_zerocopy has pickled it."""
+    """Unpickle a version; raises `VersionError` if a newer ray_zerocopy pickled it."""
     return Version(**_known(Version, fields))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the block of a version is made, and made again."""
+    """How to make and rebuild the block of a version."""
 
     source: Source
     node: str
-    """Where it is made, if that node is there: where the publisher is."""
+    """The publisher's node; the block is made there if the node is alive."""
     make: bytes | None = None
-    """The pickle of a callable that gives the object."""
+    """The pickle of a function that returns the object."""
     files: tuple[str, ...] = ()
-    """Snapshots, of which the first with the version's digest is read."""
+    """Snapshots; the first one with the version's digest is read."""
     seconds: float = 3600.0
-    """How long it may take."""
+    """The time limit."""
 
     @property
     def heals(self) -> bool:
-        """Whether the block can be made again when every copy of it is gone."""
+        """Whether the block can be rebuilt if every copy is lost."""
         return self.make is not None or bool(self.files)
 
     def __reduce__(self) -> Any:
@@ -106,25 +106,25 @@ class Plan:
 
 @named
 def plan(fields: dict[str, Any]) -> Plan:
-    """Unpickle a plan; raises `VersionError` where a newer ray_zerocopy has pickled it."""
+    """Unpickle a plan; raises `VersionError` if a newer ray_zerocopy pickled it."""
     return Plan(**_known(Plan, fields))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A version as its name's record has it."""
+    """A version in its name's record."""
 
     version: Version
     plan: Plan
     token: str
-    """Who published it: told again, a publication is the same one."""
+    """Identifies the publication; a repeated request has the same token."""
     block: str
-    """What the owner holds its block by."""
+    """The owner's token for its block."""
     places: tuple[Address, ...]
-    """Where its last blocks are: a view in use may be of one before this."""
+    """Addresses of its last blocks: a process may still map an earlier one."""
 
     def at(self, place: Address | None) -> Kept:
-        """With one more place; where Ray keeps no place, with those that there were."""
+        """Return it with one more place, or unchanged for None."""
         places = self.places if place is None else (*self.places, place)
         return replace(self, places=places[-_PLACES:])
 
@@ -134,11 +134,11 @@ class Record:
     """A name: its versions, and which of them is current."""
 
     last: int = 0
-    """The highest number ever given: none is given twice."""
+    """The highest number so far; no number is used twice."""
     recent: tuple[int, ...] = ()
-    """The live versions, by when they were last current; the last one is."""
+    """The live versions, ordered by when they were last current; the last one is current."""
     kept: Mapping[int, Kept] = field(default_factory=dict)
-    """Live and lately retired versions, by number."""
+    """Live and recently retired versions, by number."""
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Record:
 
     @property
     def current(self) -> Version | None:
-        """The version that the name stands for."""
+        """The current version."""
         return self.version(self.recent[-1]) if self.recent else None
 
     @property
@@ -158,17 +158,17 @@ class Record:
         return {number: self.kept[number] for number in self.recent}
 
     def version(self, number: int) -> Version:
-        """Give a version, and whether it is current."""
+        """Return a version, with `current` set."""
         return replace(self.kept[number].version, current=number == self.number)
 
     def published_by(self, token: str) -> int | None:
-        """Give the number of what was published by this token, or None."""
+        """Return the number of the version that was published with this token, or None."""
         return next((n for n, kept in self.kept.items() if kept.token == token), None)
 
     # --- changes ------------------------------------------------------------------------------
 
     def committed(self, kept: Kept, keep: int) -> Record:
-        """Have a new version live and current; of the others, `keep - 1` stay."""
+        """Add a new live and current version; `keep - 1` others stay live."""
         number = self.last + 1
         kept = replace(kept, version=replace(kept.version, number=number, state="live"))
         added = replace(
@@ -177,11 +177,11 @@ class Record:
         return added.retired(added.recent[:-keep])
 
     def promoted(self, number: int) -> Record:
-        """Have a live version current."""
+        """Make a live version current."""
         return replace(self, recent=(*(n for n in self.recent if n != number), number))
 
     def retired(self, numbers: Iterable[int]) -> Record:
-        """Retire live versions, and forget the oldest of the retired."""
+        """Retire live versions, and forget the oldest retired ones."""
         numbers = set(numbers)
         recent = tuple(number for number in self.recent if number not in numbers)
         over = sorted(self.kept.keys() - set(recent))
@@ -194,19 +194,19 @@ class Record:
         return replace(self, recent=recent, kept=kept)
 
     def rebuilt(self, number: int, block: str, place: Address | None) -> Record:
-        """Have another block in place of one that is lost."""
+        """Replace a lost block."""
         kept = self.kept[number].at(place)
         version = replace(kept.version, generation=kept.version.generation + 1)
         return self._with(number, replace(kept, version=version, block=block))
 
     def healing(self, number: int, how: Plan) -> Record:
-        """Have a version made by this plan, if it is lost."""
+        """Set the plan by which a version is rebuilt if it is lost."""
         kept = self.kept[number]
         version = replace(kept.version, heals=how.heals)
         return self._with(number, replace(kept, version=version, plan=how))
 
     def superseded(self, files: Iterable[str], digest: str) -> Record:
-        """Have no version healed from files that are another's from now on."""
+        """Stop versions from healing from files that now hold another model."""
         record, files = self, set(files)
         for number, kept in self.live.items():
             if files & set(kept.plan.files) and kept.version.digest != digest:
@@ -214,7 +214,7 @@ class Record:
         return record
 
     def unhealing(self, number: int) -> Record:
-        """Have a version live as long as a copy of it does."""
+        """Drop a version's plan: it lives as long as a copy of it."""
         return self.healing(number, replace(self.kept[number].plan, make=None, files=()))
 
     def _with(self, number: int, kept: Kept) -> Record:
@@ -225,7 +225,7 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """Give a record as bytes, which name nothing of ours."""
+    """Return a record as bytes without any name of this package."""
     plain = {
         "schema": SCHEMA,
         "last": record.last,
@@ -240,12 +240,12 @@ def encode(record: Record) -> bytes:
 
 
 def decode(encoded: bytes) -> Record:
-    """Read a record; raises `VersionError` where a newer ray_zerocopy has written it."""
+    """Read a record; raises `VersionError` if a newer ray_zerocopy wrote it."""
     plain = pickle.loads(encoded)
     if plain["schema"] > SCHEMA:
         raise VersionError(
-            f"what is published here was written by a newer ray_zerocopy (schema "
-            f"{plain['schema']}, this one reads up to {SCHEMA}): upgrade here"
+            f"the records of published models are from a newer ray_zerocopy (schema "
+            f"{plain['schema']}, this one reads up to {SCHEMA}): upgrade ray_zerocopy here"
         )
     kept = {
         number: Kept(
@@ -264,9 +264,10 @@ def _fields(of: Any, *but: str) -> dict[str, Any]:
 
 
 def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """Refuse fields that a newer version has added."""
+    """Raise `VersionError` for fields that a newer ray_zerocopy has added."""
     if unknown := sorted(fields.keys() - {each.name for each in dataclasses.fields(kind)}):
         raise VersionError(
-            f"a {kind.__name__.lower()} of a newer ray_zerocopy, with {unknown}: upgrade here"
+            f"this {kind.__name__.lower()} is from a newer ray_zerocopy, with {unknown}: upgrade "
+            f"ray_zerocopy here"
         )
     return fields
