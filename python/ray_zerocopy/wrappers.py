@@ -77,7 +77,7 @@ class ModelWrapper:
 
         """
         if mode not in get_args(Mode):
-            raise ValueError(f"mode is 'actor' or 'task', not {mode!r}")
+            raise ValueError(f"mode must be 'actor' or 'task', not {mode!r}")
         if isinstance(model_or_pipeline, StandsForModel) and mode == "actor":
             published = model_or_pipeline
             return cls(published.handle if isinstance(published, Version) else published)

@@ -297,7 +297,7 @@ def demo() -> Shown:
     return demonstration.main(), lambda: None
 
 
-# --- how things are shown -------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def _exit_with(bad: int) -> None:

@@ -1,4 +1,4 @@
-"""Check machines for what makes models slow, costs memory or loses them, and suggest fixes.
+"""Check machines for causes of slow loads, wasted memory and lost models, and suggest fixes.
 
 examine ── each check ─▶ a finding: good, or its cost and the fix
 examine_cluster ── a task per node ─▶ examine
@@ -37,14 +37,14 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found on one machine."""
+    """The result of one check on one machine."""
 
     check: str
     """The name of the check."""
     good: bool
     """Whether it passed."""
     found: str
-    """The value that was found."""
+    """The value found."""
     mend: str = ""
     """The cost of a problem and its fix; empty for a check that passed."""
 

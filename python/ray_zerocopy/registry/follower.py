@@ -161,7 +161,7 @@ def follow(name: str, **how: Any) -> Live:
     `how` is as for `get`.
 
     Raises:
-        UnknownVersionError, LostVersionError, CatalogError: as from `load`.
+        RayZeroCopyError: as from `load`.
 
     Example:
         >>> live = rzc.follow("bert")

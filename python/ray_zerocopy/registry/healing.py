@@ -125,7 +125,7 @@ class Healing:
     def _live_blocks(self) -> set[str]:
         return set().union(*map(_blocks, self._manifest.records.values()))
 
-    # --- made again ---------------------------------------------------------------------------
+    # --- rebuilds -----------------------------------------------------------------------------
 
     def again(self, key: Key, reason: str) -> asyncio.Task[None]:
         """Rebuild the block of a live version; callers share one task.

@@ -234,7 +234,9 @@ class Owner:
             nbytes, found, stored = await asyncio.wait_for(facts, plan.seconds)
         except TimeoutError:
             ray.cancel(block, force=True)
-            raise CatalogError(f"{name!r} was not made in {plan.seconds:g} s") from None
+            raise CatalogError(
+                f"{name!r} was not made in {plan.seconds:g} s: publish it with a larger timeout"
+            ) from None
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
         return Made(nbytes, found, block if stored else None, self._incarnation)
@@ -250,7 +252,9 @@ class Owner:
             nbytes = await asyncio.wait_for(nbytes, plan.seconds)
             return Made(nbytes, "", block, self._incarnation)
         except TimeoutError:
-            raise CatalogError(f"{name!r} was not copied in {plan.seconds:g} s") from None
+            raise CatalogError(
+                f"{name!r} was not copied in {plan.seconds:g} s: publish it with a larger timeout"
+            ) from None
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             self._let_go(plan.node)
             raise CatalogError(
@@ -315,7 +319,7 @@ async def _answer(nbytes: ray.ObjectRef) -> int | None:
     return answer
 
 
-# --- where blocks are made ------------------------------------------------------------------------
+# --- tasks that make blocks -----------------------------------------------------------------------
 
 
 @ray.remote(num_cpus=0, max_concurrency=8)
@@ -420,7 +424,7 @@ def _check(block: list[ray.ObjectRef]) -> str | None:
     return None
 
 
-# --- what can go wrong ----------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def complete(parts: Parts, what: str, obj: Any = None) -> None:

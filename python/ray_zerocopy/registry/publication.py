@@ -87,7 +87,7 @@ def publish(
 
     Raises:
         PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
-            the object has no tensors, or has tensors without values (on the meta device).
+            the object has no tensors or arrays, or tensors without values (on the meta device).
         StoreFullError: no store has room for the block.
         SaveError: the snapshot cannot be written.
         CatalogError: the catalog does not answer in time, or `make` failed.
@@ -189,7 +189,9 @@ def _publish(
             left_s = ends_s - time.monotonic()
             if left_s <= 0:
                 seconds = wanted.plan.seconds
-                raise CatalogError(f"{wanted.name!r} was not published in {seconds:.3g} s")
+                raise CatalogError(
+                    f"{wanted.name!r} was not published in {seconds:.3g} s: use a larger timeout"
+                )
             answer = client.ask("publish", wanted, list(copied), min(left_s, _WAIT_S))
             if isinstance(answer, Made) and shared is not None:
                 wanted = _written(wanted, shared, answer)

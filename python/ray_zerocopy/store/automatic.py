@@ -39,7 +39,7 @@ def enable(only: type | tuple[type, ...] = object) -> None:
     `StoredAgainWarning`.
 
     Args:
-        only: store only objects as blocks that hold an instance of this class.
+        only: store as blocks only objects that hold an instance of this class.
 
     Raises:
         VersionError: this Ray has an unknown serializer.

@@ -226,7 +226,7 @@ def shares_tensors() -> bool:
 
 # --- references -----------------------------------------------------------------------------------
 
-Address = tuple[bytes, bytes, bytes]  # of an object: its id, its owner, and where its bytes are
+Address = tuple[bytes, bytes, bytes]  # of an object: its id, owner and location
 
 
 def address_of(ref: ray.ObjectRef) -> Address:
