@@ -393,7 +393,7 @@ def _restored(name: str, files: Sequence[str], digest: str | None) -> Parts:
             failed.append(str(error))
     if others:
         raise AnotherModelError(
-            f"{' and '.join(others)} is another model now than {name!r} was published from: "
+            f"{' and '.join(others)} now holds another model than {name!r} was published from: "
             f"publish it again, from a file that is not overwritten"
         )
     raise CatalogError(f"{name!r} cannot be read: {'; '.join(failed)}")

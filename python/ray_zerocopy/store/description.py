@@ -33,8 +33,8 @@ class Info:
     skeleton_nbytes: int
     """Size of the skeleton in bytes: the object minus its tensors."""
     unshared_nbytes: int
-    """Bytes of the skeleton that are data, which each load copies: `__getstate__` has packed
-    weights into `bytes`, as skorch does."""
+    """Bytes of data in the skeleton, which each load copies: weights that an object's
+    `__getstate__` packs into `bytes`, as in skorch."""
     spans: list[tuple[int, int]]
     """Offset and bytes of each storage in its block."""
     checksums: list[int]

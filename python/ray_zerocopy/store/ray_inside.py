@@ -141,7 +141,7 @@ def connection() -> _core.Connection:
     """Keep this process's connection to its node's store open while the result lives.
 
     `ray.shutdown()` closes Ray's descriptor of it. When the last descriptor is closed, the store
-    gives memory that this process has mapped to other objects.
+    reuses the memory of objects that this process still maps.
     """
     return _core.Connection(getattr(worker.global_worker.node, "plasma_store_socket_name", None))
 
@@ -202,7 +202,7 @@ class _Pickle:
 def hook_dumps(dumps: Callable[..., bytes] | None) -> None:
     """Make Ray's serializer pickle with `dumps(value, protocol, buffer_callback)`; None: as before.
 
-    It pickles everything that Ray stores so: put objects, arguments and returns. Raises
+    This applies to everything that Ray stores: put objects, arguments and returns. Raises
     `VersionError` if the serializer differs from Ray 2.43 to 2.60.
     """
     method = getattr(serialization.SerializationContext, "_serialize_to_pickle5", None)
@@ -276,7 +276,7 @@ _CALLED_BEFORE_LEAVING: list[Callable[[], None]] = []
 
 
 def before_leaving(called: Callable[[], None]) -> None:
-    """Call this before the process disconnects from a cluster, at `ray.shutdown` or at exit.
+    """Register a function to call before the process disconnects, at `ray.shutdown` or exit.
 
     During the disconnect, a thread that touches a reference ends the process with status 1. Ray has
     a hook after connecting, but none before disconnecting.

@@ -57,9 +57,8 @@ def put(
     Args:
         obj: the object to store.
         base: objects that `put` has stored, such as the backbone of a model with another head.
-            `put` does not store tensors again whose bytes a base has. It compares bytes, so a base
-            may come from another process or checkpoint. The new object keeps its bases in the
-            store.
+            `put` does not store tensors whose bytes are in a base. It compares bytes, so a base may
+            come from another process or checkpoint. The new object keeps its bases in the store.
 
     Raises:
         BaseLostError: a base is gone.
@@ -91,7 +90,7 @@ def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectR
 
     `make` is a loader such as `AutoModel.from_pretrained`, or a function that calls loaders.
     `build` frees the tensors and arrays of the result as it writes them to the block, large tensors
-    page by page. Casts and merges of weights go to shared memory from the start, also in threads
+    page by page. Results of casts and merges go to shared memory from the start, also in threads
     that the loader starts. Memory-mapped tensors are read from their files.
 
     If the loader keeps its model, in a cache or a global, that copy stays valid and keeps its
