@@ -291,7 +291,7 @@ def test_a_shim_carries_the_config_and_other_attributes_that_are_asked_for(scale
 
 
 def test_misuse_is_told_apart(shim, scaler, x):
-    with pytest.raises(TypeError, match=r"not a Scaler: ray_zerocopy\.put"):
+    with pytest.raises(TypeError, match=r"not a Scaler: use ray_zerocopy\.put"):
         call_model.remote(scaler, (x,))
     with pytest.raises(TypeError, match=r"not a Tensor: \(x,\)"):
         call_model.remote(shim.ref, x)

@@ -82,7 +82,7 @@ class CallModel(Leaf):
             kind = type(model_ref).__name__
             raise TypeError(f"model_ref must be an ObjectRef, not a {kind}: use ray_zerocopy.put")
         if not isinstance(args, tuple | list):
-            raise TypeError(f"args must be a tuple, such as (x,), not a {type(args).__name__}")
+            raise TypeError(f"args must be a tuple, not a {type(args).__name__}: (x,)")
         if _is_private(method_name):
             raise AttributeError(f"{method_name!r} is private: a task can call only public methods")
         # In a list, so that Ray does not resolve the reference: the worker's cache loads it.

@@ -27,7 +27,7 @@ def code(python: tuple[int, int], *parts: Any) -> types.CodeType:
     if python != _PYTHON:
         there, here = (".".join(map(str, version)) for version in (python, _PYTHON))
         raise VersionError(
-            f"Python {there} stored a function or class of this object by value, and this is "
-            f"Python {here}: define it in a module that both can import, and store it again"
+            f"a function or class of this object was pickled by value in Python {there}, and this "
+            f"is Python {here}: define it in a module that both can import, and store it again"
         )
     return types.CodeType(*parts)
