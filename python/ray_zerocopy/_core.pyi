@@ -168,7 +168,7 @@ class Snapshot:
 
 @final
 class Modules:
-    """The modules that a load has made, by weak references."""
+    """Weak references to the modules that a load has made."""
 
     def __len__(self) -> int: ...
     def are_gone(self) -> bool: ...
