@@ -120,7 +120,7 @@ class Keeper:
         for name, until_s in list(self._until_s.items()):
             now_s = time.monotonic()
             if any(name.encode() in deployment for deployment in deployments):
-                self._until_s[name] = now_s + _LOOK_S / 2
+                self._until_s[name] = now_s + 1.5 * _LOOK_S
             elif now_s > until_s:
                 retire(name)
                 del self._until_s[name]
