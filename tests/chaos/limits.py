@@ -274,7 +274,7 @@ def another_user():
     ref, nobody = rzc.put(MODEL), 65534
     os.seteuid(nobody)
     try:
-        loads_shared_and_says(ref, "nor file of the raylet opens .* Operation not permitted")
+        loads_shared_and_says(ref, "nor the raylet.s descriptors open .* Operation not permitted")
         assert torch.equal(rzc.get(ref, isolation="copy"), MODEL)
     finally:
         os.seteuid(0)
