@@ -180,6 +180,7 @@ def test_models_in_cycles_as_arguments_leave_the_store():
 
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
         from ray._private.internal_api import memory_summary
         from torch import nn
@@ -199,7 +200,7 @@ def test_models_in_cycles_as_arguments_leave_the_store():
             found = re.search(rf"{what}\D*(\d+) MiB", summary)
             return int(found[1]) if found else 0
 
-        ray.init("local", num_cpus=1, object_store_memory=160 * 2**20, include_dashboard=False)
+        rays.connect(num_cpus=1, object_store_memory=160 * 2**20)
         address = ray.get_runtime_context().gcs_address
         for _ in range(30):
             ref = rzc.put(Net())

@@ -11,6 +11,7 @@ import pytest
 import ray
 import ray_zerocopy as rzc
 from ray import serve
+from ray_zerocopy.registry import deployments
 from ray_zerocopy.serve import app, keep, multiplexed
 from test_serve import SMALL, until
 from test_serve import url as serving  # noqa: F401
@@ -43,8 +44,27 @@ def value_of(handle):
     return handle.predict.remote({"x": np.ones((1, 4), "float32")}).result()["output"].item()
 
 
+LOOK_S = 0.3
+
+
+def look_often():
+    """Make the keeper check every 0.3 s instead of every 3 s."""
+
+    def often(_, seconds=LOOK_S):
+        deployments._LOOK_S = seconds
+
+    ray.get(ray.get_actor("keeper", "ray_zerocopy").__ray_call__.remote(often))
+
+
+@pytest.fixture(scope="module")
+def keeper(serving):  # noqa: F811
+    keep(rzc.put(nn.Linear(2, 2)))
+    look_often()
+    hurry()
+
+
 @pytest.fixture
-def keeps(serving):  # noqa: F811
+def keeps(keeper):
     """Wait until the store has this many models more than before."""
     until(lambda: not kept(), 120)
     before = used()
@@ -116,12 +136,21 @@ def test_a_model_that_is_never_deployed_goes(keeps):
     keeps(0)
 
 
+def has_restarted():
+    try:
+        look_often()
+    except ray.exceptions.RayActorError:
+        return False
+    return True
+
+
 def test_a_deployment_keeps_its_model_though_the_keeper_dies(keeps):
     application = app(heavy(), **HEAVY)
     handle = serve.run(application, name="heavy", route_prefix="/heavy")
     del application
     ray.kill(ray.get_actor("keeper", "ray_zerocopy"), no_restart=False)
-    time.sleep(10)  # of three looks
+    until(has_restarted)
+    time.sleep(3 + 4 * LOOK_S)  # of the first look, and three more
     keeps(1)
     assert value_of(handle) == 1
     serve.delete("heavy")
@@ -134,7 +163,7 @@ def test_a_deployment_without_a_replica_keeps_its_model(keeps):
     handle = serve.run(application, name="heavy", route_prefix="/heavy")
     del application
     hurry()
-    time.sleep(10)  # of three looks
+    time.sleep(4 * LOOK_S)  # of three looks
     keeps(1)
     assert value_of(handle) == 1
     serve.delete("heavy")

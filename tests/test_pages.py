@@ -135,6 +135,7 @@ def test_who_drops_a_model_waits_for_no_thread():
 
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
 
         def is_at_work():
@@ -162,7 +163,7 @@ def test_who_drops_a_model_waits_for_no_thread():
             for each in (file, *pipe):
                 os.close(each)
 
-        ray.init("local", num_cpus=1, object_store_memory=2**30, include_dashboard=False)
+        rays.connect(num_cpus=1, object_store_memory=2**30)
         outlived = []
         for turn in range(12):
             ref = ray.put(rzc.Shared(torch.full((10 * 2**20,), float(turn))))

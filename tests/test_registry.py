@@ -785,10 +785,11 @@ def test_nothing_starts_before_the_first_publish_which_keeps_its_timeout():
         import pytest
         import ray
         import ray_zerocopy as rzc
+        import rays
         import torch
         from ray_zerocopy.registry import client
 
-        ray.init(address="local", num_cpus=1, object_store_memory=80_000_000)
+        rays.connect(num_cpus=1, object_store_memory=80_000_000)
         assert rzc.published() == rzc.versions("a") == []
         with pytest.raises(rzc.UnknownVersionError, match="nothing is published"):
             rzc.load("a")
@@ -801,7 +802,7 @@ def test_nothing_starts_before_the_first_publish_which_keeps_its_timeout():
 
         # A live belongs to its cluster.
         ray.shutdown()
-        ray.init(address="local", num_cpus=1, object_store_memory=80_000_000)
+        rays.connect(num_cpus=1, object_store_memory=80_000_000)
         with pytest.raises(rzc.CatalogError, match="a cluster that this process has left"):
             live()
         rzc.publish("a", torch.zeros(3))

@@ -187,7 +187,7 @@ def no_room_for_what_was_dropped():
     ref = rzc.put(LARGE)
     kinds = itertools.cycle([("private", True), ("copy", False), ("private", False)])
     with address_space_for(3 * LARGE.nbytes):
-        for (isolation, prefault), _ in zip(kinds, range(600), strict=False):
+        for (isolation, prefault), _ in zip(kinds, range(150), strict=False):
             loaded = rzc.get(ref, isolation=isolation, prefault=prefault)
             loaded[::1024] = 7
             del loaded

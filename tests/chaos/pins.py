@@ -166,7 +166,7 @@ class Child:
         self.pipe, self._answers = FORK.Pipe()
         self.process = self._fork(self._bear if orphan else self._answer, models, behave)
         if orphan:
-            self.process.join(SOON_S)
+            self.process.join()  # with a timeout it waits for a pipe that its child has, too
 
     @staticmethod
     def _fork(target, *args):

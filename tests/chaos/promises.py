@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 import ray_zerocopy as rzc
+import rays
 import torch
 from fresh import tell
 from ray_zerocopy.errors import BlockError
@@ -173,7 +174,7 @@ def what_heals_is_made_again():
 
 def what_a_make_gives_anew_heals_no_more():
     """And the version says so, once this was observed."""
-    assert rzc.publish("random", make=lambda: nn.Linear(600, 600)).heals
+    assert rzc.publish("random", make=lambda: torch.seed() and nn.Linear(600, 600)).heals
     kill("owner")
     until(lambda: not rzc.versions("random")[0].heals)
     with pytest.raises(rzc.LostVersionError, match="another model"):
@@ -361,14 +362,7 @@ ROWS = {
 
 
 def main(names):
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=400 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    rays.connect(num_cpus=2, object_store_memory=400 << 20)
     tell(ROWS, names or ROWS)
     ray.shutdown()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import ray
 import ray_zerocopy as rzc
+import rays
 from fresh import tell
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -360,14 +361,7 @@ def row(kind, ways=("dies", "fails")):
 
 
 def main(names):
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=300 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    rays.connect(num_cpus=2, object_store_memory=300 << 20)
     rzc.publish("first", filled(1))
     if names == ["short"]:
         tell({name: row(CHANGES[name], ways) for name, ways in SHORT.items()}, SHORT)
