@@ -284,3 +284,25 @@ def test_ray_train_gives_its_workers_the_block(enabled, tmp_path):
         run_config=RunConfig(storage_path=str(tmp_path)),
     )
     assert trainer.fit().error is None  # it raises what the loop does
+
+
+def test_rllib_trains_as_before(enabled):
+    """Its env runners get the learner's weights; RLlib sends them as arrays, which Ray maps."""
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    config = (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=2, num_cpus_per_env_runner=0.5)
+        .training(train_batch_size=200, minibatch_size=100, num_epochs=1)
+    )
+    algorithm = config.build_algo()
+    algorithm.train()
+    states = algorithm.env_runner_group.foreach_env_runner(
+        lambda runner: {**runner.module.state_dict()}, local_env_runner=False
+    )
+    learned = {**algorithm.get_module().state_dict()}
+    assert len(states) == 2
+    for state in states:
+        assert_exact(learned, state)
+    algorithm.stop()
