@@ -383,6 +383,8 @@ def test_base_is_for_an_object(name, tmp_path):
             rzc.publish(name, base="bert", **given)
     with pytest.raises(TypeError, match="without snapshot"):
         rzc.publish(name, filled(1), base="bert", snapshot=tmp_path / "model.rzc")
+    with pytest.raises(TypeError, match="base must be published"):
+        rzc.publish(name, filled(1), base=[rzc.put(filled(1))])
     with pytest.raises(rzc.UnknownVersionError):
         rzc.publish(name, filled(1), base=f"{name}/nobody")
 

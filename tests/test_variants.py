@@ -126,9 +126,18 @@ def test_a_chain_is_resolved_when_it_is_put(base):
     assert_exact(model, ray.get(last))
 
 
-def test_a_variant_keeps_its_base_and_lets_it_go(cluster):
+def settled_usage():
+    """MiB in the store, once it has freed what earlier tests have dropped."""
     gc.collect()
-    trunk, before = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))), store_usage()
+    before, now = None, store_usage()
+    while before != now:
+        time.sleep(1)
+        before, now = now, store_usage()
+    return now
+
+
+def test_a_variant_keeps_its_base_and_lets_it_go(cluster):
+    trunk, before = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))), settled_usage()
     base = rzc.put(trunk)
     refs = [rzc.put(nn.Sequential(nn.Linear(2048, 2), trunk), base=base) for _ in range(2)]
     del base
@@ -181,6 +190,32 @@ def test_a_snapshot_of_a_variant_is_whole(base, tmp_path):
     assert rzc.inspect(again).base_nbytes > 0
     for each in (restored, again):
         assert_exact(with_head(), ray.get(each))
+
+
+@pytest.fixture
+def published(request, cluster):
+    """A version of the backbone, deleted afterwards."""
+    version = rzc.publish(request.node.name.replace("[", "-").rstrip("]"), backbone())
+    yield version
+    if version.name in rzc.published():
+        rzc.retire(version.name)
+
+
+@pytest.mark.parametrize("kind", ["name", "version", "handle", "list"])
+def test_a_name_or_a_version_is_a_base(published, base, kind):
+    given = {
+        "name": published.name,
+        "version": published,
+        "handle": published.handle,
+        "list": [base, published.name],
+    }
+    ref = rzc.put(with_head(), base=given[kind])
+    assert rzc.inspect(ref).base_nbytes == sum(each.nbytes for each in backbone().parameters())
+    rzc.retire(published.name)
+    assert_exact(with_head(), ray.get(ref))
+    if kind != "list":
+        with pytest.raises(rzc.UnknownVersionError):
+            rzc.put(with_head(), base=given[kind])
 
 
 def test_what_finds_little_has_no_base(cluster):

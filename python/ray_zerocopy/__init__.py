@@ -34,6 +34,7 @@ from ray_zerocopy.errors import (
     UnknownVersionError,
     VersionError,
 )
+from ray_zerocopy.store import references as _references
 from ray_zerocopy.store.automatic import disable, enable
 from ray_zerocopy.store.description import Info, TensorInfo
 from ray_zerocopy.store.envelope import Shared
@@ -139,3 +140,10 @@ def __getattr__(name: str) -> Any:
     if name in _FACES:
         return getattr(importlib.import_module(f"{__name__}.{_FACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _published(base: Any) -> Any:
+    return importlib.import_module(f"{__name__}.registry.publication").block_of(base)
+
+
+_references.published = _published  # so that `base=` takes names: the store knows none

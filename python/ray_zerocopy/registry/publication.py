@@ -106,6 +106,9 @@ def publish(
         raise TypeError("snapshot is for an object: make and path heal without it")
     if base and (obj is None or isinstance(obj, ray.ObjectRef) or snapshot is not None):
         raise TypeError("base is for an object that is published without snapshot")
+    bases = list(base) if isinstance(base, list | tuple) else [base]
+    if any(isinstance(each, ray.ObjectRef) for each in bases):
+        raise TypeError("base must be published: a reference ends with the process that put it")
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, not {keep}")
     ends_s, token = time.monotonic() + timeout, uuid.uuid4().hex
@@ -126,7 +129,7 @@ def publish(
     what = f"the object of {name!r}"
     if not isinstance(obj, ray.ObjectRef):
         with contextlib.suppress(_NoRoomError):
-            return _write(wanted, obj, what, ends_s, _blocks_of(base))
+            return _write(wanted, obj, what, ends_s, references.bases_of(bases))
         wanted = replace(wanted, token=uuid.uuid4().hex)
     copied = obj if isinstance(obj, ray.ObjectRef) else references.put(obj)
     parts = references.parts_of(copied)
@@ -145,14 +148,6 @@ def publish_copy(name: str, ref: ray.ObjectRef) -> Version:
 
 class _NoRoomError(Exception):
     """No process can make room for this object, so it must be copied."""
-
-
-def _blocks_of(base: str | Version | Sequence[str | Version]) -> list[ray.ObjectRef]:
-    """Return the blocks of versions, without those that are being rebuilt."""
-    bases = [base] if isinstance(base, str | Version) else base
-    found = (find(b) if isinstance(b, str) else find(b.name, b.number) for b in bases)
-    refs = (version.ref for version in found)
-    return [ref for ref in refs if ref is not None]
 
 
 def _write(
@@ -341,6 +336,18 @@ def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Versi
     if version.state != "live":
         raise UnknownVersionError(f"version {version.number} of {name!r} is {version.state}")
     return version
+
+
+def block_of(base: object) -> ray.ObjectRef | None:
+    """Return the block of a name or version; None while it is being rebuilt."""
+    if isinstance(base, Version):
+        return find(base.name, base.number).ref
+    if isinstance(base, str):
+        return find(base).ref
+    raise TypeError(
+        f"base must be an ObjectRef from put, the name of a published model, a Version, or a list "
+        f"of them, not {base!r}"
+    )
 
 
 # --- the other verbs ------------------------------------------------------------------------------

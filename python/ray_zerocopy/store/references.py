@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import ray
@@ -40,10 +40,13 @@ from ray_zerocopy.store.envelope import (
 )
 from ray_zerocopy.store.loader import following
 
+if TYPE_CHECKING:
+    from ray_zerocopy.registry.records import Version
 
-def put(
-    obj: object, *, base: ray.ObjectRef | Sequence[ray.ObjectRef] | None = None
-) -> ray.ObjectRef:
+    Base: TypeAlias = ray.ObjectRef | str | Version
+
+
+def put(obj: object, *, base: Base | Sequence[Base] | None = None) -> ray.ObjectRef:
     """Store an object once, its tensors as one block, and return an ordinary `ray.ObjectRef`.
 
     `obj` is any picklable object with tensors anywhere in it: a module, a pipeline, a dict or list
@@ -56,13 +59,15 @@ def put(
 
     Args:
         obj: the object to store.
-        base: objects that `put` has stored, such as the backbone of a model with another head.
-            `put` does not store tensors whose bytes are in a base. It compares bytes, so a base may
-            come from another process or checkpoint. The new object keeps its bases in the store.
+        base: what is stored already, such as the backbone of a model with another head: a reference
+            from `put`, the name of a published model or a `Version`, or a list of them. `put` does
+            not store tensors whose bytes are in a base. It compares bytes, so a base may come from
+            another process or checkpoint. The new object keeps its bases in the store.
 
     Raises:
         BaseLostError: a base is gone.
         NotABlockError: a base does not come from `put`.
+        UnknownVersionError: no live version has the name or number of a base.
         PublishError: a part of `obj` does not pickle; the message gives the path to it.
         StoreFullError: the store has no room; the message gives the bytes it takes.
         ClientError: this process is a Ray Client, which has no local object store.
@@ -76,13 +81,19 @@ def put(
     return _publish(Anchored(obj, bases_of(base)))
 
 
-def bases_of(base: ray.ObjectRef | Sequence[ray.ObjectRef] | None) -> list[ray.ObjectRef]:
-    """Return the bases of a variant as a list; raises `TypeError` if one is not a reference."""
-    refs = [] if base is None else [base] if isinstance(base, ray.ObjectRef) else list(base)
-    for ref in refs:
-        if not isinstance(ref, ray.ObjectRef):
-            raise TypeError(f"base must be an ObjectRef from put, or a list of them, not {ref!r}")
-    return refs
+def bases_of(base: Base | Sequence[Base] | None) -> list[ray.ObjectRef]:
+    """Return the references of bases, without versions that are being rebuilt.
+
+    Raises `TypeError` for anything else than a base, and what `published` raises.
+    """
+    bases = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
+    refs = [each if isinstance(each, ray.ObjectRef) else published(each) for each in bases]
+    return [ref for ref in refs if ref is not None]
+
+
+def published(base: Any) -> ray.ObjectRef | None:
+    """Return the block of a name or `Version`; the package replaces this with the registry's."""
+    raise NotImplementedError(base)
 
 
 def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
