@@ -218,6 +218,54 @@ def test_a_name_or_a_version_is_a_base(published, base, kind):
             rzc.put(with_head(), base=given[kind])
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_build_stores_a_variant(base, cast):
+    """With tensors in memory of their own, or in shared memory, as after a cast."""
+
+    def make(seed):
+        return with_head(seed).to(torch.float64).to(torch.float32) if cast else with_head(seed)
+
+    ref = rzc.build(make, 3, base=base)
+    assert rzc.inspect(ref, verify=True).base_nbytes == sum(
+        each.nbytes for each in backbone().parameters()
+    )
+    assert rzc.inspect(ref).nbytes < 10_000
+    assert_exact(with_head(3), ray.get(ref))
+
+
+def test_build_takes_no_base_from_a_loader_that_has_one(base):
+    def make(base):
+        return {"base": base, "weight": torch.ones(5)}
+
+    with pytest.raises(TypeError, match=r"base belongs to build, .*lambda"):
+        rzc.build(make, base=base)
+    assert ray.get(rzc.build(lambda: make(base=7), base=base))["base"] == 7
+    assert ray.get(rzc.build(make, 7))["base"] == 7
+
+
+@pytest.mark.parametrize("place", ["file", "url"])
+def test_a_snapshot_is_restored_as_a_variant(base, published, tmp_path, place):
+    path = str(tmp_path / "head.rzc") if place == "file" else "memory://variants/head.rzc"
+    rzc.save(with_head(), path)
+    for given in (base, published.name):
+        ref = rzc.restore(path, base=given)
+        info = rzc.inspect(ref, verify=True)
+        assert info.base_nbytes == sum(each.nbytes for each in backbone().parameters())
+        assert info.nbytes < 10_000
+        assert_exact(with_head(), ray.get(ref))
+    unlike = rzc.put(torch.randn(9))
+    assert rzc.inspect(rzc.restore(path, base=unlike)).base_nbytes == 0
+
+
+def test_a_damaged_snapshot_is_no_variant(base, tmp_path):
+    rzc.save(with_head(), tmp_path / "head.rzc")
+    with open(tmp_path / "head.rzc", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(rzc.BlockError, match=r"head\.rzc"):
+        rzc.restore(tmp_path / "head.rzc", base=base)
+
+
 def test_what_finds_little_has_no_base(cluster):
     base = rzc.put({"one": torch.ones(10), "other": torch.randn(1000)})
     info = rzc.inspect(rzc.put([torch.ones(10), torch.randn(5000)], base=base))

@@ -64,7 +64,7 @@ class Shared:
             with quiet_collector():
                 parts = split(self.obj)
                 block = _core.Gather(parts.sources)
-                block, numbers, bases = _without(block, self.bases)
+                block, numbers, bases = without(block, self.bases)
                 anchored, buffers = self._buffers(block)
         except (BaseLostError, NotABlockError):
             raise
@@ -216,7 +216,7 @@ def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
     return [(own, parts.numbers), *others]
 
 
-def _without(
+def without(
     whole: _core.Gather, refs: Sequence[ray.ObjectRef]
 ) -> tuple[_core.Gather, Sequence[int], Sequence[Base]]:
     """Leave out tensors that these objects or their bases have; a load maps each block once."""

@@ -7,8 +7,9 @@ model ◀─ join ── skeleton + tensors ◀── open ─── block ◀�
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -96,7 +97,9 @@ def published(base: Any) -> ray.ObjectRef | None:
     raise NotImplementedError(base)
 
 
-def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+def build(
+    make: Callable[..., object], *args: Any, base: Base | Sequence[Base] = (), **kwargs: Any
+) -> ray.ObjectRef:
     """Store the result of `make(*args, **kwargs)` as `put` would, without a second copy in memory.
 
     `make` is a loader such as `AutoModel.from_pretrained`, or a function that calls loaders.
@@ -107,19 +110,39 @@ def build(make: Callable[..., object], *args: Any, **kwargs: Any) -> ray.ObjectR
     If the loader keeps its model, in a cache or a global, that copy stays valid and keeps its
     memory. If `make` raises, nothing is left. Linux only.
 
+    Args:
+        make: the loader.
+        args: its arguments.
+        base: as for `put`. It is not passed to `make`.
+        kwargs: its keyword arguments.
+
     Raises:
         Exception: any error of `make`.
-        PublishError, StoreFullError, ClientError: as from `put`.
+        TypeError: `base` is given, and `make` has a parameter of that name.
+        PublishError, StoreFullError, ClientError, and the errors about bases: as from `put`.
 
     Example:
         >>> ref = rzc.build(AutoModelForCausalLM.from_pretrained, path, dtype=torch.bfloat16)
 
     """
     refuse_client()
+    if base != () and "base" in _parameters(make):
+        raise TypeError(
+            f"base belongs to build, and {make!r} takes a base, too: wrap the call, as in "
+            "build(lambda: make(..., base=...), base=...)"
+        )
+    bases = bases_of(base)
     arena = _core.Arena()
     with following(arena):
-        shared = Anchored(make(*args, **kwargs))
+        shared = Anchored(make(*args, **kwargs), bases)
     return _publish(shared, arena)
+
+
+def _parameters(make: Callable[..., object]) -> Collection[str]:
+    try:
+        return inspect.signature(make).parameters
+    except (TypeError, ValueError):  # of some functions in C
+        return ()
 
 
 def _publish(shared: Anchored, arena: _core.Arena | None = None) -> ray.ObjectRef:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import ray
@@ -22,7 +22,10 @@ from ray_zerocopy import _core, metrics
 from ray_zerocopy.errors import BlockError, PublishError, SaveError
 from ray_zerocopy.store import ray_inside, references
 from ray_zerocopy.store.description import Info, describe_file
-from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in
+from ray_zerocopy.store.envelope import Parts, anchor, reading, references_in, without
+
+if TYPE_CHECKING:
+    from ray_zerocopy.store.references import Base
 
 # Bytes per read and write of a file.
 _CHUNK_NBYTES = 8 * 2**20
@@ -59,7 +62,7 @@ def save(obj: Any, path: Path) -> None:
             file.write(chunk)
 
 
-def restore(path: Path) -> ray.ObjectRef:
+def restore(path: Path, *, base: Base | Sequence[Base] | None = None) -> ray.ObjectRef:
     """Store the object of a snapshot as `put` would, at the speed of the disk.
 
     Several threads read the file directly into the store, and compare each span with its checksum.
@@ -68,17 +71,25 @@ def restore(path: Path) -> ray.ObjectRef:
     Processes that load the object unpickle it: as with any pickle, load only files you trust.
     `inspect(path)` unpickles nothing.
 
+    Args:
+        path: a file that `save` wrote.
+        base: as for `put`: tensors whose bytes are in a base are not stored again. To compare them,
+            `restore` reads the file into memory of this process first.
+
     Raises:
         BlockError: the file is damaged, truncated or not a snapshot; the message names the span and
             its tensor. Nothing is left in the store.
+        BaseLostError, NotABlockError, UnknownVersionError: about bases, as from `put`.
         StoreFullError: the store has no room; the message gives the bytes it takes.
         ClientError: this process is a Ray Client, which has no local object store.
 
     """
     references.refuse_client()
-    path = os.fspath(path)
+    path, bases = os.fspath(path), references.bases_of(base)
     with opened(path) as file:
         snapshot = _head(file)
+        if bases:
+            return _restore_variant(snapshot, path, file, bases)
         skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
         with references.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
             start_there = bytes(_core.HEADER_NBYTES)
@@ -92,6 +103,27 @@ def restore(path: Path) -> ray.ObjectRef:
         references.warn_if_on_disk(placed.start, snapshot.nbytes, path)
         metrics.record("rzc_published_bytes", snapshot.nbytes)
         return placed.ref
+
+
+def _restore_variant(
+    snapshot: _core.Snapshot, path: str, file: BinaryIO, refs: list[ray.ObjectRef]
+) -> ray.ObjectRef:
+    memory: Any = np.empty(snapshot.nbytes, np.uint8)
+    _fill(snapshot, path, file, memory, memory)
+    block = _core.Block(snapshot.table, [memory], "shared")
+    whole = _core.Gather.of_blocks([(block, range(block.view_count))])
+    own, numbers, bases = without(whole, refs)
+    start = bytes(_core.HEADER_NBYTES)
+    head = snapshot.skeleton, snapshot.buffers, own.table
+    with references.telling_if_full(lambda: len(snapshot.skeleton) + own.nbytes, path):
+        stored = Parts(*head, [start], True, numbers, bases)
+        placed = ray_inside.put(stored, lambda: own.nbytes, reading(anchor))
+        if placed is None:
+            return ray.put(Parts(*head, own.segments(), False, numbers, bases))
+    own.write(placed.start, placed.memory)
+    references.warn_if_on_disk(placed.start, own.nbytes, path)
+    metrics.record("rzc_published_bytes", own.nbytes)
+    return placed.ref
 
 
 def describe(path: Path, *, verify: bool = False) -> Info:
