@@ -22,7 +22,7 @@ from fresh import execute, run
 from models import DIFFICULT, large, simple
 from ray._private.internal_api import memory_summary
 from ray_zerocopy.registry import catalog, client, follower, publication
-from ray_zerocopy.store import ray_inside, references
+from ray_zerocopy.store import envelope, ray_inside, references
 from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
 
@@ -375,6 +375,88 @@ def test_a_variant_is_published_over_its_base(name):
     rzc.retire(f"{name}/base")
     assert_exact(heads[1], rzc.load(name))
     assert_exact(heads[0], rzc.load(name, version=1))
+
+
+# --- the next version shares with the current one -------------------------------------------------
+
+
+@pytest.fixture
+def sharing(monkeypatch):
+    """Small models share, too."""
+    monkeypatch.setattr(publication, "_SHARED_NBYTES", 0)
+
+
+def layers(count=8, size=256):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(size, size) for _ in range(count)))
+
+
+def change(model, *which):
+    with torch.no_grad():
+        for layer in which:
+            model[layer].weight.add_(1)
+
+
+def shared_nbytes(version):
+    return rzc.inspect(version.ref, verify=True).base_nbytes
+
+
+def test_the_next_version_stores_what_differs(name, sharing):
+    model = layers()
+    whole = rzc.publish(name, model)
+    change(model, 2, 5)
+    version = rzc.publish(name, model)
+    assert version.nbytes < 0.3 * whole.nbytes
+    assert version.digest == Parts.of(model).digest()
+    assert_exact(model, rzc.load(name))
+    assert_exact(layers(), rzc.load(name, version=1))
+    change(model, 2, 3)  # layers of one size, of which another block has some
+    third = rzc.publish(name, model)
+    assert shared_nbytes(third) == 5 * 256 * 257 * 4 + 3 * 256 * 4
+    assert [v.state for v in rzc.versions(name)] == ["retired", "live", "live"]
+    assert_exact(model, rzc.load(name))
+    assert rzc.publish(name, model).number == 3, "it is the same"
+
+
+@pytest.mark.parametrize("how", ["all-differs", "little-is-the-same", "keep-1", "none", "small"])
+def test_the_next_version_is_stored_whole_where_that_is_better(name, request, how):
+    if how != "small":
+        request.getfixturevalue("sharing")
+    model = layers()
+    rzc.publish(name, model)
+    change(model, *{"all-differs": range(8), "little-is-the-same": range(7)}.get(how, [0]))
+    more = {"keep-1": {"keep": 1}, "none": {"base": None}}.get(how, {})
+    version = rzc.publish(name, model, **more)
+    assert version.number == 2
+    assert shared_nbytes(version) == 0
+    assert_exact(model, rzc.load(name))
+
+
+def test_a_chain_of_versions_takes_few_blocks(name, sharing):
+    """However long: a load maps four at most, and each base has at least half of it in use."""
+    model = layers(count=20, size=64)
+    for step in range(20):
+        change(model, step, (7 * step + 3) % 20)
+        version = rzc.publish(name, model)
+        info = rzc.inspect(version.ref, verify=True)
+        assert len(set(info.blocks)) <= 4
+        assert_exact(model, rzc.load(name))
+    assert version.number == 20
+
+
+def test_a_current_version_that_does_not_answer_is_not_shared(name, sharing, monkeypatch):
+    model = layers()
+    rzc.publish(name, model)
+    change(model, 1)
+
+    def lost(refs, timeout=None):
+        raise rzc.BaseLostError("it is gone")
+
+    monkeypatch.setattr(envelope, "fetch", lost)
+    version = rzc.publish(name, model)
+    monkeypatch.undo()
+    assert shared_nbytes(version) == 0
+    assert_exact(model, rzc.load(name))
 
 
 def test_base_is_for_an_object(name, tmp_path):

@@ -29,6 +29,7 @@ __all__ = [
     "borrows",
     "collect",
     "digest",
+    "digest_of_blocks",
     "has_plain_storage",
     "huge_pages_obstacle",
     "initialized_module",
@@ -88,6 +89,9 @@ class Gather:
     def of_blocks(blocks: Sequence[tuple[Block, Sequence[int]]]) -> Gather: ...
     def without(
         self, blocks: Sequence[Block]
+    ) -> tuple[Gather, list[int], list[tuple[bytes, list[int]]]]: ...
+    def without_previous(
+        self, placed: Sequence[tuple[Block, Sequence[int]]], most: int
     ) -> tuple[Gather, list[int], list[tuple[bytes, list[int]]]]: ...
     def segments(self) -> list[Segment]: ...
     def write(self, anchor: Buffer, room: Buffer, arena: Arena | None = None) -> None: ...
@@ -196,6 +200,12 @@ def digest(
     table: bytes,
     buffers: Sequence[int],
     block: Buffer,
+    plain: Callable[[bytes], bytes],
+) -> str: ...
+def digest_of_blocks(
+    skeleton: bytes,
+    buffers: Sequence[int],
+    blocks: Sequence[tuple[Block, Sequence[int]]],
     plain: Callable[[bytes], bytes],
 ) -> str: ...
 def huge_pages_obstacle() -> str | None: ...

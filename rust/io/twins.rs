@@ -25,6 +25,9 @@ use crate::memory::region::Region;
 /// With fewer chunks, a second thread costs more than it saves.
 const ALONE: usize = 8;
 
+/// Bytes of a sample.
+const SAMPLE: usize = 256;
+
 /// Storages to look for, in memory or in mapped files. They are only read.
 pub struct Storages {
     lengths: Vec<usize>,
@@ -33,6 +36,9 @@ pub struct Storages {
     /// ... and the sources for that target.
     sources: Vec<(u64, Source)>,
 }
+
+/// Spans by their size.
+type BySize = HashMap<usize, BTreeSet<usize>>;
 
 /// A chunk of a storage.
 struct Piece {
@@ -63,20 +69,8 @@ impl Storages {
     /// # Safety
     /// The storages are readable, and nobody writes them meanwhile.
     pub unsafe fn find(&self, spans: &[&[u8]], sums: &[u64]) -> Result<Vec<Option<usize>>> {
-        let mut free: HashMap<usize, BTreeSet<usize>> = HashMap::new();
-        for (index, span) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
-            free.entry(span.len()).or_default().insert(index);
-        }
         let mut found = vec![None; self.lengths.len()];
-        let mut next = 0;
-        let guess = |(index, nbytes): (usize, &usize)| {
-            let same_size = free.get_mut(nbytes)?;
-            let span = *same_size.range(next..).next().or_else(|| same_size.first())?;
-            same_size.remove(&span);
-            next = span + 1;
-            Some((index, span))
-        };
-        let guesses: Vec<_> = self.lengths.iter().enumerate().filter_map(guess).collect();
+        let (guesses, mut free) = self.guesses(spans);
         // SAFETY: the caller's promise.
         for (&(storage, span), same) in guesses.iter().zip(unsafe { self.equal(spans, &guesses) }?)
         {
@@ -104,6 +98,74 @@ impl Storages {
         // SAFETY: the caller's promise.
         for (&(storage, span), same) in alike.iter().zip(unsafe { self.equal(spans, &alike) }?) {
             found[storage] = same.then_some(span);
+        }
+        Ok(found)
+    }
+
+    /// As [`Storages::find`], but compares a storage only with the next span of the same size, and
+    /// finds nothing if samples show that less than a quarter of the bytes can be found.
+    ///
+    /// # Safety
+    /// As for [`Storages::find`].
+    pub unsafe fn find_in_order(&self, spans: &[&[u8]]) -> Result<Vec<Option<usize>>> {
+        let mut found = vec![None; self.lengths.len()];
+        let (mut guesses, _) = self.guesses(spans);
+        // SAFETY: the caller's promise.
+        let mut alike = unsafe { self.alike(spans, &guesses) }?.into_iter();
+        guesses.retain(|_| alike.next() == Some(true));
+        let nbytes: usize = guesses.iter().map(|&(storage, _)| self.lengths[storage]).sum();
+        if nbytes < self.lengths.iter().sum::<usize>() / 4 {
+            return Ok(found);
+        }
+        // SAFETY: the caller's promise.
+        for (&(storage, span), same) in guesses.iter().zip(unsafe { self.equal(spans, &guesses) }?)
+        {
+            found[storage] = same.then_some(span);
+        }
+        Ok(found)
+    }
+
+    /// Pairs each storage with the next free span of its size, and returns the spans left by size.
+    fn guesses(&self, spans: &[&[u8]]) -> (Vec<(usize, usize)>, BySize) {
+        let mut free = BySize::new();
+        for (index, span) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
+            free.entry(span.len()).or_default().insert(index);
+        }
+        let mut next = 0;
+        let guess = |(index, nbytes): (usize, &usize)| {
+            let same_size = free.get_mut(nbytes)?;
+            let span = *same_size.range(next..).next().or_else(|| same_size.first())?;
+            same_size.remove(&span);
+            next = span + 1;
+            Some((index, span))
+        };
+        let guesses = self.lengths.iter().enumerate().filter_map(guess).collect();
+        (guesses, free)
+    }
+
+    /// For each pair of a storage and a span of the same length: whether samples of their bytes, at
+    /// the start, in the middle and at the end, are equal.
+    ///
+    /// # Safety
+    /// As for [`Storages::find`].
+    unsafe fn alike(&self, spans: &[&[u8]], pairs: &[(usize, usize)]) -> Result<Vec<bool>> {
+        let mut bounce = Bounce::new(1, false)?;
+        let slot = bounce.slots().next().expect("one slot");
+        let mut found = Vec::with_capacity(pairs.len());
+        for (asked, &(storage, span)) in pairs.iter().enumerate() {
+            let (nbytes, mut same) = (self.lengths[storage], true);
+            for start in [0, nbytes / 2, nbytes.saturating_sub(SAMPLE)] {
+                let range = start..nbytes.min(start + SAMPLE);
+                let compare = |at: usize, bytes: &[u8]| {
+                    same &= spans[span][at..at + bytes.len()] == *bytes;
+                };
+                // SAFETY: the caller's promise.
+                unsafe { self.read(&Piece { asked, storage, range }, slot, compare) }?;
+                if !same {
+                    break;
+                }
+            }
+            found.push(same);
         }
         Ok(found)
     }
@@ -251,6 +313,23 @@ mod tests {
                 prop_assert_eq!(same, count(&storages, storage).min(count(&spans, storage)));
             }
         }
+    }
+
+    #[test]
+    fn in_order_a_storage_is_compared_with_the_next_span_of_its_size() {
+        let long = |seed: u8| vec![seed; 2 * CHUNK + 5];
+        let spans = [long(1), long(2), long(3), long(4)];
+        let find = |storages: &[Vec<u8>]| {
+            let (storages, spans) = (slices(storages), slices(&spans));
+            let regions: Vec<_> = storages.iter().map(|bytes| Region::of(bytes)).collect();
+            // SAFETY: the slices are borrowed until it returns.
+            unsafe { Storages::of(&regions).find_in_order(&spans) }.unwrap()
+        };
+        let mut changed = long(2);
+        changed[CHUNK + 9] = 7; // between two samples
+        assert_eq!(find(&[long(1), changed, long(7), long(4)]), [Some(0), None, None, Some(3)],);
+        assert_eq!(find(&[long(4), long(1)]), [None, None]); // elsewhere
+        assert_eq!(find(&[long(1), long(7), long(7), long(7), long(7)]), [None; 5]); // too few
     }
 
     #[test]

@@ -36,6 +36,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head, m)?)?;
     m.add_function(wrap_pyfunction!(snapshot::snapshot_head_nbytes, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
+    m.add_function(wrap_pyfunction!(digest::digest_of_blocks, m)?)?;
     m.add_function(wrap_pyfunction!(sources::has_plain_storage, m)?)?;
     m.add_function(wrap_pyfunction!(torch::borrows, m)?)?;
     m.add_function(wrap_pyfunction!(block::huge_pages_obstacle, m)?)?;

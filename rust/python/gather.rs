@@ -1,5 +1,7 @@
 //! Gathers storages and writes them into a block.
 
+use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::ffi::c_int;
 use std::iter;
 use std::mem;
@@ -10,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use pyo3::{IntoPyObjectExt, ffi};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::format::layout::{Layout, Span, used};
 use crate::format::table::{Table, fingerprint};
 use crate::format::view::View;
@@ -39,7 +41,7 @@ pub(super) struct Gather {
     owners: Mutex<Vec<Py<PyAny>>>,
     /// The offset table, encoded.
     #[pyo3(get)]
-    table: Py<PyBytes>,
+    pub(super) table: Py<PyBytes>,
 }
 
 #[pymethods]
@@ -91,29 +93,7 @@ impl Gather {
     /// give their order; no number may occur twice.
     #[staticmethod]
     fn of_blocks(py: Python<'_>, blocks: Vec<(Bound<'_, Block>, Vec<usize>)>) -> PyResult<Gather> {
-        let (mut storages, mut owners) = (Vec::new(), Vec::new());
-        let mut ordered = vec![None; blocks.iter().map(|(_, numbers)| numbers.len()).sum()];
-        for (block, numbers) in blocks {
-            let table = block.get().table();
-            let Region { address, .. } = block.get().region();
-            if numbers.len() != table.views.len() {
-                return Err(NUMBERS.into());
-            }
-            let mut places = vec![None; table.spans.len()];
-            for (view, number) in table.views.iter().zip(numbers) {
-                let place = *places[view.span].get_or_insert_with(|| {
-                    let Span { offset, nbytes } = table.spans[view.span];
-                    let (address, nbytes) = (address + offset as usize, nbytes as usize);
-                    storages.push(Region { address, nbytes });
-                    owners.push(block.clone().into_any().unbind());
-                    storages.len() - 1
-                });
-                let at = ordered.get_mut(number).filter(|at| at.is_none()).ok_or(NUMBERS)?;
-                *at = Some(View { span: place, ..view.clone() });
-            }
-        }
-        let views = ordered.into_iter().collect::<Option<_>>().ok_or(NUMBERS)?;
-        Gather::of(py, storages, owners, views)
+        Ok(Gather::joined(py, blocks)?.0)
     }
 
     /// Leaves out storages whose bytes are in a span of one of these blocks. No two storages get
@@ -122,68 +102,59 @@ impl Gather {
     /// Returns the rest, and the numbers of its views. For each block, returns the table of the
     /// views that lie there, and their numbers. Ignores a block with less than a sixteenth of the
     /// storages' bytes, unless these are at least half of the block.
-    #[allow(clippy::type_complexity)]
-    fn without(
-        &self,
-        py: Python<'_>,
-        blocks: Vec<Bound<'_, Block>>,
-    ) -> PyResult<(Gather, Vec<usize>, Vec<(Py<PyBytes>, Vec<usize>)>)> {
-        let views = Table::decode(self.table.as_bytes(py))?.views;
-        let mut spans = Vec::new();
+    fn without(&self, py: Python<'_>, blocks: Vec<Bound<'_, Block>>) -> PyResult<Rest> {
+        let spans = spans_of(&blocks);
         let mut sums = Vec::new();
-        for (number, block) in blocks.iter().enumerate() {
-            let (table, Region { address, .. }) = (block.get().table(), block.get().region());
-            let span = |(index, span): (usize, &Span)| {
-                let (address, nbytes) = (address + span.offset as usize, span.nbytes as usize);
-                (number, index, Region { address, nbytes })
-            };
-            spans.extend(table.spans.iter().enumerate().map(span));
+        for block in &blocks {
             sums.extend(block.get().checksums()?);
         }
-        let found = py.detach(|| {
-            // SAFETY: the blocks are held, and nobody writes to an object in the store.
-            let there = spans.iter().map(|(_, _, region)| unsafe { region.bytes() });
-            // SAFETY: the owners keep the storages alive. The caller must not write to a model
-            // while publishing it, as with any pickle.
-            unsafe { Storages::of(&self.storages).find(&there.collect::<Vec<_>>(), &sums) }
-        });
-        let mut found = found.map_err(refused)?;
-        let nbytes = |block: usize| -> usize {
-            let there = found.iter().flatten().map(|&span| &spans[span]);
-            there.filter(|(other, ..)| *other == block).map(|(_, _, region)| region.nbytes).sum()
-        };
-        let all: usize = self.storages.iter().map(|storage| storage.nbytes).sum();
-        let pays = |(number, block): (usize, &Bound<'_, Block>)| {
-            let there = nbytes(number);
-            there > 0 && (there * 16 >= all || there * 2 >= block.get().region().nbytes)
-        };
-        let used: Vec<_> = blocks.iter().enumerate().map(pays).collect();
-        found.iter_mut().for_each(|span| *span = span.filter(|&span| used[spans[span].0]));
-        let mut places = vec![0; found.len()];
-        let (mut storages, mut owners) = (Vec::new(), Vec::new());
-        for (index, owner) in lock(&self.owners).iter().enumerate() {
-            if found[index].is_none() {
-                places[index] = storages.len();
-                storages.push(self.storages[index]);
-                owners.push(owner.clone_ref(py));
+        // SAFETY: as for `find`.
+        let find = |storages: &Storages, spans: &[&[u8]]| unsafe { storages.find(spans, &sums) };
+        let found = self.find(py, &spans, find)?;
+        let all = self.nbytes_of_storages();
+        let pays = |there: usize, whole: usize| there * 16 >= all || there * 2 >= whole;
+        let used: Vec<_> = nbytes_in(&blocks, &spans, &found)
+            .map(|(there, whole)| there > 0 && pays(there, whole))
+            .collect();
+        self.split(py, &blocks, &spans, found, &used)
+    }
+
+    /// As `without`, for the blocks of an object's previous version, each with the numbers of its
+    /// views. Compares each storage with at most one span, and none if samples differ.
+    ///
+    /// Uses at most `most` blocks, and none with less than half of its bytes in use. Leaves out
+    /// nothing if that is less than a quarter of the bytes.
+    fn without_previous(
+        &self,
+        py: Python<'_>,
+        placed: Vec<(Bound<'_, Block>, Vec<usize>)>,
+        most: usize,
+    ) -> PyResult<Rest> {
+        let (blocks, numbers): (Vec<_>, Vec<_>) = placed.into_iter().unzip();
+        let mut spans = spans_of(&blocks);
+        let mut order = HashMap::new(); // the lowest number of a view of each span
+        for (block, (of, numbers)) in blocks.iter().zip(&numbers).enumerate() {
+            for (view, &number) in of.get().table().views.iter().zip(numbers) {
+                let first = order.entry((block, view.span)).or_insert(number);
+                *first = number.min(*first);
             }
         }
-        let mut own = (Vec::new(), Vec::new());
-        let mut there = vec![(Vec::new(), Vec::new()); blocks.len()];
-        for (number, view) in views.into_iter().enumerate() {
-            let ((views, numbers), span) = match found[view.span] {
-                None => (&mut own, places[view.span]),
-                Some(found) => (&mut there[spans[found].0], spans[found].1),
-            };
-            views.push(View { span, ..view });
-            numbers.push(number);
-        }
-        let tables = blocks.iter().zip(there).map(|(block, (views, numbers))| {
-            let table = block.get().table().with(views)?.encode();
-            Ok((PyBytes::new(py, &table).unbind(), numbers))
+        spans.sort_by_key(|&(block, span, _)| {
+            order.get(&(block, span)).copied().unwrap_or(usize::MAX)
         });
-        let tables = tables.collect::<PyResult<_>>()?;
-        Ok((Gather::of(py, storages, owners, own.0)?, own.1, tables))
+        // SAFETY: as for `find`.
+        let find = |storages: &Storages, spans: &[&[u8]]| unsafe { storages.find_in_order(spans) };
+        let found = self.find(py, &spans, find)?;
+        let there: Vec<_> = nbytes_in(&blocks, &spans, &found).collect();
+        let mut best: Vec<_> = (0..blocks.len()).collect();
+        best.retain(|&block| there[block].0 > 0 && there[block].0 * 2 >= there[block].1);
+        best.sort_by_key(|&block| Reverse(there[block].0));
+        best.truncate(most);
+        if best.iter().map(|&block| there[block].0).sum::<usize>() * 4 < self.nbytes_of_storages() {
+            best.clear();
+        }
+        let used: Vec<_> = (0..blocks.len()).map(|block| best.contains(&block)).collect();
+        self.split(py, &blocks, &spans, found, &used)
     }
 
     /// The block as a list of buffers: the small storages packed, each large one in place.
@@ -272,6 +243,97 @@ impl Gather {
         Ok(Gather { layout, storages, owners: Mutex::new(owners), table })
     }
 
+    /// As `of_blocks`, with the checksum of each storage, as it was written.
+    pub(super) fn joined(
+        py: Python<'_>,
+        blocks: Vec<(Bound<'_, Block>, Vec<usize>)>,
+    ) -> PyResult<(Gather, Vec<u64>)> {
+        let (mut storages, mut owners, mut sums) = (Vec::new(), Vec::new(), Vec::new());
+        let mut ordered = vec![None; blocks.iter().map(|(_, numbers)| numbers.len()).sum()];
+        for (block, numbers) in blocks {
+            let table = block.get().table();
+            let Region { address, .. } = block.get().region();
+            let its_sums = block.get().checksums()?;
+            if numbers.len() != table.views.len() {
+                return Err(NUMBERS.into());
+            }
+            let mut places = vec![None; table.spans.len()];
+            for (view, number) in table.views.iter().zip(numbers) {
+                let place = *places[view.span].get_or_insert_with(|| {
+                    let Span { offset, nbytes } = table.spans[view.span];
+                    let (address, nbytes) = (address + offset as usize, nbytes as usize);
+                    storages.push(Region { address, nbytes });
+                    owners.push(block.clone().into_any().unbind());
+                    sums.push(its_sums[view.span]);
+                    storages.len() - 1
+                });
+                let at = ordered.get_mut(number).filter(|at| at.is_none()).ok_or(NUMBERS)?;
+                *at = Some(View { span: place, ..view.clone() });
+            }
+        }
+        let views = ordered.into_iter().collect::<Option<_>>().ok_or(NUMBERS)?;
+        Ok((Gather::of(py, storages, owners, views)?, sums))
+    }
+
+    fn nbytes_of_storages(&self) -> usize {
+        self.storages.iter().map(|storage| storage.nbytes).sum()
+    }
+
+    /// Calls a function that looks for the storages in these spans of blocks.
+    fn find(
+        &self,
+        py: Python<'_>,
+        spans: &[InBlock],
+        find: impl Fn(&Storages, &[&[u8]]) -> Result<Vec<Option<usize>>> + Sync,
+    ) -> PyResult<Vec<Option<usize>>> {
+        let found = py.detach(|| {
+            // SAFETY: the blocks are held, and nobody writes to an object in the store.
+            let there = spans.iter().map(|(_, _, region)| unsafe { region.bytes() });
+            // The owners keep the storages alive. The caller must not write to a model while
+            // publishing it, as with any pickle.
+            find(&Storages::of(&self.storages), &there.collect::<Vec<_>>())
+        });
+        found.map_err(refused)
+    }
+
+    /// Leaves out the storages that were found in the used blocks.
+    fn split(
+        &self,
+        py: Python<'_>,
+        blocks: &[Bound<'_, Block>],
+        spans: &[InBlock],
+        mut found: Vec<Option<usize>>,
+        used: &[bool],
+    ) -> PyResult<Rest> {
+        let views = Table::decode(self.table.as_bytes(py))?.views;
+        found.iter_mut().for_each(|span| *span = span.filter(|&span| used[spans[span].0]));
+        let mut places = vec![0; found.len()];
+        let (mut storages, mut owners) = (Vec::new(), Vec::new());
+        for (index, owner) in lock(&self.owners).iter().enumerate() {
+            if found[index].is_none() {
+                places[index] = storages.len();
+                storages.push(self.storages[index]);
+                owners.push(owner.clone_ref(py));
+            }
+        }
+        let mut own = (Vec::new(), Vec::new());
+        let mut there = vec![(Vec::new(), Vec::new()); blocks.len()];
+        for (number, view) in views.into_iter().enumerate() {
+            let ((views, numbers), span) = match found[view.span] {
+                None => (&mut own, places[view.span]),
+                Some(found) => (&mut there[spans[found].0], spans[found].1),
+            };
+            views.push(View { span, ..view });
+            numbers.push(number);
+        }
+        let tables = blocks.iter().zip(there).map(|(block, (views, numbers))| {
+            let table = block.get().table().with(views)?.encode();
+            Ok((PyBytes::new(py, &table).unbind(), numbers))
+        });
+        let tables = tables.collect::<PyResult<_>>()?;
+        Ok((Gather::of(py, storages, owners, own.0)?, own.1, tables))
+    }
+
     /// Who else holds each storage. For a storage in a lot, the lot replaces the owner.
     fn holders(&self, py: Python<'_>, arena: &Arena) -> PyResult<Vec<Holder>> {
         let torch = Torch::get(py)?;
@@ -305,6 +367,40 @@ impl Gather {
         sources.extend(source::trace(others.into_iter()));
         sources
     }
+}
+
+/// A span of a block: the number of the block, its index there, and its bytes.
+type InBlock = (usize, usize, Region);
+
+/// What is not in other blocks, with the numbers of its views; and for each block, the table of the
+/// views that lie there, with their numbers.
+type Rest = (Gather, Vec<usize>, Vec<(Py<PyBytes>, Vec<usize>)>);
+
+/// The spans of these blocks.
+fn spans_of(blocks: &[Bound<'_, Block>]) -> Vec<InBlock> {
+    let mut spans = Vec::new();
+    for (number, block) in blocks.iter().enumerate() {
+        let (table, Region { address, .. }) = (block.get().table(), block.get().region());
+        let span = |(index, span): (usize, &Span)| {
+            let (address, nbytes) = (address + span.offset as usize, span.nbytes as usize);
+            (number, index, Region { address, nbytes })
+        };
+        spans.extend(table.spans.iter().enumerate().map(span));
+    }
+    spans
+}
+
+/// For each block, the bytes that were found there, and all its bytes.
+fn nbytes_in<'a>(
+    blocks: &'a [Bound<'_, Block>],
+    spans: &[InBlock],
+    found: &[Option<usize>],
+) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let mut there = vec![0; blocks.len()];
+    for &span in found.iter().flatten() {
+        there[spans[span].0] += spans[span].2.nbytes;
+    }
+    there.into_iter().zip(blocks.iter().map(|block| block.get().region().nbytes))
 }
 
 /// Who else can reach a storage.

@@ -346,6 +346,28 @@ def no_copy_anywhere():
     rzc.retire("lost")
 
 
+def a_version_that_shares_is_copied_whole():
+    """Its own block and its base's are copied from a process that has it mapped."""
+    model = nn.Sequential(filled(1, 600), filled(2, 600))
+    publication._SHARED_NBYTES, usual = 0, publication._SHARED_NBYTES
+    try:
+        rzc.publish("shares", model)
+        nn.init.constant_(model[1].weight, 3.0)
+        version = rzc.publish("shares", model)
+    finally:
+        publication._SHARED_NBYTES = usual
+    assert rzc.inspect(version.ref).base_nbytes > 0
+    rzc.retire("shares", 1)
+    held = rzc.load("shares")
+    kill("owner")
+    until(lambda: generations("shares") == {2: 1})
+    assert float(held[0].weight[0, 0]) == 1
+    loaded = rzc.load("shares", timeout=SOON_S)
+    assert (float(loaded[0].weight[0, 0]), float(loaded[1].weight[0, 0])) == (1, 3)
+    assert rzc.inspect(rzc.versions("shares")[-1].ref).base_nbytes == 0
+    rzc.retire("shares")
+
+
 ROWS = {
     row.__name__: row
     for row in (
@@ -357,6 +379,7 @@ ROWS = {
         a_limit_of_one_process,
         damage_that_others_see,
         no_copy_anywhere,
+        a_version_that_shares_is_copied_whole,
     )
 }
 

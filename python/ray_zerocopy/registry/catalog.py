@@ -279,6 +279,15 @@ class Catalog:
                 making.result()
         return self._version(name, number)
 
+    async def previous(self, name: str, node: str) -> Version | None:
+        """Return the current version if its block was made on this node, and is not lost."""
+        await self._ready()
+        version = self._current(name)
+        if version is None or version.ref is None:
+            return None
+        made_there = self._manifest.record(name).kept[version.number].plan.node == node
+        return version if made_there else None
+
     async def broken(self, version: Version, node: str, wait_s: float) -> bool | None:
         """Whether a version that a process could not load is lost; if so, rebuild it.
 

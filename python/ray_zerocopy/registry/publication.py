@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -39,6 +40,7 @@ from ray_zerocopy.store.ray_inside import INLINE_NBYTES
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _MAKE_NBYTES = 2**20
 _LARGE_NBYTES = 2**26  # writing this takes seconds on a busy machine
+_SHARED_NBYTES = 2**27  # for less, a look at the current version costs more than it saves
 _WAIT_S = 2.0  # ask again after this
 _SLICE_S = 5.0  # of a load; then ask the catalog whether the block was rebuilt
 _COPY_S = 3600.0
@@ -57,7 +59,7 @@ def publish(
     snapshot: str | os.PathLike[str] | None = None,
     keep: int = 2,
     timeout: float = 3600.0,
-    base: str | Version | Sequence[str | Version] = (),
+    base: str | Version | Sequence[str | Version] | None = (),
 ) -> Version:
     """Publish a model under a name, as its current version; the cluster keeps it.
 
@@ -83,7 +85,9 @@ def publish(
         timeout: seconds for the whole call, and for each rebuild.
         base: names or versions of which `obj` is a variant, as for `put`: tensors whose bytes a
             base has are not stored again. The bases' blocks stay as long as the variant, even if
-            retired.
+            retired. By default, an object of 128 MiB or more shares with the current version of
+            its name if that saves a quarter of its bytes, both are from this node, and `keep` is 2
+            or more. None shares nothing.
 
     Raises:
         PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
@@ -106,7 +110,7 @@ def publish(
         raise TypeError("snapshot is for an object: make and path heal without it")
     if base and (obj is None or isinstance(obj, ray.ObjectRef) or snapshot is not None):
         raise TypeError("base is for an object that is published without snapshot")
-    bases = list(base) if isinstance(base, list | tuple) else [base]
+    bases = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
     if any(isinstance(each, ray.ObjectRef) for each in bases):
         raise TypeError("base must be published: a reference ends with the process that put it")
     if keep < 1:
@@ -128,8 +132,12 @@ def publish(
         return _publish(replace(wanted, plan=plan), ends_s)
     what = f"the object of {name!r}"
     if not isinstance(obj, ray.ObjectRef):
+        previous = None
+        if base == () and keep > 1:  # the catalog answers while the object is pickled
+            previous = partial(_previous, client.catalog().previous.remote(name, node))
         with contextlib.suppress(_NoRoomError):
-            return _write(wanted, obj, what, ends_s, references.bases_of(bases))
+            shared = Anchored(obj, references.bases_of(bases), previous)
+            return _write(wanted, shared, what, ends_s)
         wanted = replace(wanted, token=uuid.uuid4().hex)
     copied = obj if isinstance(obj, ray.ObjectRef) else references.put(obj)
     parts = references.parts_of(copied)
@@ -150,13 +158,24 @@ class _NoRoomError(Exception):
     """No process can make room for this object, so it must be copied."""
 
 
-def _write(
-    wanted: Wanted, obj: Any, what: str, ends_s: float, bases: Sequence[ray.ObjectRef]
-) -> Version:
+def _previous(answer: ray.ObjectRef, nbytes: int) -> ray.ObjectRef | None:
+    """Return the current version's block for the next version to share, or None.
+
+    Only if both are made on one node: then a lost node loses no more than without sharing.
+    """
+    if nbytes < _SHARED_NBYTES:
+        return None
+    try:
+        version = ray.get(answer, timeout=_WAIT_S)
+    except (RayZeroCopyError, ray.exceptions.RayError):
+        return None
+    return None if version is None else version.ref
+
+
+def _write(wanted: Wanted, shared: Anchored, what: str, ends_s: float) -> Version:
     """Publish an object by writing it once, into room that the owner makes."""
-    shared = Anchored(obj, bases)
     parts = Parts.of(shared)
-    complete(parts, what, obj)
+    complete(parts, what, shared.obj)
     nbytes = shared.block.nbytes
     if parts.bases:  # Ray sends smaller objects in messages, which we cannot write to
         nbytes = max(nbytes, INLINE_NBYTES)

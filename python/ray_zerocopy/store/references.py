@@ -36,6 +36,7 @@ from ray_zerocopy.store.envelope import (
     Parts,
     Shared,
     anchor,
+    as_written,
     in_place,
     reading,
 )
@@ -175,7 +176,10 @@ def write(shared: Anchored, ref: ray.ObjectRef, nbytes: int) -> Parts | None:
         return None
     warn_if_on_disk(placed.start, shared.nbytes, type(shared.obj).__name__)
     shared.block.write(placed.start, placed.memory)
-    return None if ray_inside.is_spilled(ref) else parts_of(ref)  # else the disk lacks our write
+    if ray_inside.is_spilled(ref):  # the disk lacks our write
+        return None
+    with reading(as_written):
+        return _of_ours(ref, _ray_get(ref, None), Parts)
 
 
 def get(
