@@ -42,6 +42,19 @@ def parsed(result):
     return json.loads(out)
 
 
+def test_a_retired_base_is_listed_with_its_bytes(run):
+    base = rzc.publish("cli/base", made())
+    rzc.publish("cli/head", torch.nn.Sequential(made(), torch.nn.Linear(256, 2)), base=base)
+    rzc.retire("cli/base")
+    (row,) = [row for row in parsed(run("list", "--json")) if row["name"] == "cli/base"]
+    assert (row["state"], row["variants"], row["nbytes"]) == ("retired", 1, base.nbytes)
+    told = next(line for line in run("list")[1].splitlines() if line.startswith("cli/base"))
+    assert "retired, held by 1" in told
+    assert "0.3" in told
+    rzc.retire("cli/head")
+    assert "held by" not in run("list")[1]
+
+
 def test_a_model_goes_from_make_to_retired(run, name):
     version = parsed(run("publish", name, "--make", "test_cli:made", "--json"))
     assert (version["name"], version["source"], version["heals"]) == (name, "make", True)

@@ -1,5 +1,6 @@
 """A name's record: the allowed changes, and its encoding."""
 
+import dataclasses
 import pickle
 import pickletools
 import random
@@ -33,6 +34,22 @@ def test_what_is_committed_is_current_and_numbered_in_order():
     assert [record.version(n).state for n in (1, 2, 3)] == ["retired", "live", "live"]
     assert (record.published_by("t2"), record.published_by("t9")) == (2, None)
     assert record.kept[1].places == ()
+
+
+def test_a_retired_version_uses_no_base():
+    used = dataclasses.replace(kept("t2", "b"), uses=(("other", 1, b"block"),))
+    record = published("a").committed(used, 9)
+    assert decode(encode(record)).kept[2].uses == used.uses
+    assert record.retired([2]).kept[2].uses == ()
+    assert record.rebuilt(2, "x", PLACE).kept[2].uses == ()
+
+
+def test_a_retired_version_is_remembered_while_it_is_held():
+    record = published("a")
+    for number in range(2, 40):
+        record = record.committed(kept(f"t{number}", str(number)), 1, held={1})
+    assert sorted(record.kept) == [1, *range(23, 40)]
+    assert sorted(record.committed(kept("t40", "40"), 1).kept) == list(range(24, 41))
 
 
 def test_what_was_current_last_stays():

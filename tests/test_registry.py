@@ -459,6 +459,57 @@ def test_a_current_version_that_does_not_answer_is_not_shared(name, sharing, mon
     assert_exact(model, rzc.load(name))
 
 
+def test_a_retired_base_is_listed_while_variants_hold_it(name, sharing):
+    model = layers()
+    base = rzc.publish(f"{name}/base", model)
+    rzc.publish(name, nn.Sequential(*model, nn.Linear(256, 2)), base=base)
+    assert [v.variants for v in rzc.versions(base.name)] == [1]
+    rzc.retire(base.name)
+    (held,) = rzc.versions(base.name)
+    assert (held.state, held.variants, held.nbytes) == ("retired", 1, base.nbytes)
+    with pytest.raises(rzc.UnknownVersionError):
+        rzc.load(base.name)
+    kill_catalog()
+    assert [v.variants for v in rzc.versions(base.name)] == [1]
+    rzc.retire(name)
+    assert [v.variants for v in rzc.versions(base.name)] == [0]
+
+
+def test_a_base_is_listed_however_many_versions_were_retired_since(name, sharing):
+    model = layers()
+    for _ in range(20):
+        change(model, 0)
+        rzc.publish(name, model)
+    numbers = {v.number: v for v in rzc.versions(name)}
+    assert (numbers[1].state, numbers[1].variants) == ("retired", 2)
+    assert 2 not in numbers
+    rzc.retire(name)
+    assert not any(v.variants for v in rzc.versions(name))
+
+
+def test_a_base_is_retired_in_the_middle_of_a_publication(name, monkeypatch):
+    model = layers()
+    base = rzc.publish(f"{name}/base", model)
+
+    def retiring(*args):
+        rzc.retire(f"{name}/base")
+        gc.collect()
+        return write(*args)
+
+    write = references.write
+    monkeypatch.setattr(references, "write", retiring)
+    variant = nn.Sequential(*model, nn.Linear(256, 2))
+    version = rzc.publish(name, variant, base=base.handle)
+    del base
+    assert shared_nbytes(version) == 8 * 256 * 257 * 4
+    assert_exact(variant, rzc.load(name))
+
+
+def kill_catalog():
+    handle = ray.get_actor("catalog", catalog.NAMESPACE)
+    os.kill(ray.get(handle.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+
 def test_base_is_for_an_object(name, tmp_path):
     for given in ({"make": dict}, {"path": "model.rzc"}):
         with pytest.raises(TypeError, match="base is for an object"):

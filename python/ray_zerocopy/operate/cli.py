@@ -159,7 +159,7 @@ def list_() -> Shown:
         return (
             row["name"],
             f"{row['number']}{' *' if row['current'] else ''}",
-            row["state"],
+            _state(row),
             _mib(row["nbytes"]),
             str(len(row["nodes"])),
             str(row["followers"]) if row["current"] else "",
@@ -338,6 +338,12 @@ def _plain(value: Any) -> Any:
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return {name: v for name, v in fields.items() if not isinstance(v, ray.ObjectRef)}
     return str(value)
+
+
+def _state(row: dict[str, Any]) -> str:
+    """Return the state of a version; the block of a retired one may stay for its variants."""
+    held = row["state"] == "retired" and row["variants"]
+    return f"retired, held by {row['variants']}" if held else str(row["state"])
 
 
 def _named(version: Any) -> str:

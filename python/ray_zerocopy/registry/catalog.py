@@ -34,7 +34,7 @@ from ray_zerocopy.registry.healing import Healing
 from ray_zerocopy.registry.manifest import Manifest
 from ray_zerocopy.registry.owner import Draft, Made, Owner, cause_of
 from ray_zerocopy.registry.promises import Promises, Told
-from ray_zerocopy.registry.records import Kept, Plan, Record, Version
+from ray_zerocopy.registry.records import Kept, Plan, Record, Use, Version
 from ray_zerocopy.store.ray_inside import address_of
 
 NAMESPACE = "ray_zerocopy"
@@ -78,6 +78,8 @@ class _Staged:
     making: asyncio.Task[Made]
     since_s: float
     asked_s: float
+    uses: tuple[Use, ...]
+    """The bases of a draft, from when it was staged: they may be retired before it is live."""
 
     @property
     def lease_s(self) -> float:
@@ -168,7 +170,9 @@ class Catalog:
     def _stage(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> _Staged:
         making = asyncio.ensure_future(self._made(wanted, copied, record))
         now_s = time.monotonic()
-        staged = self._staged[wanted.token] = _Staged(wanted, making, now_s, now_s)
+        bases = wanted.draft.bases if wanted.draft else ()
+        uses = self._manifest.uses(ref.binary() for ref, *_ in bases)
+        staged = self._staged[wanted.token] = _Staged(wanted, making, now_s, now_s, uses)
         lease = asyncio.ensure_future(self._abandon_when_deserted(wanted.name, wanted.token))
         self._leases.add(lease)  # asyncio itself keeps only a weak reference
         lease.add_done_callback(self._leases.discard)
@@ -197,7 +201,7 @@ class Catalog:
             name, 0, None, made.nbytes, made.digest, plan.source, plan.heals, "live", time.time()
         )
         places = (address_of(made.ref),) if made.ref else ()
-        kept = Kept(version, plan, token, token, places)
+        kept = Kept(version, plan, token, token, places, staged.uses)
 
         def change(record: Record) -> Record:
             if record.published_by(token) is not None:
@@ -208,7 +212,7 @@ class Catalog:
                 return record.healing(current.number, plan) if heals else record
             if made.ref is None:
                 raise _RestageError
-            return record.committed(kept, staged.wanted.keep)
+            return record.committed(kept, staged.wanted.keep, self._manifest.held(name))
 
         self._healing.have(token, made)
         record = await self._manifest.change(name, change)
@@ -368,14 +372,15 @@ class Catalog:
         def change(record: Record) -> Record:
             self._existing(name, number)
             if number is None:
-                return record.retired(record.recent)
+                return record.retired(record.recent, self._manifest.held(name))
             if number == record.number:
                 others = sorted(set(record.recent) - {number})
                 promote = f"promote one of {others} first, or " if others else ""
                 raise CatalogError(
                     f"version {number} of {name!r} is the current one: {promote}retire the name"
                 )
-            return record.retired([number]) if number in record.recent else record
+            held = self._manifest.held(name)
+            return record.retired([number], held) if number in record.recent else record
 
         await self._manifest.change(name, change)
 
@@ -398,7 +403,8 @@ class Catalog:
     def _version(self, name: str, number: int) -> Version:
         record = self._manifest.record(name)
         ref = self._healing.block(record.kept[number])
-        return replace(record.version(number), ref=ref)
+        variants = self._manifest.variants(name, number)
+        return replace(record.version(number), ref=ref, variants=variants)
 
     def _current(self, name: str) -> Version | None:
         number = self._manifest.record(name).number

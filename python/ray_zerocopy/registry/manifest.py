@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 
 from ray_zerocopy.errors import CatalogError
-from ray_zerocopy.registry.records import Record, decode, encode
+from ray_zerocopy.registry.records import Key, Record, Use, decode, encode
 from ray_zerocopy.store.ray_inside import KeyValues
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Manifest:
 
     def __init__(self, tell: Callable[[str, Record, Record], None]) -> None:
         self.records: dict[str, Record] = {}
+        self._variants: Counter[Key] = Counter()
         self._tell = tell
         self._kept = KeyValues(NAMESPACE)
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -47,11 +48,34 @@ class Manifest:
     async def load(self) -> None:
         """Read all records, once, before anything else."""
         for name in await asyncio.to_thread(names):
-            self.records[name] = await asyncio.to_thread(_read, self._kept, name)
+            self._set(name, await asyncio.to_thread(_read, self._kept, name))
 
     def record(self, name: str) -> Record:
         """Return the record of a name; empty if there is none."""
         return self.records.get(name, Record())
+
+    def variants(self, name: str, number: int) -> int:
+        """Count the live versions, of all names, that have tensors in the block of a version."""
+        return self._variants[name, number]
+
+    def held(self, name: str) -> set[int]:
+        """Return the versions of a name that variants hold."""
+        return {number for other, number in self._variants if other == name}
+
+    def uses(self, blocks: Iterable[bytes]) -> tuple[Use, ...]:
+        """Return the versions with these blocks, by the ids of the blocks."""
+        known: dict[bytes, Use] = {}
+        for name, record in self.records.items():
+            for number, kept in record.live.items():
+                known |= {block: (name, number, block) for block, *_ in kept.places}
+                known |= {use[2]: use for use in kept.uses}
+        return tuple(known[block] for block in blocks if block in known)
+
+    def _set(self, name: str, record: Record) -> None:
+        self._variants.subtract(_uses(self.record(name)))
+        self._variants.update(_uses(record))
+        self._variants = +self._variants  # without zeros
+        self.records[name] = record
 
     async def settled(self, name: str) -> Record:
         """Return the stored record of a name, after any running change of it."""
@@ -102,8 +126,12 @@ class Manifest:
             self._have(name, before, written)
 
     def _have(self, name: str, before: Record, after: Record) -> None:
-        self.records[name] = after
+        self._set(name, after)
         self._tell(name, before, after)
+
+
+def _uses(record: Record) -> list[Key]:
+    return [use[:2] for kept in record.live.values() for use in kept.uses]
 
 
 def _read(kept: KeyValues, name: str) -> Record:

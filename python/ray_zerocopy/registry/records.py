@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from ray_zerocopy.store.ray_inside import Address
 
 Source = Literal["object", "make", "path"]
 Key = tuple[str, int]  # of a version: its name and number
+Use = tuple[str, int, bytes]  # of a base: its name and number, and the id of its block
 
 SCHEMA = 1
 _REMEMBERED = 16  # retired versions that a name still lists
@@ -56,6 +57,8 @@ class Version(StandsForModel):
     """Whether it is the current version of its name."""
     generation: int = 0
     """How often its block was rebuilt."""
+    variants: int = 0
+    """Number of live versions with tensors in its block, which stays as long as there are any."""
 
     def binary(self) -> bytes:
         """Return its key in a `Cache`, the same for all generations."""
@@ -122,6 +125,8 @@ class Kept:
     """The owner's token for its block."""
     places: tuple[Address, ...]
     """Addresses of its last blocks: a process may still map an earlier one."""
+    uses: tuple[Use, ...] = ()
+    """The bases with some of its tensors."""
 
     def at(self, place: Address | None) -> Kept:
         """Return it with one more place, or unchanged for None."""
@@ -167,37 +172,39 @@ class Record:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def committed(self, kept: Kept, keep: int) -> Record:
+    def committed(self, kept: Kept, keep: int, held: Collection[int] = ()) -> Record:
         """Add a new live and current version; `keep - 1` others stay live."""
         number = self.last + 1
         kept = replace(kept, version=replace(kept.version, number=number, state="live"))
         added = replace(
             self, last=number, recent=(*self.recent, number), kept={**self.kept, number: kept}
         )
-        return added.retired(added.recent[:-keep])
+        return added.retired(added.recent[:-keep], held)
 
     def promoted(self, number: int) -> Record:
         """Make a live version current."""
         return replace(self, recent=(*(n for n in self.recent if n != number), number))
 
-    def retired(self, numbers: Iterable[int]) -> Record:
-        """Retire live versions, and forget the oldest retired ones."""
+    def retired(self, numbers: Iterable[int], held: Collection[int] = ()) -> Record:
+        """Retire live versions, and forget the oldest retired ones that no variant holds."""
         numbers = set(numbers)
         recent = tuple(number for number in self.recent if number not in numbers)
         over = sorted(self.kept.keys() - set(recent))
         kept = {number: kept for number, kept in self.kept.items() if number in recent}
-        for number in over[-_REMEMBERED:]:
+        for number in [n for n in over if n in held or n in over[-_REMEMBERED:]]:
             was = self.kept[number]
             version = replace(was.version, state="retired")
             how = replace(was.plan, make=None, files=())
-            kept[number] = replace(was, version=version, plan=how, places=())
+            kept[number] = replace(was, version=version, plan=how, places=(), uses=())
         return replace(self, recent=recent, kept=kept)
 
-    def rebuilt(self, number: int, block: str, place: Address | None) -> Record:
+    def rebuilt(
+        self, number: int, block: str, place: Address | None, uses: tuple[Use, ...] = ()
+    ) -> Record:
         """Replace a lost block."""
         kept = self.kept[number].at(place)
         version = replace(kept.version, generation=kept.version.generation + 1)
-        return self._with(number, replace(kept, version=version, block=block))
+        return self._with(number, replace(kept, version=version, block=block, uses=uses))
 
     def healing(self, number: int, how: Plan) -> Record:
         """Set the plan by which a version is rebuilt if it is lost."""
