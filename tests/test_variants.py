@@ -333,6 +333,37 @@ def test_a_node_that_has_only_the_base_fetches_the_variant_and_another_both():
         cluster.shutdown()
 
 
+def test_prefetch_sends_the_bases_too():
+    @run
+    def on_three_nodes():
+        import ray
+        import ray_zerocopy as rzc
+        import torch
+        from ray.cluster_utils import Cluster
+        from ray_zerocopy.store.ray_inside import located
+
+        small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args=small)
+        nodes = [cluster.add_node(**small).node_id for _ in range(2)]
+        ray.init(cluster.address)
+        here = ray.get_runtime_context().get_node_id()
+        trunk, more = torch.arange(2**21, dtype=torch.float32), torch.rand(2**20)
+        base = rzc.put(trunk)
+        for head in (torch.ones(9), torch.ones(2**20)):  # one travels in a message
+            chain = rzc.put({"trunk": trunk, "more": more, "head": head}, base=base)
+            ref = rzc.put({"head": head + 1, "trunk": trunk, "more": more}, base=chain)
+            assert set(rzc.inspect(ref).blocks) == {0, 1, 2}
+            assert rzc.prefetch(ref, nodes[:1])[nodes[0]] is not None
+            for each in (base, chain):
+                assert set(located(each)[0]) >= {here, nodes[0]}
+        assert rzc.prefetch(ref).keys() == {here, *nodes}
+        for each in (base, chain, ref):
+            assert set(located(each)[0]) == {here, *nodes}
+        assert set(rzc.prefetch(ref).values()) == {0.0}
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def test_what_is_no_base_is_refused(cluster, base):
     with pytest.raises(rzc.NotABlockError, match="holds a dict"):
         rzc.put(with_head(), base=ray.put({}))

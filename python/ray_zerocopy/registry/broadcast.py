@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Collection
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_zerocopy.errors import LostVersionError
 from ray_zerocopy.registry.publication import find
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
-from ray_zerocopy.store.references import refuse_client
+from ray_zerocopy.store.references import bases_in, refuse_client
 
 # A transfer slower than this multiple of the median continues, but no longer counts as running.
 _SLOW = 3.0
@@ -37,7 +38,8 @@ def prefetch(
     """Send a block to every node of the cluster, or to these, once each, and wait.
 
     The first load there then finds it. A node that joins later fetches it at its first load. The
-    nodes get copies, which they may drop when their store is full.
+    nodes get copies, which they may drop when their store is full. Of a variant, the blocks of its
+    bases are sent, too.
 
     Args:
         ref_or_name: a reference from `put`, or the name of a published model (sends its current
@@ -52,11 +54,42 @@ def prefetch(
     Raises:
         ValueError: no live node has a given id.
         UnknownVersionError: nothing is published under that name.
-        LostVersionError: no node has the block.
+        LostVersionError: no node has the block, or that of a base.
 
     """
     refuse_client()
     ref = _reference(ref_or_name, timeout)
+    seconds = _send(ref, nodes, timeout, ref_or_name)
+    have = [node for node, took in seconds.items() if took is not None]
+    for base in _bases(ref, have, timeout):
+        took = _send(base, list(seconds), timeout, f"a base of {ref_or_name}")
+        seconds = {node: _sum(seconds[node], took[node]) for node in seconds}
+    return seconds
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
+
+
+def _bases(ref: ray.ObjectRef, have: list[str], timeout: float) -> list[ray.ObjectRef]:
+    """Return the bases of an object that these nodes have; if not this one, by a task there."""
+    if not have:
+        return []
+    if ray.get_runtime_context().get_node_id() in have or not located(ref, _LOCATED_S)[0]:
+        return bases_in(ref)
+    there = NodeAffinitySchedulingStrategy(have[0], soft=False)
+    asked = _bases_there.options(scheduling_strategy=there).remote([ref])
+    try:
+        found: list[ray.ObjectRef] = ray.get(asked, timeout=timeout)
+    except ray.exceptions.RayError:  # the node died: others load without a prefetch
+        return []
+    return found
+
+
+def _send(
+    ref: ray.ObjectRef, nodes: Collection[str] | None, timeout: float, what: Any
+) -> dict[str, float | None]:
+    """Send one block."""
     stores = {
         node["NodeID"]: node["Resources"].get("object_store_memory", 0)
         for node in ray.nodes()
@@ -70,7 +103,7 @@ def prefetch(
     if not holders and nbytes <= INLINE_NBYTES:
         return dict.fromkeys(wanted, 0.0)  # Ray sends it with the reference
     if not holders:
-        raise LostVersionError(f"no node has the block of {ref_or_name}: put or publish it again")
+        raise LostVersionError(f"no node has the block of {what}: put or publish it again")
     seconds: dict[str, float | None] = dict.fromkeys(wanted)
     seconds.update((node, 0.0) for node in wanted if node in holders)
     waiting = deque(node for node in wanted if node not in holders and stores[node] >= nbytes)
@@ -139,6 +172,11 @@ def _fetch(refs: list[ray.ObjectRef], timeout: float) -> float | None:
     start = time.perf_counter()
     ready, _ = ray.wait(refs, timeout=timeout, fetch_local=True)
     return time.perf_counter() - start if ready else None
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _bases_there(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+    return bases_in(refs[0])
 
 
 def _seconds(answer: ray.ObjectRef) -> float | None:

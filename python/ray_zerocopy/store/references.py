@@ -37,6 +37,7 @@ from ray_zerocopy.store.envelope import (
     Shared,
     anchor,
     as_written,
+    fetch,
     in_place,
     reading,
 )
@@ -96,6 +97,15 @@ def bases_of(base: Base | Sequence[Base] | None) -> list[ray.ObjectRef]:
 def published(base: Any) -> ray.ObjectRef | None:
     """Return the block of a name or `Version`; the package replaces this with the registry's."""
     raise NotImplementedError(base)
+
+
+def bases_in(ref: ray.ObjectRef) -> list[ray.ObjectRef]:
+    """Return the bases of a stored object; none if it does not come from `put`."""
+    try:
+        (parts,) = fetch([ref])
+    except (NotABlockError, ray.exceptions.RayTaskError):
+        return []
+    return [base for base, *_ in parts.bases]
 
 
 def build(
