@@ -41,7 +41,7 @@ def test_a_retired_version_uses_no_base():
     record = published("a").committed(used, 9)
     assert decode(encode(record)).kept[2].uses == used.uses
     assert record.retired([2]).kept[2].uses == ()
-    assert record.rebuilt(2, "x", PLACE).kept[2].uses == ()
+    assert record.rebuilt(2, "x", PLACE, 9).kept[2].uses == ()
 
 
 def test_a_retired_version_is_remembered_while_it_is_held():
@@ -62,7 +62,7 @@ def test_what_was_current_last_stays():
 def test_what_is_made_again_is_another_generation():
     record = published("a")
     for block in "xyz":
-        record = record.rebuilt(1, block, (block.encode(), b"", b""))
+        record = record.rebuilt(1, block, (block.encode(), b"", b""), 9)
     assert record.current.generation == 3
     assert record.kept[1].block == "z"
     assert [place[0] for place in record.kept[1].places] == [b"x", b"y", b"z"]
@@ -91,7 +91,7 @@ def any_change(record, choose):
         changes += [
             lambda: record.promoted(number),
             lambda: record.retired([number]),
-            lambda: record.rebuilt(number, str(choose.random()), PLACE),
+            lambda: record.rebuilt(number, str(choose.random()), PLACE, 9),
             lambda: record.healing(number, Plan("path", "node", files=("f",))),
             lambda: record.superseded(["f"], "b"),
         ]

@@ -510,16 +510,39 @@ def kill_catalog():
     os.kill(ray.get(handle.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
 
 
-def test_base_is_for_an_object(name, tmp_path):
-    for given in ({"make": dict}, {"path": "model.rzc"}):
-        with pytest.raises(TypeError, match="base is for an object"):
-            rzc.publish(name, base="bert", **given)
-    with pytest.raises(TypeError, match="without snapshot"):
-        rzc.publish(name, filled(1), base="bert", snapshot=tmp_path / "model.rzc")
+@pytest.mark.parametrize("source", ["make", "path", "snapshot"])
+def test_a_variant_that_heals(name, tmp_path, source):
+    def make():
+        torch.manual_seed(0)
+        trunk = [nn.Linear(256, 256) for _ in range(8)]
+        return nn.Sequential(*trunk, nn.Linear(256, 2))
+
+    base, variant = rzc.publish(f"{name}/base", layers()), make()
+    rzc.save(variant, tmp_path / "saved.rzc")
+    how = {
+        "make": {"make": make},
+        "path": {"path": tmp_path / "saved.rzc"},
+        "snapshot": {"obj": variant, "snapshot": tmp_path / "snapshot.rzc"},
+    }
+    version = rzc.publish(name, base=base.name, **how[source])
+    assert version.heals
+    assert shared_nbytes(version) == 8 * 256 * 257 * 4
+    assert version.digest == Parts.of(variant).digest()
+    assert [v.variants for v in rzc.versions(base.name)] == [1]
+    assert_exact(variant, rzc.load(name))
+    rzc.retire(base.name)
+    assert_exact(variant, rzc.load(name))
+
+
+def test_a_base_is_published(name):
+    ref = rzc.put(filled(1))
+    with pytest.raises(TypeError, match="base is not for a reference"):
+        rzc.publish(name, ref, base="bert")
     with pytest.raises(TypeError, match="base must be published"):
-        rzc.publish(name, filled(1), base=[rzc.put(filled(1))])
-    with pytest.raises(rzc.UnknownVersionError):
-        rzc.publish(name, filled(1), base=f"{name}/nobody")
+        rzc.publish(name, filled(1), base=[ref])
+    for given in ({"obj": filled(1)}, {"make": dict}):
+        with pytest.raises(rzc.UnknownVersionError):
+            rzc.publish(name, base=f"{name}/nobody", **given)
 
 
 @pytest.mark.parametrize("obstacle", ["another-Ray", "other-memory", "spilled"])

@@ -346,6 +346,45 @@ def no_copy_anywhere():
     rzc.retire("lost")
 
 
+def with_head():
+    return nn.Sequential(filled(7, 600), filled(8))
+
+
+def head_only():
+    return nn.Sequential(filled(9, 600), filled(8))
+
+
+def what_variants_do_without_their_base():
+    """The base is made again first. Without it, a variant that heals is whole, others are lost."""
+    rzc.publish("base", make=lambda: filled(7, 600))
+    rzc.publish("base/lost", filled(9, 600))
+    healing = {
+        "by-make": rzc.publish("by-make", make=with_head, base="base"),
+        "by-file": rzc.publish("by-file", with_head(), base="base", snapshot=FOLDER / "variant"),
+        "whole": rzc.publish("whole", make=head_only, base="base/lost"),
+    }
+    assert all(version.heals for version in healing.values())
+    lost = rzc.publish("no-plan", with_head(), base="base")
+    assert not lost.heals
+    shared = {name: rzc.inspect(v.ref).base_nbytes for name, v in healing.items()}
+    assert all(shared.values())
+    assert rzc.inspect(lost.ref).base_nbytes
+    del lost, healing
+    kill("owner")
+    until(lambda: all(generations(name) == {1: 1} for name in ("base", *shared)))
+    for name, first in {"by-make": 7, "by-file": 7, "whole": 9}.items():
+        model = rzc.load(name, timeout=SOON_S)
+        assert (float(model[0].weight[0, 0]), float(model[1].weight[0, 0])) == (first, 8)
+        now = rzc.inspect(rzc.versions(name)[-1].ref, verify=True).base_nbytes
+        assert now == (0 if name == "whole" else shared[name])
+    with pytest.raises(rzc.LostVersionError, match="publish it again"):
+        rzc.load("no-plan", timeout=SOON_S)
+    rzc.retire("no-plan")
+    assert rzc.versions("base")[-1].variants == 2
+    for name in ("base", "base/lost", *shared):
+        rzc.retire(name)
+
+
 def a_version_that_shares_is_copied_whole():
     """Its own block and its base's are copied from a process that has it mapped."""
     model = nn.Sequential(filled(1, 600), filled(2, 600))
@@ -380,6 +419,7 @@ ROWS = {
         damage_that_others_see,
         no_copy_anywhere,
         a_version_that_shares_is_copied_whole,
+        what_variants_do_without_their_base,
     )
 }
 

@@ -186,7 +186,8 @@ class Catalog:
             room: Made = await self._owner.reserve.remote(token, name, plan, wanted.draft)
             return room
         if digest is None:
-            made: Made = await self._owner.make.remote(token, name, plan, None)
+            bases = self._healing.blocks(plan)
+            made: Made = await self._owner.make.remote(token, name, plan, None, bases)
             return made
         if record.current is not None and record.current.digest == digest:
             return Made(record.current.nbytes, digest, None)
@@ -201,7 +202,8 @@ class Catalog:
             name, 0, None, made.nbytes, made.digest, plan.source, plan.heals, "live", time.time()
         )
         places = (address_of(made.ref),) if made.ref else ()
-        kept = Kept(version, plan, token, token, places, staged.uses)
+        uses = staged.uses or self._manifest.uses(made.bases)
+        kept = Kept(version, plan, token, token, places, uses)
 
         def change(record: Record) -> Record:
             if record.published_by(token) is not None:

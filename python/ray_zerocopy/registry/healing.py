@@ -26,7 +26,7 @@ from ray_zerocopy import metrics
 from ray_zerocopy.errors import LostVersionError
 from ray_zerocopy.registry.manifest import Manifest
 from ray_zerocopy.registry.owner import AnotherModelError, Made, cause_of
-from ray_zerocopy.registry.records import Kept, Key, Record, Source
+from ray_zerocopy.registry.records import Kept, Key, Plan, Record, Source
 from ray_zerocopy.store.ray_inside import address_of, reference_at
 
 logger = logging.getLogger(__name__)
@@ -170,11 +170,13 @@ class Healing:
         try:
             made = await self._made(block, kept, is_as_it_was)
             self.have(block, made)
-            place = address_of(made.ref)
+            place, uses = address_of(made.ref), self._manifest.uses(made.bases)
             after = await self._manifest.change(
                 name,
                 lambda record: (
-                    record.rebuilt(number, block, place) if is_as_it_was(record) else record
+                    record.rebuilt(number, block, place, made.nbytes, uses)
+                    if is_as_it_was(record)
+                    else record
                 ),
             )
         except BaseException:
@@ -194,7 +196,8 @@ class Healing:
         failed = None
         if kept.plan.heals:
             try:
-                made: Made = await self._ask("make", block, name, kept.plan, digest)
+                bases = await self._bases(kept.plan)
+                made: Made = await self._ask("make", block, name, kept.plan, digest, bases)
                 return made
             except ray.exceptions.RayError as error:
                 failed = cause_of(error)
@@ -217,6 +220,24 @@ class Healing:
             f"{_lost(kept)}: {_CANNOT[kept.version.source]}, and no node has a copy; publish it "
             f"again, with a make that returns the same model each time, or its own snapshot path"
         )
+
+    async def _bases(self, plan: Plan) -> list[ray.ObjectRef]:
+        """Return the blocks of a plan's bases; lost ones are rebuilt first, if possible."""
+        lost = [key for key in self._live(plan.bases) if self._block_of(key) is None]
+        if lost:
+            await asyncio.wait([self.again(key, "base lost") for key in lost])
+        return self.blocks(plan)
+
+    def blocks(self, plan: Plan) -> list[ray.ObjectRef]:
+        """Return the blocks of a plan's bases, without those that are lost or retired."""
+        found = (self._block_of(key) for key in self._live(plan.bases))
+        return [block for block in found if block is not None]
+
+    def _live(self, keys: Iterable[Key]) -> list[Key]:
+        return [(name, n) for name, n in keys if n in self._manifest.record(name).live]
+
+    def _block_of(self, key: Key) -> ray.ObjectRef | None:
+        return self.block(self._manifest.record(key[0]).kept[key[1]])
 
     def check(self, kept: Kept, node: str) -> asyncio.Task[bool]:
         """Whether a block that a process on a node could not load is damaged there, or lost.

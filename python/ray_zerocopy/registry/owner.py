@@ -44,7 +44,9 @@ from ray_zerocopy.store import inspection, ray_inside, references, snapshot
 from ray_zerocopy.store.envelope import (
     Base,
     Parts,
+    Shared,
     anchor,
+    fetch,
     reading,
     references_in,
     without_values,
@@ -81,6 +83,8 @@ class Made:
     """None if the name's current version is equal: nothing was stored."""
     incarnation: str = ""
     """The incarnation of the owner that holds it."""
+    bases: tuple[bytes, ...] = ()
+    """The ids of the blocks with some of its tensors, for a block made by its plan."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +138,25 @@ class Owner:
 
     # --- making -------------------------------------------------------------------------------
 
-    async def make(self, token: str, name: str, plan: Plan, digest: str | None) -> Made:
+    async def make(
+        self,
+        token: str,
+        name: str,
+        plan: Plan,
+        digest: str | None,
+        bases: Sequence[ray.ObjectRef] = (),
+    ) -> Made:
         """Make a block by its plan, and hold it; repeated calls for a token share one run.
 
-        `digest` is the expected digest; None for the first time.
+        `digest` is the expected digest; None for the first time. `bases` are the blocks of the
+        plan's bases that there are.
 
         Raises:
             AnotherModelError: the block has another digest.
             PublishError, StoreFullError, CatalogError: it could not be made, or was dropped.
 
         """
-        made: Made = await self._once(token, lambda: self._make(token, name, plan, digest))
+        made: Made = await self._once(token, lambda: self._make(token, name, plan, digest, bases))
         return made
 
     async def copy(
@@ -226,12 +238,20 @@ class Owner:
         if made is not None and made.ref is not None:
             metrics.record("rzc_published_bytes", made.nbytes)  # a worker may end before Ray asks
 
-    async def _make(self, token: str, name: str, plan: Plan, digest: str | None) -> Made:
+    async def _make(
+        self,
+        token: str,
+        name: str,
+        plan: Plan,
+        digest: str | None,
+        bases: Sequence[ray.ObjectRef],
+    ) -> Made:
         there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
-        block, facts = _build.options(scheduling_strategy=there).remote(token, name, plan, digest)
+        asked = token, name, plan, digest, list(bases)
+        block, facts = _build.options(scheduling_strategy=there).remote(*asked)
         self._tasks[token] = block
         try:
-            nbytes, found, stored = await asyncio.wait_for(facts, plan.seconds)
+            nbytes, found, stored, used = await asyncio.wait_for(facts, plan.seconds)
         except TimeoutError:
             ray.cancel(block, force=True)
             raise CatalogError(
@@ -239,7 +259,7 @@ class Owner:
             ) from None
         except ray.exceptions.RayError as error:
             raise cause_of(error) from error
-        return Made(nbytes, found, block if stored else None, self._incarnation)
+        return Made(nbytes, found, block if stored else None, self._incarnation, used)
 
     async def _at_node(self, name: str, plan: Plan, ask: Callable[[Any], Any]) -> Made:
         # with soft=True, Ray puts actors on any node
@@ -344,28 +364,40 @@ class Copier:
 
 # A new process for each, so that torch's counters, such as for TorchScript's names, start at zero.
 @ray.remote(num_cpus=0, num_returns=2, max_retries=-1, max_calls=1)  # type: ignore[untyped-decorator]
-def _build(token: str, name: str, plan: Plan, digest: str | None) -> Any:
-    """Return a block and its (nbytes, digest, whether it is stored)."""
+def _build(
+    token: str, name: str, plan: Plan, digest: str | None, bases: list[ray.ObjectRef]
+) -> Any:
+    """Return a block and its (nbytes, digest, whether it is stored, ids of the bases in use)."""
     record = manifest.read(name)
     number = record.published_by(token)
     if digest is None and number is not None:  # Ray is rebuilding a lost block
         digest = record.kept[number].version.digest
+    bases = [base for base in bases if _is_there(base)]  # else the block is whole
     if plan.files:
-        obj, parts = None, _restored(name, plan.files, digest)
+        obj, parts = None, _restored(name, plan.files, digest, bases)
     else:
         obj = _called(name, plan.make)
-        parts = Parts.of(obj)
+        parts = Parts.of(Shared(obj, bases))
     complete(parts, f"the object of {name!r}", obj)
     found = parts.digest()
     if digest is None and record.current is not None and record.current.digest == found:
-        return None, (parts.nbytes, found, False)
+        return None, (parts.nbytes, found, False, ())
     if digest not in (None, found):
         raise AnotherModelError(
             f"make or path of {name!r} now gives another model ({found[:12]}) than was published "
             f"({digest[:12]}): publish it again, with snapshot= if make does not return the same "
             f"model each time"
         )
-    return parts, (parts.nbytes, found, True)
+    used = tuple(ref.binary() for ref, *_ in parts.bases)
+    return parts, (parts.nbytes, found, True, used)
+
+
+def _is_there(base: ray.ObjectRef) -> bool:
+    try:
+        fetch([base], _RESCUE_S)
+    except (ray.exceptions.RayError, RayZeroCopyError):
+        return False
+    return True
 
 
 def _called(name: str, make: bytes | None) -> Any:
@@ -381,13 +413,15 @@ def _called(name: str, make: bytes | None) -> Any:
         ) from error
 
 
-def _restored(name: str, files: Sequence[str], digest: str | None) -> Parts:
+def _restored(
+    name: str, files: Sequence[str], digest: str | None, bases: list[ray.ObjectRef]
+) -> Parts:
     """Read the first of these snapshots with the version's digest, checked, into the store."""
     others, failed = [], []
     for path in files:
         try:
             if digest is None or snapshot.digest(path) == digest:
-                return references.parts_of(snapshot.restore(path))
+                return references.written(snapshot.restore(path, base=bases))
             others.append(path)
         except (OSError, BlockError) as error:
             failed.append(str(error))

@@ -83,11 +83,12 @@ def publish(
         keep: number of versions to keep, including this one, for instant rollback. Older versions
             are retired: their memory is free when no process uses them.
         timeout: seconds for the whole call, and for each rebuild.
-        base: names or versions of which `obj` is a variant, as for `put`: tensors whose bytes a
+        base: names or versions of which the model is a variant, as for `put`: tensors whose bytes a
             base has are not stored again. The bases' blocks stay as long as the variant, even if
-            retired. By default, an object of 128 MiB or more shares with the current version of
-            its name if that saves a quarter of its bytes, both are from this node, and `keep` is 2
-            or more. None shares nothing.
+            retired. If the variant is rebuilt, its bases are rebuilt first; without them, it is
+            stored whole. By default, an object of 128 MiB or more shares with the current version
+            of its name if that saves a quarter of its bytes, both are from this node, and `keep` is
+            2 or more. None shares nothing.
 
     Raises:
         PublishError: a part of the object, or `make`, does not pickle or cannot be imported; or
@@ -108,8 +109,8 @@ def publish(
         raise TypeError("publish takes exactly one of an object, make and path")
     if snapshot is not None and obj is None:
         raise TypeError("snapshot is for an object: make and path heal without it")
-    if base and (obj is None or isinstance(obj, ray.ObjectRef) or snapshot is not None):
-        raise TypeError("base is for an object that is published without snapshot")
+    if base and isinstance(obj, ray.ObjectRef):
+        raise TypeError("base is not for a reference: what it refers to is stored already")
     bases = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
     if any(isinstance(each, ray.ObjectRef) for each in bases):
         raise TypeError("base must be published: a reference ends with the process that put it")
@@ -119,15 +120,18 @@ def publish(
     client.start(timeout)
     node = ray.get_runtime_context().get_node_id()
     wanted = Wanted(name, token, Plan("object", node, seconds=timeout), keep, None)
+    found = [_found(each) for each in bases]
+    keys = tuple((each.name, each.number) for each in found)
     if make is not None:
-        plan = Plan("make", node, make=_pickled(make), seconds=timeout)
+        plan = Plan("make", node, make=_pickled(make), seconds=timeout, bases=keys)
         return _publish(replace(wanted, plan=plan), ends_s)
     if path is not None:
-        plan = Plan("path", node, files=(snapshots.absolute(path),), seconds=timeout)
+        plan = Plan("path", node, files=(snapshots.absolute(path),), seconds=timeout, bases=keys)
         return _publish(replace(wanted, plan=plan), ends_s)
     if snapshot is not None:
         target = snapshots.absolute(snapshot)
-        plan = Plan("object", node, files=(f"{target}.{token}", target), seconds=timeout)
+        files = f"{target}.{token}", target
+        plan = Plan("object", node, files=files, seconds=timeout, bases=keys)
         snapshots.save(obj, plan.files[0])
         return _publish(replace(wanted, plan=plan), ends_s)
     what = f"the object of {name!r}"
@@ -136,7 +140,8 @@ def publish(
         if base == () and keep > 1:  # the catalog answers while the object is pickled
             previous = partial(_previous, client.catalog().previous.remote(name, node))
         with contextlib.suppress(_NoRoomError):
-            shared = Anchored(obj, references.bases_of(bases), previous)
+            refs = [each.ref for each in found if each.ref is not None]
+            shared = Anchored(obj, refs, previous)
             return _write(wanted, shared, what, ends_s)
         wanted = replace(wanted, token=uuid.uuid4().hex)
     copied = obj if isinstance(obj, ray.ObjectRef) else references.put(obj)
@@ -359,10 +364,14 @@ def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Versi
 
 def block_of(base: object) -> ray.ObjectRef | None:
     """Return the block of a name or version; None while it is being rebuilt."""
+    return _found(base).ref
+
+
+def _found(base: object) -> Version:
     if isinstance(base, Version):
-        return find(base.name, base.number).ref
+        return find(base.name, base.number)
     if isinstance(base, str):
-        return find(base).ref
+        return find(base)
     raise TypeError(
         f"base must be an ObjectRef from put, the name of a published model, a Version, or a list "
         f"of them, not {base!r}"

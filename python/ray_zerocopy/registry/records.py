@@ -97,6 +97,8 @@ class Plan:
     """Snapshots; the first one with the version's digest is read."""
     seconds: float = 3600.0
     """The time limit."""
+    bases: tuple[Key, ...] = ()
+    """Versions whose tensors the block does not store again, as long as they have a block."""
 
     @property
     def heals(self) -> bool:
@@ -194,16 +196,22 @@ class Record:
         for number in [n for n in over if n in held or n in over[-_REMEMBERED:]]:
             was = self.kept[number]
             version = replace(was.version, state="retired")
-            how = replace(was.plan, make=None, files=())
+            how = replace(was.plan, make=None, files=(), bases=())
             kept[number] = replace(was, version=version, plan=how, places=(), uses=())
         return replace(self, recent=recent, kept=kept)
 
     def rebuilt(
-        self, number: int, block: str, place: Address | None, uses: tuple[Use, ...] = ()
+        self,
+        number: int,
+        block: str,
+        place: Address | None,
+        nbytes: int,
+        uses: tuple[Use, ...] = (),
     ) -> Record:
         """Replace a lost block."""
         kept = self.kept[number].at(place)
-        version = replace(kept.version, generation=kept.version.generation + 1)
+        generation = kept.version.generation + 1
+        version = replace(kept.version, generation=generation, nbytes=nbytes)
         return self._with(number, replace(kept, version=version, block=block, uses=uses))
 
     def healing(self, number: int, how: Plan) -> Record:

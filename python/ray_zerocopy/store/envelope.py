@@ -320,13 +320,14 @@ def in_place(parts: Parts) -> Parts:
         block = _core.Gather.of_blocks(open_blocks(parts, "shared"))
         segments = [memoryview(segment) for segment in block.segments()]
         return Parts(parts.skeleton, parts.buffers, block.table, segments)
-    whole = open_block(parts, "shared")
-    return Parts(parts.skeleton, parts.buffers, parts.table, [whole])
+    return as_written(parts)
 
 
 def as_written(parts: Parts) -> Parts:
-    """Read the parts of a variant as they are, and others with the block in place."""
-    return parts if parts.bases else in_place(parts)
+    """Read the parts, with the own block of a variant in place in the store."""
+    head = parts.skeleton, parts.buffers, parts.table
+    own = open_block(parts, "shared")
+    return Parts(*head, [own], False, parts.numbers, parts.bases)
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,11 @@ def write(shared: Anchored, ref: ray.ObjectRef, nbytes: int) -> Parts | None:
     shared.block.write(placed.start, placed.memory)
     if ray_inside.is_spilled(ref):  # the disk lacks our write
         return None
+    return written(ref)
+
+
+def written(ref: ray.ObjectRef) -> Parts:
+    """Return the parts of an object that this process has written: of a variant, its own block."""
     with reading(as_written):
         return _of_ours(ref, _ray_get(ref, None), Parts)
 
