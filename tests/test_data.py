@@ -26,6 +26,17 @@ def quiet(cluster):
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
+def test_actors_run_a_variant():
+    torch.manual_seed(0)
+    trunk = nn.Linear(512, 512).eval()
+    head = nn.Sequential(nn.Linear(16, 512), trunk).eval()
+    ref = rzc.put(head, base=rzc.put(trunk))
+    assert rzc.inspect(ref).base_nbytes > 0
+    found = collected(map_batches(rows(16), ref, actors=1, batch_size=8, num_cpus=0.1))
+    with torch.no_grad():
+        assert np.array_equal(found["output"], head(torch.tensor(found["data"])).numpy())
+
+
 def rows(width, count=ROWS, blocks=8):
     torch.manual_seed(0)
     return ray.data.from_numpy(list(torch.randn(count, width).numpy().reshape(blocks, -1, width)))

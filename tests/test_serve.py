@@ -221,6 +221,19 @@ def test_a_clients_mistake_is_status_400_and_told(body, told, add):
     assert error.startswith(told), error
 
 
+def test_replicas_answer_with_a_variant(deployed):
+    torch.manual_seed(0)
+    trunk = nn.Linear(512, 512).eval()
+    head = nn.Sequential(nn.Linear(16, 512), trunk).eval()
+    base = rzc.put(trunk)
+    ref = rzc.put(head, base=base)
+    assert rzc.inspect(ref).base_nbytes > 0
+    url, handle = deployed(app(ref, **SMALL))
+    del base, ref
+    assert np.array_equal(handle.predict.remote({"input": X}).result()["output"], answer(head))
+    assert np.allclose(post(url, {"input": X.tolist()})["output"], answer(head))
+
+
 @pytest.fixture(scope="module")
 def add(deployed):
     return deployed(app(Add(), **SMALL))
