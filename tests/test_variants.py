@@ -16,6 +16,7 @@ from fresh import run
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS, simple
 from ray_zerocopy import _core
 from ray_zerocopy.objects.skeleton import split
+from ray_zerocopy.store import envelope
 from safetensors.torch import load_file, save_file
 from test_invoke import store_usage
 from torch import nn
@@ -266,6 +267,54 @@ def test_a_damaged_snapshot_is_no_variant(base, tmp_path):
         rzc.restore(tmp_path / "head.rzc", base=base)
 
 
+def test_call_model_runs_a_variant(base):
+    head = nn.Sequential(backbone(), nn.Linear(256, 4)).eval()
+    ref, x = rzc.put(head, base=base), torch.randn(3, 256)
+    assert rzc.inspect(ref).base_nbytes > 0
+    with torch.no_grad():
+        assert torch.equal(ray.get(rzc.call_model.remote(ref, (x,))), head(x))
+
+
+@pytest.mark.parametrize("kind", ["script", "trace", "exported"])
+def test_a_program_is_a_variant_of_the_model_that_it_was_made_of(base, kind):
+    model, x = nn.Sequential(backbone(), nn.Linear(256, 4)).eval(), torch.randn(3, 256)
+    if kind == "exported":
+        program = torch.export.export(model, (x,))
+    else:
+        program = torch.jit.script(model) if kind == "script" else torch.jit.trace(model, x)
+    ref = rzc.put(program, base=base)
+    assert rzc.inspect(ref, verify=True).base_nbytes == sum(
+        each.nbytes for each in backbone().parameters()
+    )
+    loaded = ray.get(ref)
+    run = loaded.module() if kind == "exported" else loaded
+    with torch.no_grad():
+        assert torch.equal(run(x), model(x))
+
+
+def test_arrays_are_variants_of_arrays_and_of_tensors(base):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x": rng.random((300, 40)),
+        "y": rng.integers(0, 9, 5000),
+        "z": rng.random(3000) > 0.5,
+    }
+    first = rzc.put(arrays)
+    changed = {**arrays, "y": arrays["y"] + 1}
+    changed["transposed"] = changed["x"].T
+    ref = rzc.put(changed, base=first)
+    assert rzc.inspect(ref, verify=True).base_nbytes == arrays["x"].nbytes + arrays["z"].nbytes
+    loaded = ray.get(ref)
+    assert_exact(changed, loaded)
+    loaded["x"][0, 0] = 7
+    assert loaded["transposed"][0, 0] == 7
+    assert_exact(changed, ray.get(ref))
+    weights = {name: value.numpy() for name, value in backbone().state_dict().items()}
+    ref = rzc.put(weights, base=base)
+    assert rzc.inspect(ref).nbytes < 10_000
+    assert_exact(weights, ray.get(ref))
+
+
 def test_what_finds_little_has_no_base(cluster):
     base = rzc.put({"one": torch.ones(10), "other": torch.randn(1000)})
     info = rzc.inspect(rzc.put([torch.ones(10), torch.randn(5000)], base=base))
@@ -287,6 +336,47 @@ def test_a_base_that_is_gone_is_told(cluster):
         rzc.get(ref)
     with pytest.raises(rzc.BaseLostError, match="put it again"):
         rzc.put(with_head(), base=base)
+
+
+def until_lost(base):
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(ray.exceptions.OwnerDiedError, ray.exceptions.ObjectLostError):
+        while time.monotonic() < deadline:
+            rzc.get(base)
+            gc.collect()
+            time.sleep(0.1)
+        pytest.fail("the base is still there")
+
+
+def test_a_base_is_lost_during_a_load_and_after_it(cluster, monkeypatch):
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    (base,) = ray.get(worker.put.remote())
+    ref = rzc.put(with_head(), base=base)
+
+    def killed_before(refs, timeout=None):
+        monkeypatch.undo()
+        ray.kill(worker)
+        until_lost(base)
+        return fetch(refs, timeout)
+
+    fetch = envelope.fetch
+    monkeypatch.setattr(envelope, "fetch", killed_before)  # the own block is mapped
+    with pytest.raises(rzc.BaseLostError, match="put it again"):
+        rzc.get(ref)
+
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    loaded = rzc.get(rzc.put(with_head(), base=ray.get(worker.put.remote())))
+    ray.kill(worker)
+    filling = [rzc.put(torch.zeros(2**22)) for _ in range(8)]  # over memory that is free
+    assert_exact(with_head(), loaded)
+    del filling
+
+
+def test_a_base_that_cannot_be_rebuilt_is_told_by_name(published, cluster):
+    variant = rzc.publish(f"{published.name}/head", with_head(), base=published)
+    assert rzc.inspect(variant.ref).base_nbytes > 0
+    assert (published.heals, variant.heals) == (False, False)
+    rzc.retire(variant.name)
 
 
 def test_a_file_that_shrank_is_an_error(cluster, tmp_path):

@@ -67,7 +67,7 @@ class Version(StandsForModel):
     @property
     def handle(self) -> Version:
         """The version without its reference: any pickle may hold it, and loads find it by name."""
-        return replace(self, ref=None, current=False, generation=0)
+        return replace(self, ref=None, current=False, generation=0, variants=0)
 
     @property
     def mark(self) -> tuple[int, int]:
