@@ -182,6 +182,27 @@ def what_a_make_gives_anew_heals_no_more():
     rzc.retire("random")
 
 
+def a_name_is_retired_once():
+    """Also if the catalog dies after it has written this, and before it answers."""
+
+    def die_after_the_write(catalog):
+        kept = catalog._manifest._kept
+        put = kept.put
+
+        def put_and_die(key, value):
+            put(key, value)
+            os._exit(1)
+
+        kept.put = put_and_die
+
+    rzc.publish("retired", filled(1))
+    ray.get(actor("catalog").__ray_call__.remote(die_after_the_write), timeout=SOON_S)
+    rzc.retire("retired")
+    assert "retired" not in rzc.published()
+    with pytest.raises(rzc.UnknownVersionError):
+        rzc.retire("retired")
+
+
 def one_snapshot_path():
     """Several versions, two names, a failed publication: each version heals if it says so."""
     want = {}
@@ -413,6 +434,7 @@ ROWS = {
         make_runs_outside_of_every_job,
         what_heals_is_made_again,
         what_a_make_gives_anew_heals_no_more,
+        a_name_is_retired_once,
         one_snapshot_path,
         a_make_that_hangs,
         a_limit_of_one_process,

@@ -367,12 +367,18 @@ class Catalog:
         await self._manifest.change(name, change)
         return self._version(name, number)
 
+    async def known(self, name: str, number: int | None) -> None:
+        """Raise `UnknownVersionError` if there is no such name or version."""
+        await self._ready()
+        self._existing(name, number)
+
     async def retire(self, name: str, number: int | None) -> None:
-        """Retire a version that is not current, or all of them."""
+        """Retire a version that is not current, or all of them; a repeated call does nothing."""
         await self._ready()
 
         def change(record: Record) -> Record:
-            self._existing(name, number)
+            if record.number is None:
+                return record
             if number is None:
                 return record.retired(record.recent, self._manifest.held(name))
             if number == record.number:

@@ -419,7 +419,8 @@ def retire(name: str, number: int | None = None) -> None:
 
     """
     client.running(name)
-    client.ask("retire", name, number)
+    client.ask("known", name, number)
+    client.ask("retire", name, number)  # repeated if the catalog dies before it answers
 
 
 def _check(name: str) -> None:
