@@ -22,7 +22,7 @@ test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	rm -rf target/portable
 	$(BIN)/maturin build --release --quiet --features python,portable --out target/portable
 	$(BIN)/python -m zipfile -e target/portable/*.whl target/portable
