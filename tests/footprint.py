@@ -1,9 +1,9 @@
 """Measures of a process's own memory, in bytes, for the tests and the benches."""
 
+import contextlib
 import ctypes
 import gc
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,7 +13,7 @@ def trim():
     ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_pages():
     """Let this process get no huge pages meanwhile.
 
@@ -101,6 +101,15 @@ def with_peak(act, measure=anonymous_memory):
         done.set()
         watcher.join()
     return result, peak - before
+
+
+def threads_named(name) -> int:
+    """How many threads of this process have a name; they may end meanwhile."""
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            count += (task / "comm").read_text() == f"{name}\n"
+    return count
 
 
 def mapped_memory(path) -> int:

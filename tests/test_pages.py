@@ -93,16 +93,15 @@ def test_threads_end_with_the_pages_and_small_blocks_have_none():
     @run
     def in_a_new_store():
         import time
-        from pathlib import Path
 
         import ray
         import ray_zerocopy as rzc
         import rays
         import torch
+        from footprint import threads_named
 
         def threads():
-            names = Path("/proc/self/task").glob("*/comm")
-            return sum(name.read_text() == "rzc.prefault\n" for name in names)
+            return threads_named("rzc.prefault")
 
         rays.connect(num_cpus=1, object_store_memory=200 * 2**20)
         small = rzc.put(torch.zeros(2**19 - 1000))
@@ -137,17 +136,10 @@ def test_who_drops_a_model_waits_for_no_thread():
         import ray_zerocopy as rzc
         import rays
         import torch
+        from footprint import threads_named
 
         def is_at_work():
-            return any(
-                name_of(task) == "rzc.prefault\n" for task in Path("/proc/self/task").iterdir()
-            )
-
-        def name_of(task):
-            try:
-                return (task / "comm").read_text()
-            except (FileNotFoundError, ProcessLookupError):  # it has ended
-                return None
+            return threads_named("rzc.prefault") > 0
 
         @contextlib.contextmanager
         def in_a_pipe(address):
