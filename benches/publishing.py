@@ -6,6 +6,7 @@ The usual way: `ray.put(model.state_dict())`, and in each worker `ray.get` and `
 All run in the same workers, in turn in each round. Prints medians, and medians of the ratios.
 """
 
+import math
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ class Worker:
 
     def __init__(self, shape):
         torch.set_num_threads(1)
-        self.mine = linears(*shape)
+        self.shape, self.mine = shape, None
         self.seen_s = {}
         self.changed = threading.Condition()
         swap = follower.Live._swap
@@ -52,6 +53,8 @@ class Worker:
         return self.seen_s[name, number]
 
     def pull(self, refs):
+        if self.mine is None:
+            self.mine = linears(*self.shape)
         self.mine.load_state_dict(ray.get(refs[0]))
         return time.monotonic()
 
@@ -60,6 +63,7 @@ def times(size, followers, rounds):
     """Seconds in each round: put, publish, until the last worker has it, the usual way."""
     shape, name = SIZES[size], f"weights/{size.replace(' ', '')}"
     model = linears(*shape)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
     rzc.publish(name, model, keep=1)
     workers = [Worker.remote(shape) for _ in range(followers)]
     ray.get([worker.follow.remote(name) for worker in workers])
@@ -84,10 +88,12 @@ def times(size, followers, rounds):
         cpu_s.append(busy_s() - before_s)
         time.sleep(1)
 
-        start_s = time.monotonic()
-        ref = ray.put(model.state_dict())
-        users_s = max(ray.get([worker.pull.remote([ref]) for worker in workers])) - start_s
-        del ref
+        users_s = math.nan  # the private copies would not fit
+        if followers * nbytes <= 2**32:
+            start_s = time.monotonic()
+            ref = ray.put(model.state_dict())
+            users_s = max(ray.get([worker.pull.remote([ref]) for worker in workers])) - start_s
+            del ref
         found.append((put_s, publish_s, last_s, users_s))
     for worker in workers:
         ray.kill(worker)
