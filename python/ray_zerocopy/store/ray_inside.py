@@ -254,13 +254,20 @@ def holds_references(skeleton: bytes) -> bool:
 
 def located(ref: ray.ObjectRef, timeout: float = -1.0) -> tuple[list[str], int]:
     """Return the ids of the nodes that have an object, and its bytes (0 if unknown)."""
-    found = get_object_locations([ref], int(timeout * 1000) if timeout >= 0 else -1)[ref]
-    return list(found["node_ids"]), found["object_size"] or 0
+    found = _locations(ref, int(timeout * 1000) if timeout >= 0 else -1)
+    return list(found.get("node_ids", ())), found.get("object_size") or 0
 
 
 def is_spilled(ref: ray.ObjectRef) -> bool:
-    """Whether Ray has written an object to disk."""
-    return bool(get_object_locations([ref])[ref].get("did_spill"))
+    """Whether Ray has written an object to disk, or lost it with its owner."""
+    found = _locations(ref)
+    return not found or bool(found.get("did_spill"))
+
+
+def _locations(ref: ray.ObjectRef, milliseconds: int = -1) -> dict[str, Any]:
+    """Return what Ray knows of an object; nothing if its owner has just died."""
+    found: dict[str, Any] = get_object_locations([ref], milliseconds).get(ref, {})
+    return found
 
 
 # --- the cluster ----------------------------------------------------------------------------------
