@@ -171,7 +171,7 @@ class Catalog:
         making = asyncio.ensure_future(self._made(wanted, copied, record))
         now_s = time.monotonic()
         bases = wanted.draft.bases if wanted.draft else ()
-        uses = self._manifest.uses(ref.binary() for ref, *_ in bases)
+        uses = self._manifest.uses([ref.binary() for ref, *_ in bases])
         staged = self._staged[wanted.token] = _Staged(wanted, making, now_s, now_s, uses)
         lease = asyncio.ensure_future(self._abandon_when_deserted(wanted.name, wanted.token))
         self._leases.add(lease)  # asyncio itself keeps only a weak reference

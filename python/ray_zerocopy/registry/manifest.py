@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from ray_zerocopy.errors import CatalogError
 from ray_zerocopy.registry.records import Key, Record, Use, decode, encode
@@ -62,8 +62,10 @@ class Manifest:
         """Return the versions of a name that variants hold."""
         return {number for other, number in self._variants if other == name}
 
-    def uses(self, blocks: Iterable[bytes]) -> tuple[Use, ...]:
+    def uses(self, blocks: Collection[bytes]) -> tuple[Use, ...]:
         """Return the versions with these blocks, by the ids of the blocks."""
+        if not blocks:  # as for nearly all versions
+            return ()
         known: dict[bytes, Use] = {}
         for name, record in self.records.items():
             for number, kept in record.live.items():

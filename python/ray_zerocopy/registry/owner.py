@@ -42,10 +42,11 @@ from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.records import Plan
 from ray_zerocopy.store import inspection, ray_inside, references, snapshot
 from ray_zerocopy.store.envelope import (
-    Base,
+    InBase,
     Parts,
     Shared,
     anchor,
+    as_written,
     fetch,
     reading,
     references_in,
@@ -97,7 +98,7 @@ class Draft:
     nbytes: int
     """Size of its block."""
     numbers: Sequence[int] = ()
-    bases: Sequence[Base] = ()
+    bases: Sequence[InBase] = ()
 
     def parts(self) -> Parts:
         """Return its parts without the block, for Ray to store."""
@@ -421,7 +422,7 @@ def _restored(
     for path in files:
         try:
             if digest is None or snapshot.digest(path) == digest:
-                return references.written(snapshot.restore(path, base=bases))
+                return references.parts_of(snapshot.restore(path, base=bases), reader=as_written)
             others.append(path)
         except (OSError, BlockError) as error:
             failed.append(str(error))

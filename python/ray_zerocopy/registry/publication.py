@@ -111,7 +111,7 @@ def publish(
         raise TypeError("snapshot is for an object: make and path heal without it")
     if base and isinstance(obj, ray.ObjectRef):
         raise TypeError("base is not for a reference: what it refers to is stored already")
-    bases = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
+    bases = references.listed(base)
     if any(isinstance(each, ray.ObjectRef) for each in bases):
         raise TypeError("base must be published: a reference ends with the process that put it")
     if keep < 1:
@@ -136,9 +136,7 @@ def publish(
         return _publish(replace(wanted, plan=plan), ends_s)
     what = f"the object of {name!r}"
     if not isinstance(obj, ray.ObjectRef):
-        previous = None
-        if base == () and keep > 1:  # the catalog answers while the object is pickled
-            previous = partial(_previous, client.catalog().previous.remote(name, node))
+        previous = partial(_previous, name, node) if base == () and keep > 1 else None
         with contextlib.suppress(_NoRoomError):
             refs = [each.ref for each in found if each.ref is not None]
             shared = Anchored(obj, refs, previous)
@@ -163,7 +161,7 @@ class _NoRoomError(Exception):
     """No process can make room for this object, so it must be copied."""
 
 
-def _previous(answer: ray.ObjectRef, nbytes: int) -> ray.ObjectRef | None:
+def _previous(name: str, node: str, nbytes: int) -> ray.ObjectRef | None:
     """Return the current version's block for the next version to share, or None.
 
     Only if both are made on one node: then a lost node loses no more than without sharing.
@@ -171,8 +169,8 @@ def _previous(answer: ray.ObjectRef, nbytes: int) -> ray.ObjectRef | None:
     if nbytes < _SHARED_NBYTES:
         return None
     try:
-        version = ray.get(answer, timeout=_WAIT_S)
-    except (RayZeroCopyError, ray.exceptions.RayError):
+        version = client.ask("previous", name, node, seconds=_WAIT_S)
+    except RayZeroCopyError:
         return None
     return None if version is None else version.ref
 

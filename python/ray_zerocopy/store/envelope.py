@@ -46,10 +46,10 @@ Isolation = Literal["private", "shared", "copy"]
 
 # A base of a variant: its reference, the header of its block, the table of the variant's tensors in
 # that block (over the block's spans), and their numbers.
-Base = tuple[ray.ObjectRef, bytes, bytes, list[int]]
+InBase = tuple[ray.ObjectRef, bytes, bytes, list[int]]
 
 # What is not in bases, the numbers of its tensors, and the bases.
-Rest = tuple[_core.Gather, Sequence[int], Sequence[Base]]
+Rest = tuple[_core.Gather, Sequence[int], Sequence[InBase]]
 
 Previous = Callable[[int], ray.ObjectRef | None]
 
@@ -166,7 +166,7 @@ class Parts:
         segments: list[Any],
         anchored: bool = False,
         numbers: Sequence[int] = (),
-        bases: Sequence[Base] = (),
+        bases: Sequence[InBase] = (),
     ) -> None:
         self.skeleton = skeleton
         self.buffers = buffers

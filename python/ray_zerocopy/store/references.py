@@ -89,9 +89,13 @@ def bases_of(base: Base | Sequence[Base] | None) -> list[ray.ObjectRef]:
 
     Raises `TypeError` for anything else than a base, and what `published` raises.
     """
-    bases = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
-    refs = [each if isinstance(each, ray.ObjectRef) else published(each) for each in bases]
-    return [ref for ref in refs if ref is not None]
+    found = (each if isinstance(each, ray.ObjectRef) else published(each) for each in listed(base))
+    return [ref for ref in found if ref is not None]
+
+
+def listed(base: Any) -> list[Any]:
+    """Return one base, several, or None as a list."""
+    return [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
 
 
 def published(base: Any) -> ray.ObjectRef | None:
@@ -188,13 +192,7 @@ def write(shared: Anchored, ref: ray.ObjectRef, nbytes: int) -> Parts | None:
     shared.block.write(placed.start, placed.memory)
     if ray_inside.is_spilled(ref):  # the disk lacks our write
         return None
-    return written(ref)
-
-
-def written(ref: ray.ObjectRef) -> Parts:
-    """Return the parts of an object that this process has written: of a variant, its own block."""
-    with reading(as_written):
-        return _of_ours(ref, _ray_get(ref, None), Parts)
+    return parts_of(ref, reader=as_written)
 
 
 def get(
@@ -231,13 +229,16 @@ def get(
         return _ray_get(ref, timeout)
 
 
-def parts_of(ref: ray.ObjectRef, timeout: float | None = None) -> Parts:
+def parts_of(
+    ref: ray.ObjectRef, timeout: float | None = None, *, reader: Callable[[Parts], Parts] = in_place
+) -> Parts:
     """Return the parts of a stored object, with its block in place in the store.
 
+    A variant is copied into one block; with `as_written` as the reader, its own block is returned.
     Raises `NotABlockError` if the reference does not come from `put`.
     """
     refuse_client()
-    with reading(in_place):
+    with reading(reader):
         return _of_ours(ref, _ray_get(ref, timeout), Parts)
 
 

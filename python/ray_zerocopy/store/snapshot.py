@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -88,41 +89,40 @@ def restore(path: Path, *, base: Base | Sequence[Base] | None = None) -> ray.Obj
     path, bases = os.fspath(path), references.bases_of(base)
     with opened(path) as file:
         snapshot = _head(file)
-        if bases:
-            return _restore_variant(snapshot, path, file, bases)
-        skeleton, buffers, table = snapshot.skeleton, snapshot.buffers, snapshot.table
-        with references.telling_if_full(lambda: len(skeleton) + snapshot.nbytes, path):
-            start_there = bytes(_core.HEADER_NBYTES)
-            stored = Parts(skeleton, buffers, table, [start_there], anchored=True)
-            placed = ray_inside.put(stored, lambda: snapshot.nbytes, reading(anchor))
-            if placed is None:
-                memory: Any = np.empty(snapshot.nbytes, np.uint8)
-                _fill(snapshot, path, file, memory, memory)
-                return ray.put(Parts(skeleton, buffers, table, [memory]))
-        _fill(snapshot, path, file, placed.start, placed.memory)
-        references.warn_if_on_disk(placed.start, snapshot.nbytes, path)
-        metrics.record("rzc_published_bytes", snapshot.nbytes)
-        return placed.ref
+        fill = partial(_fill, snapshot, path, file)
+        head, start = (snapshot.skeleton, snapshot.buffers), bytes(_core.HEADER_NBYTES)
+
+        def in_memory() -> Any:
+            memory = np.empty(snapshot.nbytes, np.uint8)
+            fill(memory, memory)
+            return memory
+
+        if not bases:
+            stored = Parts(*head, snapshot.table, [start], anchored=True)
+            return _stored(stored, snapshot.nbytes, path, fill, lambda: [in_memory()])
+        block = _core.Block(snapshot.table, [in_memory()], "shared")
+        whole = _core.Gather.of_blocks([(block, range(block.view_count))])
+        own, numbers, held = without(whole, bases)
+        stored = Parts(*head, own.table, [start], True, numbers, held)
+        return _stored(stored, own.nbytes, path, own.write, own.segments)
 
 
-def _restore_variant(
-    snapshot: _core.Snapshot, path: str, file: BinaryIO, refs: list[ray.ObjectRef]
+def _stored(
+    parts: Parts,
+    nbytes: int,
+    path: str,
+    fill: Callable[[Any, Any], None],
+    segments: Callable[[], list[Any]],
 ) -> ray.ObjectRef:
-    memory: Any = np.empty(snapshot.nbytes, np.uint8)
-    _fill(snapshot, path, file, memory, memory)
-    block = _core.Block(snapshot.table, [memory], "shared")
-    whole = _core.Gather.of_blocks([(block, range(block.view_count))])
-    own, numbers, bases = without(whole, refs)
-    start = bytes(_core.HEADER_NBYTES)
-    head = snapshot.skeleton, snapshot.buffers, own.table
-    with references.telling_if_full(lambda: len(snapshot.skeleton) + own.nbytes, path):
-        stored = Parts(*head, [start], True, numbers, bases)
-        placed = ray_inside.put(stored, lambda: own.nbytes, reading(anchor))
+    """Store an object: `fill` writes its block, or Ray the `segments`, if it makes no room."""
+    with references.telling_if_full(lambda: len(parts.skeleton) + nbytes, path):
+        placed = ray_inside.put(parts, lambda: nbytes, reading(anchor))
         if placed is None:
-            return ray.put(Parts(*head, own.segments(), False, numbers, bases))
-    own.write(placed.start, placed.memory)
-    references.warn_if_on_disk(placed.start, own.nbytes, path)
-    metrics.record("rzc_published_bytes", own.nbytes)
+            head = parts.skeleton, parts.buffers, parts.table
+            return ray.put(Parts(*head, segments(), False, parts.numbers, parts.bases))
+    fill(placed.start, placed.memory)
+    references.warn_if_on_disk(placed.start, nbytes, path)
+    metrics.record("rzc_published_bytes", nbytes)
     return placed.ref
 
 
