@@ -1,5 +1,7 @@
 """Rays for tests: workers are forked from the template, and unused parts do not run."""
 
+import socket
+
 import ray
 import template
 from ray.cluster_utils import Cluster
@@ -27,3 +29,10 @@ def connect(**how):
     cluster = started(**how)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     return cluster
+
+
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

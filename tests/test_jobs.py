@@ -5,10 +5,10 @@ The jobs are submitted to a cluster of their own, as users do: `ray job submit`.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -69,29 +69,21 @@ MODULES["recipe"] = "import torch\ndef make(): return {'weight': torch.ones(4)}\
 def written(folder, *modules):
     folder.mkdir()
     for name in modules:
-        lines = MODULES[name].splitlines()
-        indent = 4 if lines[0] == "" else 0
-        (folder / f"{name}.py").write_text("\n".join(line[indent:] for line in lines))
+        (folder / f"{name}.py").write_text(textwrap.dedent(MODULES[name]))
     return folder
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def submit():
     """Submit a job that runs a script of its working directory. Returns what it told."""
-    port = free_port()
+    port = rays.free_port()
     node = rays.node(
         num_cpus=2,
         object_store_memory=200 << 20,
         include_dashboard=True,
         include_log_monitor=True,
         dashboard_port=port,
-        dashboard_agent_listen_port=free_port(),
+        dashboard_agent_listen_port=rays.free_port(),
     )
     cluster = Cluster(initialize_head=True, head_node_args=node)
 

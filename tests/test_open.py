@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from exact import assert_exact, assert_same_output
 from footprint import anonymous_memory, trim
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS
 from ray_zerocopy import _core
+from rays import free_port
 from torch.utils.data import DataLoader
 
 NBYTES = 16 << 20
@@ -407,9 +407,7 @@ def test_uvicorn_with_four_workers(writer, tmp_path):
     path = tmp_path / "model.rzc"
     rzc.save(model, path)
     (tmp_path / "app.py").write_text(APP)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "app:app", "--workers", "4", "--lifespan", "off"]
     command += ["--port", str(port), "--log-level", "warning", "--timeout-worker-healthcheck", "99"]
     environment = os.environ | {"MODEL": str(path), "OMP_NUM_THREADS": "1"}

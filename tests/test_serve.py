@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -18,6 +17,7 @@ import torch
 from models import large, simple
 from ray import serve
 from ray_zerocopy.serve import Loading, Replica, app, load, multiplexed
+from rays import free_port
 from test_memory_footprint import WORKERS, Growing, assert_each_costs_nothing
 from torch import nn
 
@@ -27,9 +27,7 @@ X = np.random.default_rng(0).random((3, 16), np.float32)
 
 @pytest.fixture(scope="module")
 def url(cluster):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     try:
         yield f"http://127.0.0.1:{port}"

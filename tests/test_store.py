@@ -236,16 +236,13 @@ def test_an_unknown_isolation_is_refused(cluster):
 
 def test_ray_client_is_told_what_to_do_instead(cluster):
     def client():
-        import socket
-
         import pytest
         import ray
         import ray_zerocopy as rzc
         from ray.util.client.server import server
+        from rays import free_port
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ray.init()
         serving = server.serve("127.0.0.1", port)
         ray.util.connect(f"127.0.0.1:{port}")

@@ -7,7 +7,6 @@
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import ray_zerocopy as rzc
 import torch
 from losses import runs_on
 from ray_zerocopy.registry import catalog
+from rays import free_port
 
 SOON_S = 180
 # Ray refuses a second head on a machine that runs a raylet of the cluster (the other node's).
@@ -28,12 +28,6 @@ from ray.scripts.scripts import main
 services.find_gcs_addresses = type("Nobody", (), {
     "__call__": lambda self: set(), "cache_clear": lambda self: None})()
 main()"""
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(*options):

@@ -5,7 +5,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import ray
 import ray_zerocopy as rzc
 import yaml
+from rays import free_port
 from test_serve import post, until
 
 
@@ -28,11 +28,6 @@ def main(folder):
             "application = rzc.serve.app(model, postprocess=lambda y: y[:, :1], **options)",
         ]
         (folder / f"{name}.py").write_text("\n".join(lines))
-
-    def free_port():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return free.getsockname()[1]
 
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "120"}
     address = ray.init(
