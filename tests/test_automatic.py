@@ -13,7 +13,8 @@ import torch
 from exact import assert_exact
 from models import DIFFICULT, simple, transformer
 from ray._private import serialization
-from ray_zerocopy import metrics
+from ray_zerocopy import _core, metrics
+from ray_zerocopy.objects import skeleton
 from torch import nn
 
 
@@ -93,6 +94,44 @@ def test_what_is_small_or_holds_none_is_pickled_to_the_same_bytes(value, cluster
         assert pickled(value) == before
     finally:
         rzc.disable()
+
+
+def test_a_model_is_stored_as_by_put(enabled, tmp_path):
+    """For what takes the block as it is: snapshots, publications, Serve."""
+    rzc.save(ray.put(wide()), tmp_path / "model.rzc")
+    assert_exact(wide(), rzc.open(tmp_path / "model.rzc"))
+    rzc.publish("automatic", ray.put(wide()))
+    assert_exact(wide(), rzc.load("automatic"))
+    rzc.retire("automatic")
+    with pytest.raises(rzc.NotABlockError):
+        rzc.save(ray.put({"a": wide(), "b": wide()}), tmp_path / "models.rzc")
+
+
+@pytest.mark.parametrize("model", [simple().model, wide()], ids=["small", "large"])
+def test_functions_and_classes_are_pickled_by_ray(model, enabled):
+    """Up to Ray 2.49, it pickles them with the same serializer, and without buffers."""
+    table = np.arange(100_000)
+    pickled = serialization.pickle.dumps(lambda: (table, model))
+    loaded, module = ray.cloudpickle.loads(pickled)()
+    assert np.array_equal(loaded, table)
+    assert_exact(model, module)
+
+
+def test_a_tensor_on_another_device_stays_there(enabled, monkeypatch):
+    """Simulated: this machine has no other device that has values."""
+    sources = _core.Sources
+
+    def one_elsewhere(to_host):
+        to_host(torch.ones(1).untyped_storage())
+        return sources(to_host)
+
+    monkeypatch.setattr(skeleton._core, "Sources", one_elsewhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rzc.HostCopyWarning)
+        ref = ray.put({"here": wide(), "there": wide()})
+    monkeypatch.undo()
+    assert not is_block(ref)
+    assert_exact(wide(), ray.get(ref)["there"])
 
 
 def test_references_in_a_value_are_counted(enabled):

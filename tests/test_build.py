@@ -307,6 +307,30 @@ def test_other_threads_are_left_alone(arena):
     assert arena.nbytes == 0
 
 
+def test_threads_start_though_others_wrap_their_start_meanwhile(arena):
+    def wrapper(thread):
+        return wrapped(thread)
+
+    def start():
+        thread = threading.Thread(target=lambda: casts.append(cast()))
+        thread.start()
+        thread.join()
+
+    casts = []
+    with following(arena):
+        wrapped = threading.Thread.start
+        threading.Thread.start = wrapper
+    start()
+    with following(arena):
+        start()
+    start()
+    assert [cast in arena for cast in casts] == [False, True, False]
+    threading.Thread.start = wrapped
+    with following(arena):
+        start()
+    assert casts[-1] in arena
+
+
 def test_a_thread_that_outlives_the_loader_is_let_go(arena):
     with following(arena):
         pool = ThreadPoolExecutor(1)

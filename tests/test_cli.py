@@ -1,6 +1,7 @@
 """A command prints its result in one line or as JSON, and an error in one line with a code."""
 
 import json
+from dataclasses import replace
 
 import fresh
 import pytest
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from models import simple
 from ray_zerocopy.operate import cli, doctor
+from ray_zerocopy.registry.publication import find
 
 
 def made():
@@ -71,6 +73,23 @@ def test_a_model_goes_from_make_to_retired(run, name):
     assert row["nodes"] == nodes
     assert parsed(run("retire", name, "--json")) == {"name": name, "number": None}
     assert name not in rzc.published()
+
+
+def test_a_version_that_is_being_rebuilt_is_waited_for(run, name, tmp_path, monkeypatch):
+    rzc.publish(name, made())
+    path = tmp_path / "model.rzc"
+    answers = iter([True, True, False])
+    rebuilding = replace(rzc.versions(name)[-1], ref=None)
+    monkeypatch.setattr(cli, "find", lambda *how: rebuilding if next(answers) else find(*how))
+    parsed(run("save", name, str(path), "--json"))
+    assert torch.equal(rzc.open(path).weight, made().weight)
+
+    monkeypatch.setattr(cli, "find", lambda *_: rebuilding)
+    monkeypatch.setattr(cli, "_REBUILT_S", 0.0)
+    code, _, told = run("save", name, str(path))
+    assert code != 0
+    assert "of 'cli/model' has been rebuilding for 0 s: try again" in told
+    assert rzc.inspect(path).nbytes > 0
 
 
 def test_a_snapshot_is_looked_at_without_a_cluster(tmp_path):

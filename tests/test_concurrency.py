@@ -53,7 +53,7 @@ def test_threads_put_get_drop_and_follow_at_once(cluster):
     assert live.version.number > 1
     rzc.retire("threads")
     names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("rzc")]
+    assert not [name for name in names if name.startswith("rzc") and name != "rzc.cycles"]
 
 
 class Rows(Dataset):

@@ -113,6 +113,15 @@ def test_a_reference_is_the_drivers_and_what_is_deployed_the_clusters(keeps):
     serve.delete("heavy")
 
 
+def test_a_model_that_is_retired_by_hand_does_not_keep_the_others(keeps):
+    keep(rzc.put(heavy(1.0)))
+    keep(rzc.put(heavy(2.0)))
+    until(lambda: len(kept()) == 2, 120)
+    rzc.retire(sorted(kept())[0])
+    hurry()
+    keeps(0)
+
+
 def test_an_application_is_deployed_whenever_it_is_wanted(keeps):
     """Also if the cluster has freed its model, but this process has not."""
     application = app(heavy(), **HEAVY)

@@ -1,13 +1,16 @@
 """A name's record: the allowed changes, and its encoding."""
 
+import asyncio
 import dataclasses
 import pickle
 import pickletools
 import random
+from types import SimpleNamespace
 
 import pytest
 import ray_zerocopy as rzc
-from ray_zerocopy.registry import records
+from ray_zerocopy.registry import healing, records
+from ray_zerocopy.registry.owner import Made
 from ray_zerocopy.registry.records import Kept, Plan, Record, Version, decode, encode
 
 PLACE = (b"object", b"owner", b"status")
@@ -134,3 +137,13 @@ def test_what_a_newer_version_has_pickled_is_refused(of):
     load, (fields,) = of.__reduce__()
     with pytest.raises(rzc.VersionError, match=r"newer ray_zerocopy, with \['colour'\]"):
         load(fields | {"colour": 3})
+
+
+def test_a_version_that_has_a_block_again_is_not_rebuilt_once_more(monkeypatch):
+    """A load may have had it rebuilt, while it waited for its turn."""
+    manifest = SimpleNamespace(record=lambda name: published("a"))
+    asked, watch = [], healing.Healing(manifest, None, tuple)
+    monkeypatch.setattr(watch, "again", lambda key, reason: asked.append(key))
+    watch.have("t1", Made(9, "a", "its block"))
+    asyncio.run(watch._in_turn(("name", 1)))
+    assert asked == []

@@ -21,7 +21,8 @@ from exact import assert_exact
 from fresh import execute, run
 from models import DIFFICULT, large, simple
 from ray._private.internal_api import memory_summary
-from ray_zerocopy.registry import catalog, client, follower, publication
+from ray_zerocopy.registry import catalog, client, follower, owner, publication
+from ray_zerocopy.registry.records import Plan
 from ray_zerocopy.store import envelope, ray_inside, references
 from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
@@ -312,6 +313,27 @@ def test_a_load_that_met_a_loss_holds_no_reference(name, monkeypatch):
         gc.enable()
 
 
+def test_a_block_that_arrives_slowly_is_waited_for(name, monkeypatch):
+    """Ray begins to copy it anew for each `ray.get`."""
+
+    def get(ref, *, timeout):
+        given.append(timeout)
+        if timeout < 0.3:
+            raise ray.exceptions.GetTimeoutError
+        return real(ref, timeout=timeout)
+
+    real, given = references.get, []
+    rzc.publish(name, filled(1))
+    monkeypatch.setattr(publication, "_SLICE_S", 0.05)
+    monkeypatch.setattr(references, "get", get)
+    assert value_of(rzc.load(name)) == 1
+    assert given == pytest.approx([0.05, 0.1, 0.2, 0.4])
+    given.clear()
+    monkeypatch.setattr(publication, "_COPIED_A_SECOND", 10_000)  # a slice lasts as its bytes need
+    assert value_of(rzc.load(name)) == 1
+    assert given[0] > 1
+
+
 def test_a_slow_write_holds_up_nobody_else(name):
     """While the GCS is slow, the catalog answers other requests."""
 
@@ -576,6 +598,36 @@ def test_an_owner_that_is_killed_before_the_object_is_written_has_it_written_aga
     model = large().model
     assert rzc.publish(name, model).number == 1
     assert_exact(model, rzc.load(name))
+
+
+def test_a_room_that_is_dropped_while_it_is_written_is_made_and_written_again(name, monkeypatch):
+    """Else the version would be live, and nobody would hold its block."""
+
+    def dropped_after(shared, ref, nbytes):
+        monkeypatch.setattr(references, "write", write)
+        parts = write(shared, ref, nbytes)
+        (token,) = (token for token, room in held().items() if room == ref)
+        assert client.ask("abandon", name, token)
+        return parts
+
+    def held():
+        return ray.get(client.owner().held.remote())[1]
+
+    write = references.write
+    monkeypatch.setattr(references, "write", dropped_after)
+    model = large().model
+    version = rzc.publish(name, model)
+    assert version.number == 1
+    assert version.ref in held().values()
+    assert_exact(model, rzc.load(name))
+
+
+def test_a_version_that_was_forgotten_is_not_made_again(name):
+    """Ray would, for a reference that is still held: `make` may give another model by now."""
+    rzc.publish(name, filled(1))
+    plan = Plan("make", ray.get_runtime_context().get_node_id(), b"not called")
+    with pytest.raises(rzc.LostVersionError, match="retired long ago is lost"):
+        owner._build._function("a token", name, plan, None, [], client.owner())
 
 
 def test_memory_comes_back(name):
@@ -852,8 +904,8 @@ import gc, threading, time
 import torch
 for delay in (0.0, 0.1, 0.4, 0.9):
     live = rzc.follow(sys.argv[1])
-    rzc.publish(sys.argv[1], torch.nn.Linear(300, 300))
     number = live.version.number
+    rzc.publish(sys.argv[1], torch.nn.Linear(300, 300))
     while live.version.number == number:
         time.sleep(0.01)
     time.sleep(delay)

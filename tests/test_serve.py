@@ -343,7 +343,7 @@ def test_loading_one_model_does_not_block_another(url, monkeypatch):
     gate = ray.remote(Gate).options(num_cpus=0).remote()
     quick, late = nn.Linear(16, 4), publish_late.remote(gate)
     models = {"quick": rzc.put(quick), "other": nn.Linear(16, 4), "late": late}
-    serve.run(multiplexed(models, **SMALL), name="many", route_prefix="/many")
+    handle = serve.run(multiplexed(models, **SMALL), name="many", route_prefix="/many")
 
     def ask(name):
         return post(f"{url}/many", {"x": X.tolist()}, serve_multiplexed_model_id=name)["output"]
@@ -365,6 +365,10 @@ def test_loading_one_model_does_not_block_another(url, monkeypatch):
         404,
         "no model 'none'; serve_multiplexed_model_id is one of ['quick', 'other', 'late']",
     )
+    with pytest.raises(rzc.InputError, match="no model 'none'; serve_multiplexed_model_id is one"):
+        handle.options(multiplexed_model_id="none").predict.remote({"x": X}).result()
+    with pytest.raises(rzc.InputError, match="no model ''"):
+        handle.predict.remote({"x": X}).result()
     code, told = refusal(f"{url}/many", {"x": [[1.0] * 3]}, **header)
     assert (code, told.startswith("model refused 'x' (float32[1, 3]): ")) == (400, True)
     serve.delete("many")

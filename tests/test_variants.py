@@ -372,6 +372,27 @@ def test_a_base_is_lost_during_a_load_and_after_it(cluster, monkeypatch):
     del filling
 
 
+def test_a_base_whose_making_fails_is_gone(cluster):
+    @ray.remote(max_retries=0)
+    def fail():
+        raise OSError("the hub is down")
+
+    with pytest.raises(rzc.BaseLostError, match="RayTaskError"):
+        rzc.put(with_head(), base=fail.remote())
+
+
+def test_the_timeout_of_a_load_is_also_for_its_bases(base, monkeypatch):
+    def late(refs, timeout=None):
+        given.append(timeout)
+        raise ray.exceptions.GetTimeoutError
+
+    given, ref = [], rzc.put(with_head(), base=base)
+    monkeypatch.setattr(envelope, "fetch", late)
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        rzc.get(ref, timeout=5)
+    assert 0 < given[0] <= 5
+
+
 def test_a_base_that_cannot_be_rebuilt_is_told_by_name(published, cluster):
     variant = rzc.publish(f"{published.name}/head", with_head(), base=published)
     assert rzc.inspect(variant.ref).base_nbytes > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import threading
 import time
 from collections import Counter
@@ -124,6 +125,16 @@ def flush() -> None:
             with contextlib.suppress(RuntimeError):  # thread limit: the next flush tries again
                 repeating.start()
                 _repeating = True
+
+
+def _in_child() -> None:
+    """Begin anew in a forked child, which lacks the parent's threads."""
+    global _lock, _flushing, _repeating
+    _lock, _flushing, _repeating = threading.Lock(), False, False
+    _recorded.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _repeat() -> None:

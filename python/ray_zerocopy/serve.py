@@ -217,15 +217,22 @@ class _Named:
         return Loading(Predictor, self._models[name], **self._how)
 
     async def __call__(self, request: Request) -> Any:
-        name = serve.get_multiplexed_model_id()
-        if name not in self._models:
-            told = f"no model {name!r}; serve_multiplexed_model_id is one of {list(self._models)}"
-            return JSONResponse({"error": told}, status_code=404)
+        if (unknown := self._unknown()) is not None:
+            return JSONResponse({"error": unknown}, status_code=404)
         return await _answer(request, self.predict)
 
     async def predict(self, batch: Any) -> Columns:
+        if (unknown := self._unknown()) is not None:  # Serve would drop a model to load this one
+            raise InputError(unknown)
         predictor = await (await self.predictor(serve.get_multiplexed_model_id()))
         return await self._forwards.run(predictor.predict, batch)
+
+    def _unknown(self) -> str | None:
+        """Return an error if the request names none of the models."""
+        name = serve.get_multiplexed_model_id()
+        if name in self._models:
+            return None
+        return f"no model {name!r}; serve_multiplexed_model_id is one of {list(self._models)}"
 
 
 def borrowed(wrapper: ModelWrapper) -> ModelWrapper:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,14 @@ def kill(name):
     """Kill the catalog or the owner. Ray restarts it."""
     pid = ray.get(actor(name).__ray_call__.remote(lambda _: os.getpid()), timeout=SOON_S)
     os.kill(pid, signal.SIGKILL)
+
+
+def is_lost(name):
+    """Whether the cluster has noticed that a current version has no block."""
+    try:
+        return publication.find(name, wait_s=0.1).ref is None
+    except rzc.LostVersionError:
+        return True
 
 
 def generations(name):
@@ -316,6 +325,34 @@ def of_other_bytes(name):
         envelope.open_block = real
 
 
+def altered_bytes_are_no_copy():
+    """A process has written to the pages of the store: its copy is not the version any more."""
+    rzc.publish("altered", filled(1, size=512))
+    writer = rzc.load("altered", isolation="shared")
+    writer.weight += 1
+    kill("owner")
+    until(lambda: is_lost("altered"))
+    with pytest.raises(rzc.LostVersionError, match="no node has a copy"):
+        rzc.load("altered", timeout=SOON_S)
+    del writer
+    rzc.retire("altered")
+
+
+def a_load_that_waits_takes_what_is_current_then():
+    rzc.publish("waits", make=hanging)
+    HANGS.touch()
+    kill("owner")
+    until(lambda: is_lost("waits"))
+    with ThreadPoolExecutor() as pool:
+        loading = pool.submit(rzc.load, "waits", timeout=SOON_S)
+        time.sleep(4)  # it waits for the make
+        assert not loading.done()
+        rzc.publish("waits", filled(2), keep=1)
+        assert value_of(loading.result()) == 2
+    HANGS.unlink()
+    rzc.retire("waits")
+
+
 def a_limit_of_one_process():
     """The error names the limit, and nothing is made again for the others."""
 
@@ -437,6 +474,8 @@ ROWS = {
         a_name_is_retired_once,
         one_snapshot_path,
         a_make_that_hangs,
+        altered_bytes_are_no_copy,
+        a_load_that_waits_takes_what_is_current_then,
         a_limit_of_one_process,
         damage_that_others_see,
         no_copy_anywhere,

@@ -137,7 +137,7 @@ class PublishAnObject(Change):
         if not isinstance(room, Made):
             return room
         digest = rzc.store.references.write(shared, room.ref, room.nbytes).digest()
-        how = {"digest": digest, "written": (room.ref,), "incarnation": room.incarnation}
+        how = {"digest": digest, "written": (room.ref,)}
         answer = told("publish", replace(wanted, **how), [], SOON_S)
         return RuntimeError("to be written again") if isinstance(answer, Made) else answer
 

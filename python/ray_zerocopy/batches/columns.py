@@ -61,7 +61,7 @@ def from_json(body: Any) -> Columns:
 def _read(rows: list[Any]) -> np.ndarray:
     if (dense := _dense(rows)) is not None:
         return dense
-    return np.array(rows) if all(isinstance(row, str) for row in rows) else _objects(rows)
+    return np.array(rows) if all(map(_is_same_in_numpy, rows)) else _objects(rows)
 
 
 def floats_of(model: Any) -> torch.dtype | None:
@@ -246,8 +246,13 @@ def _rows(values: Sequence[Any]) -> np.ndarray:
     if len(shapes) > 1 or any(isinstance(row, np.ndarray) and row.dtype == object for row in rows):
         return _objects(rows)
     column = np.array(rows)
-    mixed = column.dtype.kind == "U" and not all(isinstance(row, str | np.ndarray) for row in rows)
-    return _objects(rows) if mixed else column
+    changed = column.dtype.kind in "SU" and not all(map(_is_same_in_numpy, rows))
+    return _objects(rows) if changed else column
+
+
+def _is_same_in_numpy(row: Any) -> bool:
+    """Whether numpy, which drops zeros at the end of text and bytes, gives back the same text."""
+    return isinstance(row, np.ndarray) or (isinstance(row, str) and not row.endswith("\0"))
 
 
 def _from_tensor(tensor: torch.Tensor) -> np.ndarray:

@@ -52,14 +52,24 @@ class Split:
     buffers: list[int]
 
 
-def split(obj: object) -> Split:
+ToHost = Callable[[torch.UntypedStorage], torch.UntypedStorage]
+
+
+def to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Copy a storage of another device to the host, with a `HostCopyWarning`."""
+    message = f"tensors on {storage.device} are copied to the host and load on the CPU"
+    warnings.warn(f"{message}; see rzc.get(device=...)", HostCopyWarning, stacklevel=2)
+    return storage.cpu()
+
+
+def split(obj: object, to_host: ToHost = to_host) -> Split:
     """Separate the tensors of `obj` from its skeleton, without changing `obj` or copying tensors.
 
     Only tensors on another device are copied, to the host, with a `HostCopyWarning`. As in any
     pickle, gradients and hooks of tensors are dropped.
     """
     file = io.BytesIO()
-    splitter = _Splitter(file)
+    splitter = _Splitter(file, to_host)
     splitter.dump(obj)
     return Split(file.getvalue(), splitter.sources, splitter.buffers)
 
@@ -112,8 +122,8 @@ class _Splitter(cloudpickle.CloudPickler):  # type: ignore[misc]
     graph behave as in `ray.put`.
     """
 
-    def __init__(self, file: io.BytesIO) -> None:
-        self.sources = _core.Sources(_to_host)
+    def __init__(self, file: io.BytesIO, to_host: ToHost) -> None:
+        self.sources = _core.Sources(to_host)
         self.persistent_id = self.sources.take
         self.buffers: list[int] = []
         # not a bound method: that is a cycle, which would keep the model until a collection
@@ -137,12 +147,6 @@ def _take_buffer(sources: _core.Sources, taken: list[int], buffer: pickle.Pickle
         return True
     taken.append(sources.take_buffer(buffer))
     return False
-
-
-def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    message = f"tensors on {storage.device} are copied to the host and load on the CPU"
-    warnings.warn(f"{message}; see rzc.get(device=...)", HostCopyWarning, stacklevel=2)
-    return storage.cpu()
 
 
 Reduce = Callable[[Any], Any]

@@ -26,7 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import ray_zerocopy as rzc
-from ray_zerocopy.errors import RayZeroCopyError
+from ray_zerocopy.errors import LostVersionError, RayZeroCopyError
 from ray_zerocopy.operate import demo as demonstration
 from ray_zerocopy.operate import doctor as examination
 from ray_zerocopy.registry.publication import find, state
@@ -34,6 +34,7 @@ from ray_zerocopy.store.ray_inside import located
 
 _REFUSED, _NO_CLUSTER = 1, 3
 _CONNECT_S = 5.0
+_REBUILT_S = 60.0
 _WIDTH = 100
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _TOLD = (RayZeroCopyError, ray.exceptions.RayError, OSError, ValueError)  # these say what to do
@@ -396,8 +397,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _version(name: str, number: int | None) -> Any:
-    """Return a live version with its reference."""
-    return find(name, number)
+    """Return a live version with its reference; waits while its block is being rebuilt."""
+    ends_s = time.monotonic() + _REBUILT_S
+    while (version := find(name, number)).ref is None:
+        if time.monotonic() > ends_s:
+            raise LostVersionError(
+                f"version {version.number} of {name!r} has been rebuilding for {_REBUILT_S:.0f} s: "
+                f"try again, or publish it again"
+            )
+    return version
 
 
 def _nodes(ref: ray.ObjectRef | None) -> list[str]:

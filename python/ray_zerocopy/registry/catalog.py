@@ -68,8 +68,6 @@ class Wanted:
     """An object that its publisher writes into room made by the owner."""
     written: tuple[ray.ObjectRef, ...] = ()
     """The room, once written."""
-    incarnation: str = ""
-    """The incarnation of the owner that made the room."""
 
 
 @dataclass
@@ -162,6 +160,7 @@ class Catalog:
             return await self._commit(staged, made)
         except (ray.exceptions.RayActorError, _RestageError):
             self._staged.pop(wanted.token, None)
+            self._place(wanted.token)  # its publisher may be gone, too
             await asyncio.sleep(min(wait_s, _AGAIN_S))
             return None
         except ray.exceptions.RayError as error:
@@ -180,9 +179,7 @@ class Catalog:
 
     async def _made(self, wanted: Wanted, copied: list[ray.ObjectRef], record: Record) -> Made:
         name, token, plan, digest = wanted.name, wanted.token, wanted.plan, wanted.digest
-        if wanted.written and wanted.incarnation == self._healing.incarnation:
-            return Made(0, "", wanted.written[0], wanted.incarnation)
-        if wanted.draft is not None:
+        if wanted.draft is not None:  # written or not: the owner may have dropped the room
             room: Made = await self._owner.reserve.remote(token, name, plan, wanted.draft)
             return room
         if digest is None:
@@ -212,14 +209,15 @@ class Catalog:
             if (current := record.current) is not None and current.digest == made.digest:
                 heals = plan.heals and not current.heals
                 return record.healing(current.number, plan) if heals else record
-            if made.ref is None:
+            if made.ref is None or self._staged.get(token) is not staged:  # or abandoned meanwhile
                 raise _RestageError
+            self._healing.have(token, made)
             return record.committed(kept, staged.wanted.keep, self._manifest.held(name))
 
-        self._healing.have(token, made)
         record = await self._manifest.change(name, change)
         self._staged.pop(token, None)
-        asyncio.get_running_loop().call_later(LEASE_S, self._place, token)
+        moved_s = LEASE_S + made.nbytes / _WRITTEN_A_SECOND
+        asyncio.get_running_loop().call_later(moved_s, self._place, token)
         number = record.published_by(token)
         if number is None:
             self._healing.drop([token])
@@ -276,14 +274,16 @@ class Catalog:
         Raises `LostVersionError` if the block cannot be rebuilt.
         """
         await self._ready()
-        number = self._existing(name, number)
-        version = self._version(name, number)
-        if version.state == "live" and version.ref is None:
-            making = self._healing.again((name, number), "lost")
-            await asyncio.wait([making], timeout=wait_s)
-            if making.done() and not making.cancelled():
-                making.result()
-        return self._version(name, number)
+        found = self._existing(name, number)
+        version = self._version(name, found)
+        if version.state != "live" or version.ref is not None:
+            return version
+        making = self._healing.again((name, found), "lost")
+        await asyncio.wait([making], timeout=wait_s)
+        now = self._existing(name, number)  # another version may be current
+        if now == found and making.done() and not making.cancelled():
+            making.result()
+        return self._version(name, now)
 
     async def previous(self, name: str, node: str) -> Version | None:
         """Return the current version if its block was made on this node, and is not lost."""

@@ -14,6 +14,7 @@ A replica that has loaded or borrowed a version keeps its memory itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,7 +22,7 @@ import uuid
 
 import ray
 
-from ray_zerocopy.errors import CatalogError, RayZeroCopyError
+from ray_zerocopy.errors import CatalogError, RayZeroCopyError, UnknownVersionError
 from ray_zerocopy.registry.catalog import ACTOR, NAMESPACE
 from ray_zerocopy.registry.client import catalog
 from ray_zerocopy.registry.publication import find, publish_copy, published, retire
@@ -122,5 +123,6 @@ class Keeper:
             if any(name.encode() in deployment for deployment in deployments):
                 self._until_s[name] = now_s + 1.5 * _LOOK_S
             elif now_s > until_s:
-                retire(name)
+                with contextlib.suppress(UnknownVersionError):  # retired by hand
+                    retire(name)
                 del self._until_s[name]

@@ -154,7 +154,7 @@ class Healing:
 
     async def _in_turn(self, key: Key) -> None:
         async with self._starting:
-            if key[1] not in self._manifest.record(key[0]).live:
+            if not self._live([key]) or self._block_of(key) is not None:
                 return
             making = self.again(key, "owner lost")
             await asyncio.wait([making], timeout=_STARTED_S)

@@ -42,6 +42,7 @@ from ray_zerocopy.registry import manifest
 from ray_zerocopy.registry.records import Plan
 from ray_zerocopy.store import inspection, ray_inside, references, snapshot
 from ray_zerocopy.store.envelope import (
+    LOST,
     InBase,
     Parts,
     Shared,
@@ -55,14 +56,8 @@ from ray_zerocopy.store.envelope import (
 from ray_zerocopy.store.loader import following
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, holds_references, located
 
-# Ray's errors for an object that is lost for good; a model's own errors are not among them.
-LOSSES = (
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.RayTaskError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-    BaseLostError,
-)
+# The errors for a version that is lost for good; a model's own errors are not among them.
+LOSSES = (*LOST, BaseLostError)
 
 _MAKE_NBYTES = 2**20
 _IDLE_S = 60.0
@@ -126,6 +121,10 @@ class Owner:
         done = {token: block.result() for token, block in self._blocks.items() if block.done()}
         refs = {token: made.ref for token, made in done.items() if made is not None}
         return self._incarnation, dict.fromkeys(self._blocks) | refs
+
+    async def makes(self, token: str) -> bool:
+        """Whether a block is being made for the first time."""
+        return token in self._blocks and not self._blocks[token].done()
 
     async def watch(self, incarnation: str, wait_s: float) -> list[str] | None:
         """Wait, then return the tokens of held blocks; None at once for another incarnation.
@@ -248,7 +247,8 @@ class Owner:
         bases: Sequence[ray.ObjectRef],
     ) -> Made:
         there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
-        asked = token, name, plan, digest, list(bases)
+        me = ray.get_runtime_context().current_actor
+        asked = token, name, plan, digest, list(bases), me
         block, facts = _build.options(scheduling_strategy=there).remote(*asked)
         self._tasks[token] = block
         try:
@@ -366,13 +366,22 @@ class Copier:
 # A new process for each, so that torch's counters, such as for TorchScript's names, start at zero.
 @ray.remote(num_cpus=0, num_returns=2, max_retries=-1, max_calls=1)  # type: ignore[untyped-decorator]
 def _build(
-    token: str, name: str, plan: Plan, digest: str | None, bases: list[ray.ObjectRef]
+    token: str,
+    name: str,
+    plan: Plan,
+    digest: str | None,
+    bases: list[ray.ObjectRef],
+    owner: Any,
 ) -> Any:
     """Return a block and its (nbytes, digest, whether it is stored, ids of the bases in use)."""
     record = manifest.read(name)
     number = record.published_by(token)
     if digest is None and number is not None:  # Ray is rebuilding a lost block
         digest = record.kept[number].version.digest
+    elif digest is None and not ray.get(owner.makes.remote(token)):
+        raise LostVersionError(
+            f"a version of {name!r} that was retired long ago is lost: load a live version"
+        )
     bases = [base for base in bases if _is_there(base)]  # else the block is whole
     if plan.files:
         obj, parts = None, _restored(name, plan.files, digest, bases)
@@ -437,9 +446,11 @@ def _restored(
 @ray.remote(num_cpus=0, num_returns=2, max_retries=0)  # type: ignore[untyped-decorator]
 def _copy_of(lost: list[ray.ObjectRef], digest: str) -> Any:
     """Return a copy of the newest of these blocks on this node, and its size, or None."""
+    seconds = _RESCUE_S / 2 / len(lost)
     for ref in reversed(lost):
         try:
-            parts = references.parts_of(ref, timeout=_RESCUE_S / 2 / len(lost))
+            references.describe(ref, verify=True, timeout=seconds)  # a process may have written it
+            parts = references.parts_of(ref, timeout=seconds)
         except (ray.exceptions.RayError, RayZeroCopyError):
             continue
         if parts.digest() == digest:

@@ -43,6 +43,7 @@ _LARGE_NBYTES = 2**26  # writing this takes seconds on a busy machine
 _SHARED_NBYTES = 2**27  # for less, a look at the current version costs more than it saves
 _WAIT_S = 2.0  # ask again after this
 _SLICE_S = 5.0  # of a load; then ask the catalog whether the block was rebuilt
+_COPIED_A_SECOND = 5e8  # bytes, between nodes; Ray begins anew after each slice
 _COPY_S = 3600.0
 _GENERATIONS = 3
 
@@ -250,7 +251,7 @@ def _written(wanted: Wanted, shared: Anchored, room: Made) -> Wanted:
     if parts is None:
         raise _NoRoomError
     digest = parts.digest()
-    return replace(wanted, digest=digest, written=(room.ref,), incarnation=room.incarnation)
+    return replace(wanted, digest=digest, written=(room.ref,))
 
 
 def _give_up(wanted: Wanted) -> None:
@@ -311,17 +312,22 @@ def _load(
 ) -> Any:
     ends_s = time.monotonic() + timeout
     trouble = "the catalog was not asked"
-    losses = 0
+    losses = slices = 0
+    mark = None
     while (left_s := ends_s - time.monotonic()) > 0:
         found, version = None, found or find(name, number, min(left_s, _WAIT_S))
         if version.ref is None:
             trouble = "its block is lost, and not rebuilt yet"
             continue
+        if mark != version.mark:
+            mark, slices = version.mark, 0
+        slice_s = max(_SLICE_S, version.nbytes / _COPIED_A_SECOND) * 2**slices
         loading = metrics.LOADING.set(name)
         try:
-            return references.get(version.ref, timeout=min(left_s, _SLICE_S), **how)
+            return references.get(version.ref, timeout=min(left_s, slice_s), **how)
         except ray.exceptions.GetTimeoutError:
             trouble = "its block has not arrived"
+            slices += 1
         except (*LOSSES, BlockError) as error:
             trouble = str(error)  # a kept error would hold this frame and its references
             losses += 1

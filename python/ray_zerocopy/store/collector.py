@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -90,9 +91,16 @@ class _Quiet:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._inside -= 1
+            self._inside = max(0, self._inside - 1)  # 0 if it was forked inside
             if not self._inside and gc.get_threshold()[0] == self._NEVER:
                 gc.set_threshold(*self._before)
 
+    def in_child(self) -> None:
+        """End it in a forked child, which lacks the threads that were inside."""
+        self._lock, forked_inside, self._inside = threading.Lock(), self._inside > 0, 0
+        if forked_inside and gc.get_threshold()[0] == self._NEVER:
+            gc.set_threshold(*self._before)
+
 
 _QUIET = _Quiet()
+os.register_at_fork(after_in_child=_QUIET.in_child)

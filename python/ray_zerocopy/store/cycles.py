@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import gc
+import os
 import sys
 import threading
 import time
@@ -182,12 +183,12 @@ class _Watch:
     """Check loaded objects, on a thread that runs while any of them is alive."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._loaded: list[_Loaded] = []
         self._thread: threading.Thread | None = None
 
     def add(self, loaded: _Loaded) -> None:
-        with self._lock:
+        with self.lock:
             self._loaded.append(loaded)
             if self._thread is None or not self._thread.is_alive():  # as after a fork
                 self._thread = threading.Thread(target=self._run, name="rzc.cycles", daemon=True)
@@ -198,7 +199,7 @@ class _Watch:
         """Collect those of the latest loads, or of all, that only cycles hold."""
         if not self._loaded:
             return
-        with self._lock:
+        with self.lock:
             looked_at = self._loaded[-latest:]
         now_s = time.monotonic()
         collect(
@@ -214,7 +215,7 @@ class _Watch:
         while empty_s < 10 * _LOOKS_S:
             time.sleep(_LOOKS_S)
             self.look()
-            with self._lock:
+            with self.lock:
                 self._loaded = [loaded for loaded in self._loaded if not loaded.is_gone()]
                 empty_s = 0.0 if self._loaded else empty_s + _LOOKS_S
                 if empty_s >= 10 * _LOOKS_S:
@@ -222,3 +223,12 @@ class _Watch:
 
 
 _WATCH = _Watch()
+
+
+def _in_child() -> None:
+    """Replace the locks in a forked child: threads of the parent may hold them."""
+    global _COLLECTING
+    _COLLECTING, _WATCH.lock = threading.RLock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_in_child)

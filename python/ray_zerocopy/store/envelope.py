@@ -35,7 +35,7 @@ from ray_zerocopy.errors import (
 )
 from ray_zerocopy.objects import programs, tensors, torch_inside, transformers_inside
 from ray_zerocopy.objects.culprit import can_be_published, culprit, paths_to, way_out
-from ray_zerocopy.objects.skeleton import join, split
+from ray_zerocopy.objects.skeleton import join, split, to_host
 from ray_zerocopy.pickled import named
 from ray_zerocopy.store import cycles, ray_inside
 from ray_zerocopy.store.collector import quiet_collector
@@ -64,6 +64,8 @@ class Shared:
     `put` uses it. Return one from a task, so that Ray can rebuild the block from lineage.
     """
 
+    to_host = staticmethod(to_host)
+
     def __init__(self, obj: object, bases: Sequence[ray.ObjectRef] = ()) -> None:
         self.obj = obj
         self.bases = bases
@@ -72,10 +74,10 @@ class Shared:
     def __reduce_ex__(self, protocol: Any) -> Any:
         try:
             with quiet_collector():
-                parts = split(self.obj)
+                parts = split(self.obj, self.to_host)
                 block = _core.Gather(parts.sources)
-                block, numbers, bases = self._without(block)
-                anchored, buffers = self._buffers(block)
+            block, numbers, bases = self._without(block)
+            anchored, buffers = self._buffers(block)
         except (BaseLostError, NotABlockError):
             raise
         except Exception as error:
@@ -237,10 +239,12 @@ def open_blocks(parts: Parts, isolation: Isolation) -> Placed:
     own = open_block(parts, isolation)
     if not parts.bases:
         return [(own, range(own.view_count))]
-    refs = [ref for ref, *_ in parts.bases]
+    ends_s = _ENDS_S.get()
+    left_s = None if ends_s is None else max(0.0, ends_s - time.monotonic())
+    found = fetch([ref for ref, *_ in parts.bases], left_s)
     others = [
         (open_block(base, isolation, (header, table)), numbers)
-        for (_, header, table, numbers), base in zip(parts.bases, fetch(refs), strict=True)
+        for (_, header, table, numbers), base in zip(parts.bases, found, strict=True)
     ]
     return [(own, parts.numbers), *others]
 
@@ -283,6 +287,15 @@ def _over(
     return (own, numbers, bases) if bases else (whole, (), ())
 
 
+# Ray's errors for an object that is lost for good.
+LOST = (
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayTaskError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+)
+
+
 def fetch(refs: Sequence[ray.ObjectRef], timeout: float | None = None) -> list[Parts]:
     """Get the parts of stored objects without mapping their blocks.
 
@@ -294,7 +307,7 @@ def fetch(refs: Sequence[ray.ObjectRef], timeout: float | None = None) -> list[P
     try:
         with reading(lambda parts: parts):
             found: list[Parts] = ray.get(list(refs), timeout=timeout)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError) as error:
+    except LOST as error:
         raise BaseLostError(
             f"a base of this variant is gone ({type(error).__name__}): put it again, then its "
             f"variants; a base ends with the process that put it, or with its version"
@@ -388,6 +401,19 @@ def reading(reader: Reader) -> Iterator[None]:
         yield
     finally:
         _READER.reset(token)
+
+
+_ENDS_S: ContextVar[float | None] = ContextVar("ray_zerocopy_ends", default=None)
+
+
+@contextlib.contextmanager
+def within(seconds: float | None) -> Iterator[None]:
+    """Inside this context, unpickling a variant waits no longer than this for its bases."""
+    token = _ENDS_S.set(None if seconds is None else time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _ENDS_S.reset(token)
 
 
 _HEAD = ("skeleton", "buffers", "table", "anchored")

@@ -166,12 +166,14 @@ class _FollowedThreads:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.loaders = 0
+        self.is_there = False  # `_start`, as `Thread.start` or in a wrapper of it
         self.start: Callable[[threading.Thread], None] = threading.Thread.start
 
     def __enter__(self) -> None:
         with self.lock:
             self.loaders += 1
-            if self.loaders == 1:
+            if self.loaders == 1 and not self.is_there:
+                self.is_there = True
                 self.start = threading.Thread.start
                 threading.Thread.start = _start  # type: ignore[method-assign, assignment]
 
@@ -180,6 +182,7 @@ class _FollowedThreads:
             self.loaders -= 1
             # if other code has wrapped it meanwhile, leave it: the wrapper still calls ours
             if not self.loaders and threading.Thread.start is _start:
+                self.is_there = False
                 threading.Thread.start = self.start  # type: ignore[method-assign, assignment]
 
 

@@ -40,6 +40,7 @@ from ray_zerocopy.store.envelope import (
     fetch,
     in_place,
     reading,
+    within,
 )
 from ray_zerocopy.store.loader import following
 
@@ -312,14 +313,18 @@ def check_device(device: torch.device | str | None) -> None:
 
 
 def _ray_get(ref: Any, timeout: float | None) -> Any:
-    """`ray.get`, but raise our errors and `ModuleNotFoundError` unwrapped from Ray's."""
+    """`ray.get`, but raise errors of unpickling that users can act on unwrapped from Ray's."""
     try:
-        return ray.get(ref, timeout=timeout)
+        with within(timeout):
+            return ray.get(ref, timeout=timeout)
     except ray.exceptions.RaySystemError as error:
         cause = ray_inside.cause_of(error)
-        if isinstance(cause, RayZeroCopyError | ModuleNotFoundError):
+        if isinstance(cause, _TOLD):
             raise cause from error
         raise
+
+
+_TOLD = (RayZeroCopyError, ModuleNotFoundError, ray.exceptions.GetTimeoutError)
 
 
 def refuse_client() -> None:
