@@ -23,7 +23,7 @@ from models import DIFFICULT, large, simple
 from ray._private.internal_api import memory_summary
 from ray_zerocopy.registry import catalog, client, follower, owner, publication
 from ray_zerocopy.registry.records import Plan
-from ray_zerocopy.store import envelope, ray_inside, references
+from ray_zerocopy.store import envelope, ray_inside, references, snapshot
 from ray_zerocopy.store.envelope import Parts, in_place, reading
 from torch import nn
 
@@ -140,6 +140,21 @@ def test_a_snapshot_is_published_by_its_path_or_on_the_way(name, tmp_path):
     for wrong in ({}, {"obj": 1, "path": path}, {"path": path, "snapshot": path}):
         with pytest.raises(TypeError):
             rzc.publish(name, **wrong)
+
+
+def test_a_snapshot_that_is_not_renamed_stays_where_it_is(name, tmp_path, monkeypatch):
+    with pytest.raises(rzc.SaveError, match="is a folder"):
+        rzc.publish(name, filled(1), snapshot=tmp_path)
+    assert name not in rzc.published()
+
+    def refuse(*_):
+        raise rzc.SaveError("no permission")
+
+    monkeypatch.setattr(snapshot, "move", refuse)
+    with pytest.warns(rzc.SnapshotWarning, match=r"version 1 of .* is published, and its snapshot"):
+        assert rzc.publish(name, filled(1), snapshot=tmp_path / "model.rzc").heals
+    (there,) = tmp_path.iterdir()
+    assert value_of(rzc.open(there)) == 1
 
 
 def test_what_is_current_is_not_stored_again(name):
@@ -327,7 +342,7 @@ def test_a_block_that_arrives_slowly_is_waited_for(name, monkeypatch):
     monkeypatch.setattr(publication, "_SLICE_S", 0.05)
     monkeypatch.setattr(references, "get", get)
     assert value_of(rzc.load(name)) == 1
-    assert given == pytest.approx([0.05, 0.1, 0.2, 0.4])
+    assert given == pytest.approx([0.05, 0.2, 0.8])
     given.clear()
     monkeypatch.setattr(publication, "_COPIED_A_SECOND", 10_000)  # a slice lasts as its bytes need
     assert value_of(rzc.load(name)) == 1
@@ -817,6 +832,38 @@ def test_each_live_ends_on_the_newest_and_loads_nothing_twice(name, monkeypatch)
         assert numbers[-1] == 12
 
 
+def test_a_version_that_comes_at_the_thread_limit_is_loaded_later(name, monkeypatch):
+    def none_left(what, *how):
+        if what == "swap":
+            monkeypatch.setattr(follower, "_in_thread", real)
+            raise RuntimeError("can't start new thread")
+        return real(what, *how)
+
+    real = follower._in_thread
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    monkeypatch.setattr(follower, "_in_thread", none_left)
+    rzc.publish(name, filled(2))
+    until(lambda: value_of(live()) == 2)
+
+
+def test_who_follows_a_retired_name_asks_rarely(name, monkeypatch):
+    def counted():
+        asked.append(time.monotonic())
+        return real()
+
+    real, asked = client.catalog, []
+    rzc.publish(name, filled(1))
+    live = rzc.follow(name)
+    rzc.retire(name)
+    follower._FOLLOWER._forget()  # as after a restart of the catalog
+    monkeypatch.setattr(client, "catalog", counted)
+    follower._FOLLOWER.wake()
+    time.sleep(2)
+    assert len(asked) <= 2
+    assert value_of(live()) == 1
+
+
 def test_a_version_that_does_not_load_is_tried_again(name, monkeypatch):
     def once(version, **how):
         if version.number == 2 and not failed:
@@ -930,6 +977,18 @@ def test_a_follower_leaves_with_its_process(name):
     rzc.publish(name, filled(1))
     done = other_job(LEAVE, name, ray.get_runtime_context().gcs_address)
     assert (done.returncode, done.stdout.split("\n")[:-1]) == (0, ["has left"] * 4), done.stderr
+
+
+def test_a_call_through_follow_runs_though_its_version_is_retired(name, monkeypatch):
+    """A caller that has not heard of the new version yet."""
+    first, x = rzc.publish(name, filled(1)), torch.ones(1, 64)
+    live = rzc.follow(name)
+    monkeypatch.setattr(follower.Live, "offer", lambda *_: None)
+    rzc.publish(name, filled(2), keep=1)
+    assert live.version.number == 1
+    assert ray.get(rzc.call_model.remote(live, (x,)))[0, 0] == 2 * 65
+    with pytest.raises(rzc.UnknownVersionError, match=r"version 1 of .* is retired"):
+        ray.get(rzc.call_model.remote(first, (x,)))
 
 
 # --- the faces ------------------------------------------------------------------------------------

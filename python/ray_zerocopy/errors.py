@@ -81,6 +81,10 @@ class OnDiskWarning(UserWarning):
     """The object store had no room for a block: Ray keeps it on disk, and loads read that file."""
 
 
+class SnapshotWarning(UserWarning):
+    """A published version's snapshot lies in another file than the one asked for."""
+
+
 class StoredAgainWarning(UserWarning):
     """Each call that takes this model stores it again; `put` stores it once."""
 

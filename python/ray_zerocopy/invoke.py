@@ -7,10 +7,12 @@ shim(x) ═ call_model.remote(shim.ref, (x,)) ═▶ in a worker: cache ─▶ m
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -18,10 +20,11 @@ import torch
 
 from ray_zerocopy.calls.cache import Cache
 from ray_zerocopy.calls.replacement import Leaf, replace
+from ray_zerocopy.errors import UnknownVersionError
 from ray_zerocopy.objects.tensors import nbytes_of
 from ray_zerocopy.pickled import named
 from ray_zerocopy.registry.follower import Live
-from ray_zerocopy.registry.publication import load_version
+from ray_zerocopy.registry.publication import find, load_version
 from ray_zerocopy.registry.records import Version
 from ray_zerocopy.rewrite import is_extracted, replace_tensors_direct
 from ray_zerocopy.store.envelope import Shared
@@ -77,7 +80,7 @@ class CallModel(Leaf):
         Raises `AttributeError` for a private method; for an unknown one the task raises it.
         """
         if isinstance(model_ref, Version | Live):
-            model_ref = _version(model_ref).handle
+            model_ref = _handle(model_ref)
         elif not isinstance(model_ref, ray.ObjectRef):
             kind = type(model_ref).__name__
             raise TypeError(f"model_ref must be an ObjectRef, not a {kind}: use ray_zerocopy.put")
@@ -272,6 +275,12 @@ def _version(source: Version | Live) -> Version:
     return source if isinstance(source, Version) else source.version
 
 
+def _handle(source: Version | Live) -> Version:
+    """Return what a call carries; `current` if it may run a later version, should this retire."""
+    version = _version(source)
+    return dataclasses.replace(version.handle, current=isinstance(source, Live))
+
+
 class _Evaluated:
     """A model that pickles as itself in eval mode."""
 
@@ -321,10 +330,23 @@ def _load(ref: ray.ObjectRef | Version) -> Any:
 _models = Cache(_load)
 
 
+@contextlib.contextmanager
+def _lent(ref: ray.ObjectRef | Version) -> Iterator[Any]:
+    """Lend the model of a call."""
+    with contextlib.ExitStack() as stack:
+        try:
+            model = stack.enter_context(_models.use(ref))
+        except UnknownVersionError:  # retired meanwhile
+            if not (isinstance(ref, Version) and ref.current):
+                raise
+            model = stack.enter_context(_models.use(find(ref.name).handle))
+        yield model
+
+
 def _call(call: tuple[list[Any], str, bool, bool], /, *args: Any, **kwargs: Any) -> Any:
     [ref], method_name, grad, several = call
     _use_assigned_cpus()
-    with _models.use(ref) as model, torch.set_grad_enabled(grad):
+    with _lent(ref) as model, torch.set_grad_enabled(grad):
         result = getattr(model, method_name)(*args, **kwargs)
         if inspect.iscoroutine(result):
             result = asyncio.run(result)

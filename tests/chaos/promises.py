@@ -292,6 +292,17 @@ def a_make_that_hangs():
     rzc.retire("well")
 
 
+def crashing():
+    os._exit(1)
+
+
+def a_make_whose_process_dies():
+    """Ray starts a task that died again and again: the third death is the last."""
+    with pytest.raises(rzc.CatalogError, match="each of 3 processes that made it died"):
+        rzc.publish("dies", make=crashing, timeout=SOON_S)
+    assert "dies" not in rzc.published()
+
+
 # --- a limit of one process is no damage ----------------------------------------------------------
 
 
@@ -474,6 +485,7 @@ ROWS = {
         a_name_is_retired_once,
         one_snapshot_path,
         a_make_that_hangs,
+        a_make_whose_process_dies,
         altered_bytes_are_no_copy,
         a_load_that_waits_takes_what_is_current_then,
         a_limit_of_one_process,

@@ -59,12 +59,26 @@ def prefetch(
     """
     refuse_client()
     ref = _reference(ref_or_name, timeout)
-    seconds = _send(ref, nodes, timeout, ref_or_name)
+    wanted, stores = nodes, _stores()
+    if wanted is None:
+        wanted = stores
+    if unknown := set(wanted) - set(stores):
+        raise ValueError(f"no live node has the id {sorted(unknown)}; nodes: {sorted(stores)}")
+    seconds = _send(ref, wanted, timeout, ref_or_name)
     have = [node for node, took in seconds.items() if took is not None]
     for base in _bases(ref, have, timeout):
-        took = _send(base, list(seconds), timeout, f"a base of {ref_or_name}")
-        seconds = {node: _sum(seconds[node], took[node]) for node in seconds}
+        took = _send(base, have, timeout, f"a base of {ref_or_name}")
+        seconds = {node: _sum(seconds[node], took.get(node)) for node in seconds}
     return seconds
+
+
+def _stores() -> dict[str, float]:
+    """Return the bytes of each live node's store."""
+    return {
+        node["NodeID"]: node["Resources"].get("object_store_memory", 0)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
 
 
 def _sum(one: float | None, other: float | None) -> float | None:
@@ -87,17 +101,10 @@ def _bases(ref: ray.ObjectRef, have: list[str], timeout: float) -> list[ray.Obje
 
 
 def _send(
-    ref: ray.ObjectRef, nodes: Collection[str] | None, timeout: float, what: Any
+    ref: ray.ObjectRef, wanted: Collection[str], timeout: float, what: Any
 ) -> dict[str, float | None]:
     """Send one block."""
-    stores = {
-        node["NodeID"]: node["Resources"].get("object_store_memory", 0)
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    wanted = list(stores if nodes is None else nodes)
-    if unknown := set(wanted) - set(stores):
-        raise ValueError(f"no live node has the id {sorted(unknown)}; nodes: {sorted(stores)}")
+    stores = _stores()
     ray.wait([ref], timeout=timeout, fetch_local=False)  # until the object exists
     holders, nbytes = located(ref, _LOCATED_S)
     if not holders and nbytes <= INLINE_NBYTES:
@@ -106,7 +113,9 @@ def _send(
         raise LostVersionError(f"no node has the block of {what}: put or publish it again")
     seconds: dict[str, float | None] = dict.fromkeys(wanted)
     seconds.update((node, 0.0) for node in wanted if node in holders)
-    waiting = deque(node for node in wanted if node not in holders and stores[node] >= nbytes)
+    waiting = deque(
+        node for node in wanted if node not in holders and stores.get(node, 0) >= nbytes
+    )
     _Waves(ref, len(holders), seconds, timeout).send(waiting)
     return seconds
 

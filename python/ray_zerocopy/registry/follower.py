@@ -103,7 +103,11 @@ class Live(StandsForModel):
         with self._lock:
             self.seen, self._next = version.number, version
             if self._loading is None:
-                self._loading = _in_thread("swap", self._catch_up)
+                try:
+                    self._loading = _in_thread("swap", self._catch_up)
+                except RuntimeError:  # thread limit: the follower asks again
+                    self.seen, self._next = 0, None
+                    raise
 
     def leave(self, ends_s: float) -> None:
         """Drop the model and all references, because the process leaves the cluster."""
@@ -190,7 +194,9 @@ class Follower:
         self._lives: weakref.WeakSet[Live] = weakref.WeakSet()
         self._woken = threading.Event()
         self._asked: Future[dict[str, Told]] | None = None
+        self._asked_for: set[str] = set()
         self._waiting: dict[str, _Waiting] = {}  # by name
+        self._absent: set[str] = set()  # names without a current version, at the last answer
         self._due_s = 0.0
         self._thread: threading.Thread | None = None
         self._leaves = False
@@ -199,6 +205,7 @@ class Follower:
         """Offer each new version to this live, as long as it exists."""
         with self._lock:
             self._lives.add(followed)
+            self._absent.discard(followed.name)
             if self._thread is None:
                 before_leaving(self.leave)
                 self._due_s = 0.0
@@ -252,13 +259,16 @@ class Follower:
         """Drop all references, and ask again."""
         self._asked, self._due_s = None, 0.0
         self._waiting.clear()
+        self._absent = set()
 
     def _ask(self, seen: dict[str, int]) -> None:
         """Ask the catalog for unknown names at once, and for all at least every half minute."""
         known = {name for name, number in seen.items() if number and name in self._waiting}
+        known |= self._absent & seen.keys()
         late = time.monotonic() >= self._due_s
         if late or (self._asked is None and known != seen.keys()):
             self._asked = self._future(client.catalog().follow.remote(self._id, list(seen)))
+            self._asked_for = set(seen)
             self._due_s = time.monotonic() + random.uniform(BEAT_S / 2, BEAT_S)
 
     def _future(self, ref: ray.ObjectRef) -> Future[Any]:
@@ -271,6 +281,7 @@ class Follower:
         """Process the answers that have arrived, and offer their versions."""
         if self._asked is not None and self._asked.done():
             told, self._asked = self._asked.result(), None
+            self._absent = self._asked_for - told.keys()
             for name, each in told.items():
                 self._offer(name, each)
         for name, waiting in list(self._waiting.items()):

@@ -15,10 +15,11 @@ is still being made stops the work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
-import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ LOSSES = (*LOST, BaseLostError)
 
 _MAKE_NBYTES = 2**20
 _IDLE_S = 60.0
-_RESCUE_S = 30.0  # for a node to answer that it has no copy
+_RESCUE_S = 30.0  # for a node to answer whether it has a copy
+_COPIED_A_SECOND = 1e8  # bytes, by a busy node: it reads them, and writes them to other pages
+_TRIES = 3  # processes that may die while they make a block
 _CHECK_S = 60.0  # to read a block that a process could not load
 
 
@@ -114,6 +117,7 @@ class Owner:
         self._node = ray.get_runtime_context().get_node_id()
         self._blocks: dict[str, asyncio.Task[Made | None]] = {}
         self._tasks: dict[str, ray.ObjectRef] = {}
+        self._tries: Counter[str] = Counter()
         self._copiers: dict[str, tuple[Any, asyncio.TimerHandle]] = {}
 
     async def held(self) -> tuple[str, dict[str, ray.ObjectRef | None]]:
@@ -122,9 +126,18 @@ class Owner:
         refs = {token: made.ref for token, made in done.items() if made is not None}
         return self._incarnation, dict.fromkeys(self._blocks) | refs
 
-    async def makes(self, token: str) -> bool:
-        """Whether a block is being made for the first time."""
-        return token in self._blocks and not self._blocks[token].done()
+    async def starts(self, token: str) -> bool:
+        """Count a try to make a block; returns whether it is the first making of the block.
+
+        If the processes of the tries before have died, this ends the work.
+        """
+        block = self._blocks.get(token)
+        if block is None or block.done():
+            return False
+        self._tries[token] += 1
+        if self._tries[token] > _TRIES and (task := self._tasks.get(token)) is not None:
+            ray.cancel(task, force=True)
+        return True
 
     async def watch(self, incarnation: str, wait_s: float) -> list[str] | None:
         """Wait, then return the tokens of held blocks; None at once for another incarnation.
@@ -202,7 +215,8 @@ class Owner:
         """Copy a block whose owner died, from a node that still has it, and hold the copy.
 
         Ray keeps such a block while a process maps it, and only processes on that node can get it.
-        This asks all nodes at once, each for the newest block first. None if no node has one.
+        This asks all nodes at once, each for the newest block first, and copies the first whose
+        bytes are right. None if no node has one.
         """
         made: Made | None = await self._once(token, lambda: self._rescue(lost, digest, nodes))
         return made
@@ -248,6 +262,7 @@ class Owner:
     ) -> Made:
         there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
         me = ray.get_runtime_context().current_actor
+        self._tries.pop(token, None)
         asked = token, name, plan, digest, list(bases), me
         block, facts = _build.options(scheduling_strategy=there).remote(*asked)
         self._tasks[token] = block
@@ -259,7 +274,14 @@ class Owner:
                 f"{name!r} was not made in {plan.seconds:g} s: publish it with a larger timeout"
             ) from None
         except ray.exceptions.RayError as error:
+            if self._tries[token] > _TRIES:
+                raise CatalogError(
+                    f"{name!r} was not made: each of {_TRIES} processes that made it died, for "
+                    f"lack of memory or in a crash; see the logs of their node"
+                ) from error
             raise cause_of(error) from error
+        finally:
+            self._tries.pop(token, None)
         return Made(nbytes, found, block if stored else None, self._incarnation, used)
 
     async def _at_node(self, name: str, plan: Plan, ask: Callable[[Any], Any]) -> Made:
@@ -294,24 +316,23 @@ class Owner:
     async def _rescue(
         self, lost: list[ray.ObjectRef], digest: str, nodes: list[str]
     ) -> Made | None:
-        asked: dict[asyncio.Future[int | None], ray.ObjectRef] = {}
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            block, nbytes = _copy_of.options(scheduling_strategy=there).remote(lost, digest)
-            asked[asyncio.ensure_future(_answer(nbytes))] = block
-        waiting = set(asked)
-        deadline_s = time.monotonic() + _RESCUE_S
-        while waiting and (left_s := deadline_s - time.monotonic()) > 0:
-            done, waiting = await asyncio.wait(
-                waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if found := next((answer for answer in done if answer.result() is not None), None):
-                for other in waiting:
-                    ray.cancel(asked[other], force=True)
-                return Made(found.result() or 0, digest, asked[found])
-        for other in waiting:
-            ray.cancel(asked[other], force=True)
-        return None
+        asks = [asyncio.ensure_future(self._held_by(node, lost)) for node in nodes]
+        try:
+            for ask in asyncio.as_completed(asks):
+                node, nbytes = await ask
+                if nbytes is not None:
+                    seconds = _RESCUE_S + nbytes / _COPIED_A_SECOND
+                    block, copied = _copy_of.options(**_on(node)).remote(lost, digest)
+                    if (nbytes := await _answer(copied, seconds)) is not None:
+                        return Made(nbytes, digest, block)
+            return None
+        finally:
+            for ask in asks:
+                ask.cancel()
+
+    async def _held_by(self, node: str, lost: list[ray.ObjectRef]) -> tuple[str, int | None]:
+        """Return a node and the size of the block that it has, or None."""
+        return node, await _answer(_size_of.options(**_on(node)).remote(lost), _RESCUE_S)
 
     async def check(self, block: list[ray.ObjectRef], node: str) -> str | None:
         """Return what is wrong with a block that a process on a node could not load, or None.
@@ -331,11 +352,20 @@ class Owner:
         return found
 
 
-async def _answer(nbytes: ray.ObjectRef) -> int | None:
-    """Return a node's answer, or None if it failed."""
+def _on(node: str) -> dict[str, Any]:
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+async def _answer(nbytes: ray.ObjectRef, seconds: float) -> int | None:
+    """Return a node's answer, or None if it failed or took too long."""
     try:
-        answer: int | None = await nbytes
+        answer: int | None = await asyncio.wait_for(nbytes, seconds)
     except ray.exceptions.RayError:
+        return None
+    except (TimeoutError, asyncio.CancelledError) as error:
+        ray.cancel(nbytes, force=True)
+        if isinstance(error, asyncio.CancelledError):
+            raise
         return None
     return answer
 
@@ -378,7 +408,7 @@ def _build(
     number = record.published_by(token)
     if digest is None and number is not None:  # Ray is rebuilding a lost block
         digest = record.kept[number].version.digest
-    elif digest is None and not ray.get(owner.makes.remote(token)):
+    if not ray.get(owner.starts.remote(token)) and digest is None:
         raise LostVersionError(
             f"a version of {name!r} that was retired long ago is lost: load a live version"
         )
@@ -441,6 +471,16 @@ def _restored(
             f"publish it again, from a file that is not overwritten"
         )
     raise CatalogError(f"{name!r} cannot be read: {'; '.join(failed)}")
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _size_of(lost: list[ray.ObjectRef]) -> int | None:
+    """Return the size of the newest of these blocks on this node, or None."""
+    for ref in reversed(lost):
+        with contextlib.suppress(ray.exceptions.RayError, RayZeroCopyError):
+            info = references.describe(ref, timeout=_RESCUE_S / 2 / len(lost))
+            return info.nbytes + info.base_nbytes
+    return None
 
 
 @ray.remote(num_cpus=0, num_returns=2, max_retries=0)  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ import os
 import re
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from ray_zerocopy.errors import (
     LostVersionError,
     PublishError,
     RayZeroCopyError,
+    SaveError,
+    SnapshotWarning,
     UnknownVersionError,
 )
 from ray_zerocopy.registry import client
@@ -131,6 +134,8 @@ def publish(
         return _publish(replace(wanted, plan=plan), ends_s)
     if snapshot is not None:
         target = snapshots.absolute(snapshot)
+        if os.path.isdir(target):
+            raise SaveError(f"{target} is a folder: give the path of a file")
         files = f"{target}.{token}", target
         plan = Plan("object", node, files=files, seconds=timeout, bases=keys)
         snapshots.save(obj, plan.files[0])
@@ -218,10 +223,19 @@ def _publish(
     except BaseException:
         _give_up(wanted)
         raise
-    if len(files) > 1:
-        snapshots.move(*files)
-    if files:
-        client.tell("placed", wanted.token)
+    try:
+        if len(files) > 1:
+            snapshots.move(*files)
+    except SaveError as error:  # it is live already, and heals from where the file lies
+        warnings.warn(
+            f"version {version.number} of {wanted.name!r} is published, and its snapshot stays in "
+            f"{files[0]}: {error}",
+            SnapshotWarning,
+            stacklevel=4,
+        )
+    finally:
+        if files:
+            client.tell("placed", wanted.token)
     return version
 
 
@@ -321,7 +335,9 @@ def _load(
             continue
         if mark != version.mark:
             mark, slices = version.mark, 0
-        slice_s = max(_SLICE_S, version.nbytes / _COPIED_A_SECOND) * 2**slices
+        slice_s = max(_SLICE_S, version.nbytes / _COPIED_A_SECOND) * 4**slices
+        if left_s < 3 * slice_s:  # the last one takes all the time that is left
+            slice_s = left_s
         loading = metrics.LOADING.set(name)
         try:
             return references.get(version.ref, timeout=min(left_s, slice_s), **how)

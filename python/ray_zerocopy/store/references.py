@@ -37,7 +37,6 @@ from ray_zerocopy.store.envelope import (
     Shared,
     anchor,
     as_written,
-    fetch,
     in_place,
     reading,
     within,
@@ -107,10 +106,9 @@ def published(base: Any) -> ray.ObjectRef | None:
 def bases_in(ref: ray.ObjectRef) -> list[ray.ObjectRef]:
     """Return the bases of a stored object; none if it does not come from `put`."""
     try:
-        (parts,) = fetch([ref])
+        return [base for base, *_ in parts_of(ref, reader=lambda parts: parts).bases]
     except (NotABlockError, ray.exceptions.RayTaskError):
         return []
-    return [base for base, *_ in parts.bases]
 
 
 def build(
