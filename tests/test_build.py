@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import os
 import re
 import sys
 import threading
@@ -220,6 +221,36 @@ def test_whoever_still_holds_the_loaders_model_finds_its_weights(holds, cluster)
     else:
         assert_exact(parts[holds], KEPT[0])
     assert_exact(source, ray.get(ref))
+
+
+class Scaled(np.ndarray):
+    """An array with a tensor as an attribute."""
+
+
+def test_what_goes_with_another_part_while_it_is_written_is_stored_whole(cluster):
+    def make():
+        array = Scaled(1 << 22)  # 32 MiB
+        array[:] = 0
+        array.scale = torch.ones(1 << 22).to(torch.float64)
+        return array
+
+    assert bool((rzc.get(rzc.build(make)).scale == 1).all())
+
+
+def test_a_child_leaves_what_the_parent_keeps_of_the_arena_alone(cluster):
+    kept = []
+
+    def make():
+        kept.extend(torch.ones(1 << 20).to(torch.float64) for _ in range(2))
+        return kept[0]
+
+    rzc.build(make)
+    if (child := os.fork()) == 0:
+        kept[1].zero_()
+        kept.clear()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(bool((tensor == 1).all()) for tensor in kept)
 
 
 def test_if_make_raises_nothing_is_left(cluster):

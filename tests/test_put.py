@@ -23,6 +23,7 @@ import torch
 from exact import assert_exact, assert_same_description, assert_same_output, describe
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS, Case, large, simple, transformer
 from ray_zerocopy import _core
+from ray_zerocopy.objects import torch_inside
 from safetensors.torch import save_model
 from torch import nn
 from ways import WAYS, made_by
@@ -448,6 +449,13 @@ def observer():
     from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
     return PerChannelMinMaxObserver(ch_axis=0), torch.arange(32.0).reshape(8, 4)
+
+
+def test_a_loaded_sparse_tensor_is_not_kept_by_torch(cluster):
+    """torch keeps those that it unpickles until the next `torch.load`, and so their block."""
+    loaded = rzc.get(rzc.put(torch.eye(3).to_sparse()))
+    assert loaded.is_sparse
+    assert not torch_inside.rebuilt_sparse()
 
 
 @pytest.mark.parametrize("make", [quantisation_aware, observer])

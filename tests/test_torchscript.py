@@ -347,6 +347,10 @@ def test_attributes_set_from_python_survive(cluster):
         loaded = ray.get(rzc.put(model))
         assert_same_description(describe(model.config), describe(loaded.config))
 
+    model = scripted().model
+    model.first.config = {"of": "a part"}
+    assert ray.get(rzc.put(model)).first.config == {"of": "a part"}
+
 
 def test_gradients_flow_as_through_the_source(cluster):
     case = scripted()

@@ -290,3 +290,11 @@ def test_torchscript_is_shared(cluster):
     assert_exact(case.run(), case.run(loaded))
     assert_exact(case.run(), ray.get(run.remote(pickle.dumps(wrapper), case.call, *case.args)))
     assert_exact(case.run(), case.run(JITModelWrapper.for_tasks(scripted)))
+
+
+def test_a_frozen_script_is_wrapped(cluster):
+    """It has no `training`."""
+    model = nn.Linear(3, 3).eval()
+    frozen = torch.jit.freeze(torch.jit.script(model))
+    x = torch.ones(1, 3)
+    assert torch.equal(JITModelWrapper.from_model(frozen).load()(x), model(x))

@@ -19,6 +19,7 @@ HOMES = {
     "load": "store.envelope",
     "item": "store.automatic",
     # tensors and storages
+    "set_subclass_state": "objects.tensors",
     "tensor_subclass": "objects.tensors",
     "typed_storage": "objects.torch_inside",
     # numpy arrays

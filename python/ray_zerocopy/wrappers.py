@@ -86,7 +86,7 @@ class ModelWrapper:
             cls._check(model)
         if mode == "task":
             return cls(put(_rewrite(model_or_pipeline, model_attr_names, method_names)), mode)
-        training = [model for model in models if any(part.training for part in model.modules())]
+        training = [model for model in models if any(map(_trains, model.modules()))]
         return cls(put(_InEvalMode(model_or_pipeline, training) if training else model_or_pipeline))
 
     @classmethod
@@ -185,6 +185,10 @@ class _Handle:
 def handle(pickled: bytes) -> _Handle:
     """Unpickle a handle."""
     return _Handle(ray.cloudpickle.loads(pickled))
+
+
+def _trains(part: torch.nn.Module) -> bool:
+    return getattr(part, "training", False)  # a frozen TorchScript module has no mode
 
 
 class _InEvalMode:

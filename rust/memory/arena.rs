@@ -6,17 +6,22 @@
 //!                          └ a lot in units ┘        └ another ┘          ▒ written to the block: goes next
 //!                          └ a lot in units ┘        └ another ┘          ▒ written: freed next
 //!
+//! A forked child has the memory copy-on-write, and frees nothing: the parent still uses it.
+//!
 //! A unit has 2 MiB, or the rest of a lot. Its pages are freed once all of it has been given back.
 //!
 //! Units are huge pages where these are cheaper. (340 MiB in lots of 2.25 MiB, relative to small
 //! pages: 0.47 of the time to allocate and write, 0.40 to free. Merges that reuse freed lots: 0.65
 //! of the time. Medians of 10, interleaved.)
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -202,6 +207,41 @@ struct Memory {
     file: File,
     map: Map,
     prices: Prices,
+    /// The process that mapped it.
+    process: u32,
+}
+
+/// The end and the file of each memory of this process, by its start.
+type Mapped = BTreeMap<usize, (usize, RawFd)>;
+
+static MAPPED: Mutex<Mapped> = Mutex::new(Mapped::new());
+
+thread_local! {
+    /// What is mapped, while this thread forks.
+    static FORKING: Cell<Option<MutexGuard<'static, Mapped>>> = const { Cell::new(None) };
+}
+
+extern "C" fn before() {
+    FORKING.set(Some(lock(&MAPPED)));
+}
+
+extern "C" fn after() {
+    FORKING.take();
+}
+
+extern "C" fn after_in_child() {
+    for (&start, &(end, file)) in FORKING.take().iter().flat_map(|mapped| mapped.iter()) {
+        // SAFETY: a memory is in the list while its file is open.
+        let file = unsafe { BorrowedFd::borrow_raw(file) };
+        // SAFETY: ... and while it is mapped. If the system refuses, it stays shared.
+        let _ = unsafe { platform::make_private(start..end, file) };
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        lock(&MAPPED).remove(&self.map.addresses().start);
+    }
 }
 
 impl Memory {
@@ -215,7 +255,11 @@ impl Memory {
         let start = anywhere.as_ptr().addr();
         // SAFETY: mapped until the end of this function; nobody writes there.
         let map = unsafe { Map::again(start..start + anywhere.len()) }?; // where pages can be huge
-        Ok(Memory { file, map, prices: Prices::default() })
+        static START: Once = Once::new();
+        START.call_once(|| platform::at_fork(before, after, after_in_child));
+        let Range { start, end } = map.addresses();
+        lock(&MAPPED).insert(start, (end, file.as_raw_fd()));
+        Ok(Memory { file, map, prices: Prices::default(), process: process::id() })
     }
 
     /// Makes the pages of a region. Fresh ones are huge where that is cheaper. This memory has no
@@ -231,6 +275,9 @@ impl Memory {
 
     /// Frees the pages of a unit.
     fn punch(&self, unit: Range<usize>) {
+        if self.process != process::id() {
+            return; // this is a forked child
+        }
         let offset = (unit.start - self.map.addresses().start) as u64;
         // SAFETY: whoever gave the unit back has promised that nobody relies on it;
         // or nobody holds it.
@@ -311,6 +358,27 @@ mod tests {
             prop_assert_eq!(nbytes(&arena), 0);
             prop_assert_eq!(lock(&arena.lots).free.len(), 1);
         }
+    }
+
+    #[test]
+    fn a_forked_child_has_memory_of_its_own() {
+        let arena = Arena::new().unwrap();
+        let lots = [PAGE, 3 * HUGE].map(|nbytes| arena.lend(nbytes).unwrap());
+        lots.iter().for_each(|lot| bytes(lot).fill(7));
+        // SAFETY: the child calls our own functions, which allocate nothing, and `_exit`.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let same = lots.iter().all(|lot| bytes(lot).iter().all(|&byte| byte == 7));
+            lots.iter().for_each(|lot| bytes(lot).fill(9));
+            lots.iter().for_each(|lot| give_back(lot, lot.region().addresses()));
+            // SAFETY: it ends the child, without its exit handlers.
+            unsafe { libc::_exit(i32::from(!same)) };
+        }
+        let mut status = 0;
+        // SAFETY: the child was just forked, and the status is an integer.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(status, 0);
+        assert!(lots.iter().all(|lot| bytes(lot).iter().all(|&byte| byte == 7)));
     }
 
     #[test]

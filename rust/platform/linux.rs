@@ -6,7 +6,7 @@ use std::io;
 use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -494,6 +494,18 @@ pub fn nameless_file(nbytes: usize) -> io::Result<File> {
     let file = unsafe { File::from_raw_fd(file) };
     file.set_len(nbytes as u64)?;
     Ok(file)
+}
+
+/// Maps a file anew at the same addresses, copy-on-write: writes stay in this process.
+///
+/// # Safety
+/// The addresses are a mapping of the whole file, readable and writable.
+pub unsafe fn make_private(addresses: Range<usize>, file: BorrowedFd<'_>) -> io::Result<()> {
+    let (rights, start) = (libc::PROT_READ | libc::PROT_WRITE, addresses.start as *mut c_void);
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the caller's promise; the bytes stay the same.
+    let map = unsafe { libc::mmap(start, addresses.len(), rights, flags, file.as_raw_fd(), 0) };
+    if map == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Frees whole pages of a file. If that fails, they stay, and nothing else is wrong.

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -153,6 +154,14 @@ impl Map {
 /// Unsupported.
 pub fn nameless_file(_: usize) -> io::Result<File> {
     Err(unsupported("only Linux frees single pages of shared memory"))
+}
+
+/// Unsupported.
+///
+/// # Safety
+/// As on Linux.
+pub unsafe fn make_private(_: Range<usize>, _: BorrowedFd<'_>) -> io::Result<()> {
+    Err(unsupported("only Linux has shared memory without a name"))
 }
 
 /// Nothing: the pages stay.

@@ -141,6 +141,11 @@ def sparse_coo_uncoalesced():
 
 
 @_layout
+def sparse_with_grad():
+    return [_masked().to_sparse().requires_grad_(), _masked().to_sparse_csr().requires_grad_()]
+
+
+@_layout
 def sparse_over_dense():
     values = torch.randn(3)
     return [values, torch.sparse_coo_tensor(torch.tensor([[0, 1, 3]]), values, (4,))]
@@ -207,6 +212,23 @@ def subclass():
 @_layout
 def subclass_parameter():
     return nn.Parameter(torch.randn(4).as_subclass(PlainSubclass))
+
+
+class StatefulSubclass(torch.Tensor):
+    """It makes one of its attributes from its state."""
+
+    def __getstate__(self):
+        return self.unit
+
+    def __setstate__(self, unit):
+        self.unit, self.plural = unit, f"{unit}s"
+
+
+@_layout
+def subclass_with_setstate():
+    tensor = torch.randn(2, 3).as_subclass(StatefulSubclass)
+    tensor.unit, tensor.plural = "metre", "metres"
+    return tensor
 
 
 class FunctionSubclass(torch.Tensor):

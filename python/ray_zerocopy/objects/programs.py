@@ -34,9 +34,10 @@ Slots = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def reduce(program: Any) -> Any:
     """Reduce one of `PROGRAMS` for a pickler that takes tensors out."""
     if isinstance(program, torch.jit.ScriptModule):
-        attributes = _python_attributes(program)
+        parts = program.named_modules()
+        attributes = {path: own for path, part in parts if (own := _python_attributes(part))}
         made = (script_module, _split(inside.compiled(program)))
-        return (*made, attributes, None, None, set_script_attributes)
+        return (*made, attributes or None, None, None, set_script_attributes)
     if isinstance(program, torch.jit.ScriptFunction):
         return _reduce_function(program)
     return _reduce_exported(program)
@@ -161,7 +162,7 @@ def script_module(*parts: Any) -> torch.jit.ScriptModule:
     return inside.wrap_cpp_module(_join(*parts))
 
 
-def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
+def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
     """Return Python attributes of a module, such as a config; `torch.jit.save` drops them."""
     usual = vars(inside.wrap_cpp_module(inside.compiled(module)))
     methods = (inside.ScriptMethod, types.MethodType)
@@ -169,13 +170,17 @@ def _python_attributes(module: torch.jit.ScriptModule) -> dict[str, Any] | None:
         name: value
         for name, value in vars(inside.outer(module)).items()
         if name not in usual and not isinstance(value, methods)
-    } or None
+    }
 
 
 @named
-def set_script_attributes(module: torch.jit.ScriptModule, attributes: dict[str, Any]) -> None:
-    """Set the Python attributes of a script module."""
-    vars(module).update(attributes)
+def set_script_attributes(
+    module: torch.jit.ScriptModule, attributes: dict[str, dict[str, Any]]
+) -> None:
+    """Set the Python attributes of a script module and its submodules, by path."""
+    parts: dict[str, torch.nn.Module] = dict(module.named_modules())
+    for path, own in attributes.items():
+        vars(parts[path]).update(own)
 
 
 def _reduce_function(function: Any) -> Any:

@@ -89,6 +89,8 @@ def join(
     """
     unpickler = _Joiner(io.BytesIO(skeleton), buffers=buffers)
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+    kept = torch_inside.rebuilt_sparse()
+    before = len(kept)
     with torch.inference_mode(False), torch_inside.default_device(device or "cpu"):
         try:
             return unpickler.load()
@@ -98,6 +100,8 @@ def join(
                 f"runtime_env, or store the object after ray.cloudpickle.register_pickle_by_value",
                 name=error.name,
             ) from error
+        finally:
+            del kept[before:]
 
 
 def unshared_nbytes(skeleton: bytes) -> int:

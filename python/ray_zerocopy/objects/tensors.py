@@ -45,12 +45,16 @@ def reduce_tensor(tensor: torch.Tensor) -> Any:
     )
     dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     if own or dispatches or not _core.has_plain_storage(tensor):
+        if kind is torch.Tensor and tensor.requires_grad:  # torch drops it for sparse and nested
+            return tensor_subclass, (kind, tensor.detach(), True)
         return tensor.__reduce_ex__(5)
     warn_if_has_hooks(tensor)
     with inside.ignoring_torch_function():
         plain = tensor.detach().as_subclass(torch.Tensor)
     made = (tensor_subclass, (kind, plain, tensor.requires_grad))
     state = inside.get_state(tensor)
+    if kind.__setstate__ is not torch.Tensor.__setstate__:
+        return (*made, (state,), None, None, set_subclass_state)
     return (*made, state, None, None, inside.set_state) if state else made
 
 
@@ -62,6 +66,12 @@ _IN_A_FILE = ("tensordict.memmap", "MemoryMappedTensor")
 def tensor_subclass(kind: type, plain: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     """Unpickle a tensor of a subclass."""
     return inside.make_subclass(kind, plain, requires_grad)
+
+
+@named
+def set_subclass_state(tensor: Any, state: tuple[Any]) -> None:
+    """Set the state of a tensor whose class has its own `__setstate__`."""
+    tensor.__setstate__(*state)
 
 
 def reduce_storage(storage: torch.UntypedStorage) -> Any:

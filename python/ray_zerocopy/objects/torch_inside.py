@@ -72,6 +72,16 @@ def default_device(device: torch.device | str) -> AbstractContextManager[Any]:
     return torch.device(device) if torch._C._len_torch_function_stack() else nullcontext()
 
 
+def rebuilt_sparse() -> list[torch.Tensor]:
+    """Return the list in which torch keeps each sparse tensor that was unpickled by this thread.
+
+    Only `torch.load` empties it.
+    """
+    found = getattr(torch._utils, "_get_sparse_tensors_to_validate", None)  # from torch 2.8 on
+    kept: list[torch.Tensor] = found() if found else torch._utils._sparse_tensors_to_validate
+    return kept
+
+
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """Return the dict of a module's own parameters; None is an unset one."""
     own: dict[str, torch.nn.Parameter | None] = module._parameters
