@@ -26,6 +26,7 @@ COLORS = dict(
     )
 )
 COLORS |= {
+    "TorchRL's shared memory": ORANGE,
     "ray_zerocopy, prefault=False": "#ff9896",
     "a private copy": GREY,
     "a private copy, huge pages": "#c7c7c7",

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import subjects  # noqa: E402
+from automatic import LEFT_ALONE, time_puts  # noqa: E402
 from bench_call import CALL, HOME, TASK, time_calls  # noqa: E402
 from bench_disk import MEMORY, from_disk  # noqa: E402
 from duel import (  # noqa: E402
@@ -40,9 +41,21 @@ from followers import message_nbytes, time_live, time_updates  # noqa: E402
 from newcomer import AtHome, time_firsts  # noqa: E402
 from page import GIB, bars, bold, heading, mib, ms, plot, section, table, times  # noqa: E402
 from prefetching import NBYTES, time_sending  # noqa: E402
-from publishing import SIZES  # noqa: E402
+from publishing import SIZES, TORCHRL, WORKERS  # noqa: E402
 from publishing import times as time_weights  # noqa: E402
-from rivals import CONTENDERS, Floor, NotPrefaulted, Ours, PlainRay, PlainWay, RayFlag  # noqa: E402
+from rivals import (  # noqa: E402
+    CONTENDERS,
+    Enabled,
+    Floor,
+    NotPrefaulted,
+    Opened,
+    Ours,
+    PlainRay,
+    PlainWay,
+    RayFlag,
+    Safetensors,
+    TorchMmap,
+)
 from running import RUNNERS, Copy, Decoding, Encoding, Runner  # noqa: E402
 from variants import COUNTS, memory_of_node, times_of_variant  # noqa: E402
 
@@ -58,9 +71,11 @@ def main():
     if arguments.quick:
         quick()
     elif arguments.only:
-        parts = [*re.split("^(?=## )", PAGE.read_text(), flags=re.M), *sections(arguments.only)]
+        parts = re.split("^(?=## )", PAGE.read_text(), flags=re.M)
         page = {part.partition("\n")[0]: part for part in parts}  # by title
-        PAGE.write_text("\n".join(part.strip() + "\n" for part in page.values()))
+        for part in sections(arguments.only):
+            page[part.partition("\n")[0]] = part
+            PAGE.write_text("\n".join(part.strip() + "\n" for part in page.values()))
     else:
         written = [*sections()]
         PAGE.write_text("\n".join((heading(), *written)))
@@ -151,9 +166,9 @@ def sections(only=None):
         (
             8 * GIB,
             [],
-            [models, plain_way, over_tensors, calls, over_bytes, layouts_in_memory],
+            [models, plain_way, automatic, over_tensors, calls, over_bytes, layouts_in_memory],
         ),
-        (6 * GIB, [], [fresh_worker, running]),
+        (6 * GIB, [], [fresh_worker, without_ray, running]),
         (
             3 * GIB,
             [],
@@ -263,6 +278,28 @@ def plain_way():
         "versions with unknown internals: `torch.from_numpy` makes the views, and `ray.put` writes "
         "the block.",
         table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
+    )
+
+
+def automatic():
+    worker, rivals, rows = Worker.remote(), (Floor(), PlainRay(), RayFlag(), Ours(), Enabled()), []
+    for name in ("BERT-base", "160 layers"):
+        load, _ = race_loads(worker, subjects.build(name), 6, rivals)
+        publish = race_publishes(rivals, name, 6)
+        rows += [
+            [name, bold(rival), *figures(load, rival), *figures(publish, rival)] for rival in load
+        ]
+    left_alone = []
+    for what, obj in LEFT_ALONE.items():
+        off, on = time_puts(obj)
+        left_alone.append([what, f"{1e6 * off:.0f}", f"{1e6 * on:.0f}", f"{on / off:.3f} x"])
+    return section(
+        "Without changing a line",
+        "`rzc.enable()` and then `ray.put(model)`, beside Ray's flag and `rzc.put`. A load is "
+        "`ray.get` each time.",
+        table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
+        "`ray.put` of objects that `enable` leaves to Ray: medians of 200, in turns.",
+        table(["", "off, µs", "on, µs", "on / off"], left_alone),
     )
 
 
@@ -507,6 +544,28 @@ def fresh_worker():
     )
 
 
+def without_ray():
+    rivals, model = (Ours(), Opened(), TorchMmap(), Safetensors()), subjects.build("BERT-base")
+    entries, _ = enlist(rivals, model)
+    firsts = time_firsts(entries, type(model), subjects.sentence())
+    workers, rows = [Worker.remote() for _ in range(4)], []
+    for rival, handle in entries:
+        rival.withdraw(handle)
+        first = firsts[rival.name]
+        (grown,) = memory_curve(rival, model, workers, (len(workers),))
+        cells = ms(first.load), times(first.load / firsts[OURS].load), ms(first.output)
+        rows.append([bold(rival.name), *cells, mib(grown / len(workers))])
+    for worker in workers:
+        ray.kill(worker)
+    return section(
+        "Without Ray",
+        "BERT-base in a new process: `rzc.open` of a file, beside `ray.get` and other files. The "
+        f"load and the first output: medians of {MIN_ROUNDS} processes. Memory: the growth of the "
+        "unique set size of each of four processes that read every weight once.",
+        table(["", "load, ms", "x ray_zerocopy", "first output, ms", "memory, MiB"], rows),
+    )
+
+
 def first_outputs(name):
     """{rival: First}."""
     model = subjects.build(name)
@@ -680,22 +739,44 @@ def followers():
 
 
 def new_weights():
-    rows = []
+    rows, lasts = [], {}
     for size in SIZES:
-        for count in (4, 20):
+        for count in WORKERS:
             found, cpu_s = time_weights(size, count, rounds=10)
-            put, publish, last, users = (median(column) for column in zip(*found, strict=True))
-            usual = "does not fit" if math.isnan(users) else ms(users)
-            cells = ms(put), ms(publish), ms(last), usual, f"{1e6 * cpu_s / count:,.0f}"
-            rows.append([f"{size}, {count} workers", *cells])
+            put, publish, last, *others = (median(column) for column in zip(*found, strict=True))
+            lasts[size, count] = last, *others
+            cells = [ms(put), ms(publish), ms(last), *map(ms_if_any, others)]
+            rows.append([f"{size}, {count} workers", *cells, f"{1e6 * cpu_s / count:,.0f}"])
+    names = Ours.name, PlainRay.name, TORCHRL
+    lines = {
+        name: (WORKERS, [1e3 * lasts["4 MiB", count][at] for count in WORKERS])
+        for at, name in enumerate(names)
+    }
     return section(
         "New weights for workers",
         "A trainer sends its weights to workers, each a process: `publish` and `follow`, until the "
         "last worker has the new version; and `ray.put(state_dict)`, then `ray.get` and "
-        "`load_state_dict` in each worker, until the last is done. Beside them `put` alone, and "
-        "the catalog's CPU time for each worker.",
-        table(["", "put, ms", "publish, ms", "last, ms", "Ray, last, ms", "catalog, µs"], rows),
+        "`load_state_dict` in each worker, until the last is done. Beside them `put` alone, "
+        f"{TORCHRL} (it overwrites the weights in place, also while a worker uses them), and the "
+        "catalog's CPU time for each worker.",
+        table(
+            [
+                *("", "put, ms", "publish, ms", "last, ms", "Ray, last, ms"),
+                *("TorchRL, last, ms", "catalog, µs"),
+            ],
+            rows,
+        ),
+        plot(
+            "new_weights",
+            lines,
+            *("workers", "until the last has them, ms", "New weights of 4 MiB for workers"),
+            log=False,
+        ),
     )
+
+
+def ms_if_any(seconds):
+    return "does not fit" if math.isnan(seconds) else ms(seconds)
 
 
 def prefetching():

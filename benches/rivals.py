@@ -95,6 +95,43 @@ class Ours(Rival):
         return ray.get(handle)
 
 
+class Opened(Ours):
+    """A snapshot, which needs no Ray."""
+
+    name = "ray_zerocopy, open"
+    needs = ("ray_zerocopy.store.opening",)
+
+    def publish(self, ready):
+        import ray_zerocopy as rzc
+
+        path = new_file(".rzc")
+        rzc.save(ready, path)
+        return path
+
+    def load(self, handle):
+        import ray_zerocopy as rzc
+
+        return rzc.open(handle)
+
+    def withdraw(self, handle):
+        handle.unlink()
+
+
+class Enabled(Ours):
+    """`ray.put` after `enable`."""
+
+    name = "ray_zerocopy, enable"
+
+    def publish(self, ready):
+        import ray_zerocopy as rzc
+
+        rzc.enable()
+        try:
+            return ray.put(ready)
+        finally:
+            rzc.disable()
+
+
 class NotPrefaulted(Ours):
     name = "ray_zerocopy, prefault=False"
 
