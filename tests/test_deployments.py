@@ -12,6 +12,7 @@ import ray
 import ray_zerocopy as rzc
 from ray import serve
 from ray_zerocopy.registry import deployments
+from ray_zerocopy.registry.publication import state
 from ray_zerocopy.serve import app, keep, multiplexed
 from test_serve import SMALL, until
 from test_serve import url as serving  # noqa: F401
@@ -75,6 +76,7 @@ def keeps(keeper):
 
     yield keeps
     keeps(0)
+    until(lambda: not [name for name in state()["names"] if name.startswith("serve/")])
 
 
 def hurry():

@@ -392,6 +392,11 @@ class Catalog:
 
         await self._manifest.change(name, change)
 
+    async def forget(self, name: str) -> None:
+        """Delete the record of a retired name that nobody uses again."""
+        await self._ready()
+        await self._manifest.forget(name)
+
     # --- the rest -----------------------------------------------------------------------------
 
     def _names(self) -> list[str]:

@@ -25,7 +25,7 @@ import ray
 from ray_zerocopy.errors import CatalogError, RayZeroCopyError, UnknownVersionError
 from ray_zerocopy.registry.catalog import ACTOR, NAMESPACE
 from ray_zerocopy.registry.client import catalog
-from ray_zerocopy.registry.publication import find, publish_copy, published, retire
+from ray_zerocopy.registry.publication import find, forget, publish_copy, published, retire
 from ray_zerocopy.registry.records import Version
 from ray_zerocopy.store.ray_inside import serve_deployments
 
@@ -125,4 +125,5 @@ class Keeper:
             elif now_s > until_s:
                 with contextlib.suppress(UnknownVersionError):  # retired by hand
                     retire(name)
+                forget(name)
                 del self._until_s[name]

@@ -30,7 +30,7 @@ def read(name: str) -> Record:
 
 
 def names() -> list[str]:
-    """Return all names that were ever written."""
+    """Return all names with a record."""
     return [key.decode() for key in KeyValues(NAMESPACE).every_key()]
 
 
@@ -99,6 +99,25 @@ class Manifest:
             if after is not before:
                 await self._write(name, before, after)
             return self.record(name)
+
+    async def forget(self, name: str) -> None:
+        """Delete the record of a name that has no live version, and is never used again.
+
+        Raises `CatalogError` if the GCS does not delete it.
+        """
+        async with self._changing[name]:
+            await self._settle(name)
+            before = self.record(name)
+            if before.recent or self.held(name):
+                return
+            try:
+                await asyncio.to_thread(self._kept.delete, name.encode())
+            except Exception as error:
+                raise CatalogError(f"the record of {name!r} was not deleted: {error}") from error
+            self._have(name, before, Record())
+            del self.records[name]
+        if not self._changing[name].locked():
+            del self._changing[name]
 
     async def _write(self, name: str, before: Record, after: Record) -> None:
         self._unsure.add(name)

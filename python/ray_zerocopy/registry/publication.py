@@ -430,6 +430,11 @@ def promote(name: str, number: int) -> Version:
     return version
 
 
+def forget(name: str) -> None:
+    """Delete what the cluster knows of a retired name that nobody uses again."""
+    client.ask("forget", name)
+
+
 def retire(name: str, number: int | None = None) -> None:
     """Retire a version, or all of a name; their memory is free when no process uses them.
 

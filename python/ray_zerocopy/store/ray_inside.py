@@ -414,6 +414,10 @@ class KeyValues:
         )
         return value
 
+    def delete(self, key: bytes) -> None:
+        """Delete a key, if it exists."""
+        self._gcs.internal_kv_del(key, False, self._namespace, timeout=self._TIMEOUT_S)
+
     def every_key(self) -> list[bytes]:
-        """Return all keys that were ever put."""
+        """Return all keys."""
         return list(self._gcs.internal_kv_keys(b"", self._namespace, timeout=self._TIMEOUT_S))
