@@ -24,6 +24,7 @@ import ray_zerocopy as rzc
 import torch
 from exact import assert_exact, assert_same_output
 from footprint import anonymous_memory, trim
+from jupyter_client.manager import KernelManager
 from models import ARCHITECTURES, DIFFICULT, LAYOUTS
 from ray_zerocopy import _core
 from rays import free_port
@@ -437,3 +438,47 @@ def test_uvicorn_with_four_workers(writer, tmp_path):
     finally:
         server.terminate()
         server.wait()
+
+
+CELLS = (
+    """
+import ray_zerocopy as rzc, torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(256, 256)
+    def forward(self, x):
+        return self.layer(x).sum().item()
+model = Net().requires_grad_(False)
+rzc.save(model, {path!r})
+print(model(torch.ones(1, 256)))
+""",
+    """
+import ray_zerocopy as rzc, torch
+print(rzc.open({path!r})(torch.ones(1, 256)))
+""",
+)
+
+
+def test_a_notebook_opens_after_a_restart_what_it_saved(tmp_path):
+    """Also if it has defined the class."""
+
+    def listen(message):
+        if message["content"].get("name") == "stdout":
+            told.append(message["content"]["text"])
+
+    told, kernel = [], KernelManager(kernel_name="python3", transport="ipc")
+    kernel.start_kernel()
+    try:
+        for cell in CELLS:
+            code = cell.format(path=str(tmp_path / "model.rzc"))
+            client = kernel.blocking_client()
+            client.start_channels()
+            client.wait_for_ready(timeout=120)
+            client.execute_interactive(code, timeout=120, output_hook=listen)
+            client.stop_channels()
+            kernel.restart_kernel(now=True)
+    finally:
+        kernel.shutdown_kernel(now=True)
+    saved, opened = map(float, "".join(told).split())
+    assert saved == pytest.approx(opened, rel=1e-4)
