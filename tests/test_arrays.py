@@ -8,6 +8,7 @@ import pickle
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import ray_zerocopy as rzc
 import torch
@@ -162,3 +163,15 @@ def test_many_tensors_of_one_storage_load_in_a_time_that_grows_as_they_do():
         return min(times)
 
     assert seconds(16 * 250) < 64 * seconds(250), "the square of 16 is 256"
+
+
+def test_a_write_to_a_frame_stays_out_of_others_that_showed_the_same_values(cluster):
+    """As in the source, where pandas copies them before the write."""
+    frame = pd.DataFrame({"x": np.zeros(5000), "y": np.zeros(5000)})
+    shown = {"frame": frame, "column": frame["y"], "shallow": frame.copy(deep=False)}
+    loaded = rzc.get(rzc.put(shown))
+    loaded["column"].iloc[0] = 7
+    loaded["shallow"].loc[1, "x"] = 8
+    assert (loaded["frame"] == 0).all().all()
+    alone = rzc.inspect(rzc.put(pd.DataFrame({"x": np.zeros(5000)})))
+    assert alone.unshared_nbytes == 0

@@ -49,6 +49,24 @@ def _reduce_array(whole: np.ndarray) -> Any:
     return (*made, state, None, None, set_array_attributes) if state else made
 
 
+def columns_reducer(kind: type) -> Callable[[Any], Any] | None:
+    """Return the function for a class of pandas' blocks, which hold the columns of frames."""
+    bases = [(base.__module__, base.__name__) for base in kind.__mro__]
+    return _reduce_columns if ("pandas._libs.internals", "Block") in bases else None
+
+
+def _reduce_columns(block: Any) -> Any:
+    """Reduce a pandas block; copy values that another frame or series shows, too.
+
+    pandas copies such values before it writes to them. A pickle does not say who shows them, and a
+    loaded frame would write to the other one. (pandas 3.1)
+    """
+    made, (values, *others) = block.__reduce_ex__(5)[:2]
+    refs = getattr(block, "refs", None)
+    shown = refs is not None and refs.has_reference()
+    return made, (values.copy() if shown else values, *others)
+
+
 def _window(plain: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], int]:
     """Return the memory from an array's first byte to its last, and its strides and offset there.
 

@@ -190,4 +190,4 @@ def _reducer(obj: Any) -> Reduce | None:
     for kinds, reducer in _BY_CLASS:
         if isinstance(obj, kinds):
             return reducer(obj)
-    return None
+    return arrays.columns_reducer(kind)
