@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -208,3 +209,39 @@ def test_bert_base_is_exact(cluster):
     replace_tensors_direct(skeleton, tensors)
     assert_same_output(case, case.model, skeleton)
     assert_exact(case.model, skeleton)
+
+
+class Staged(nn.Module):
+    """A list of tuples with a module and a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
+        self.stages = [(self.first, torch.tensor(0.5)), (nn.ReLU(), torch.tensor(2.0))]
+
+    def forward(self, x):
+        for stage, scale in self.stages:
+            x = stage(x) * scale
+        return x
+
+
+def test_a_module_beside_a_tensor_is_the_skeletons():
+    model = Staged()
+    skeleton, tensors = extract_tensors(model)
+    assert skeleton.stages[0] == (skeleton.first, None)
+    skeleton, tensors = pickle.loads(pickle.dumps((skeleton, tensors)))
+    replace_tensors(skeleton, tensors)
+    assert skeleton.stages[0][0] is skeleton.first
+    x = torch.ones(2, 8)
+    assert torch.equal(skeleton(x), model.eval()(x))
+    assert model.stages[0] == (model.first, torch.tensor(0.5))
+
+
+def test_a_dict_is_filled_whatever_its_keys_are():
+    model = nn.Linear(2, 2)
+    model.state = {model.weight: torch.ones(2), "scale": (torch.zeros(1), "text")}
+    pair = pickle.loads(pickle.dumps(extract_tensors(model)))
+    replace_tensors(*pair)
+    first, second = pair[0].state.values()
+    assert torch.equal(first, torch.ones(2))
+    assert (second[0].item(), second[1]) == (0.0, "text")

@@ -22,6 +22,7 @@ from ray_zerocopy.pickled import named
 from ray_zerocopy.store.envelope import Shared
 
 Arrays = dict[str, dict[str, np.ndarray]]
+_Path = tuple[Any, ...]  # of a tensor: an attribute's name, then positions in nested containers
 
 # numpy lacks some dtypes: such an array has integers, and its dtype's metadata names the real one.
 _DTYPE = "torch.dtype"
@@ -39,7 +40,7 @@ class Tensors(Sequence[Arrays]):
     hold the same tensors, such as the flat weights of an LSTM, survive.
     """
 
-    def __init__(self, modules: list[dict[str, dict[str, Any]]]) -> None:
+    def __init__(self, modules: list[dict[str, dict[Any, Any]]]) -> None:
         self._by_module = modules
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class Tensors(Sequence[Arrays]):
 
 
 @named
-def tensors(modules: list[dict[str, dict[str, Any]]]) -> Tensors:
+def tensors(modules: list[dict[str, dict[Any, Any]]]) -> Tensors:
     """Unpickle `Tensors`."""
     return Tensors(modules)
 
@@ -75,15 +76,18 @@ def extract_tensors(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
     sources = parts.sources.tensors
     out_of_band = [bytearray(sources[index]) for index in parts.buffers]
     skeleton: torch.nn.Module = join(parts.skeleton, sources, out_of_band)
-    extracted = []
+    extracted: list[dict[str, dict[Any, Any]]] = []
     for module, bare in zip(model.modules(), skeleton.modules(), strict=True):
-        others = {name: value for name, value in module.__dict__.items() if _holds_tensors(value)}
-        for name in inside.REGISTRIES:
-            others.pop(name, None)
+        others = {
+            (name, *path): tensor
+            for name, value in module.__dict__.items()
+            if name not in inside.REGISTRIES
+            for path, tensor in _tensors_in(value)
+        }
         parameters, buffers = inside.parameters_of(module), inside.buffers_of(module)
         inside.parameters_of(bare).update(dict.fromkeys(parameters))
         inside.buffers_of(bare).update(dict.fromkeys(buffers))
-        bare.__dict__.update({name: _without_tensors(value) for name, value in others.items()})
+        _replace_others(bare, dict.fromkeys(others))
         make_picklable(bare)
         extracted.append(
             {
@@ -156,8 +160,9 @@ def _from_arrays(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, An
     }
 
 
-def _replace_others(module: torch.nn.Module, others: Mapping[str, Any]) -> None:
-    module.__dict__.update(others)
+def _replace_others(module: torch.nn.Module, others: Mapping[_Path, Any]) -> None:
+    for (name, *path), value in others.items():
+        module.__dict__[name] = _with(module.__dict__[name], path, value)
     if isinstance(module, torch.nn.RNNBase):
         inside.renew_flat_weights(module)
 
@@ -166,23 +171,33 @@ def _present(registry: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Ten
     return {name: tensor for name, tensor in registry.items() if tensor is not None}
 
 
-def _holds_tensors(value: object) -> bool:
-    """Whether a plain attribute is a tensor or a container with one."""
-    if isinstance(value, dict):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, list | tuple | set):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, torch.Tensor)
+def _tensors_in(value: Any, *path: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield the tensors in containers, each with its path of positions.
+
+    A set with a tensor counts as one.
+    """
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        for position, item in enumerate(items):
+            yield from _tensors_in(item, *path, position)
+    elif isinstance(value, torch.Tensor) or (
+        isinstance(value, set) and any(isinstance(item, torch.Tensor) for item in value)
+    ):
+        yield path, value
 
 
-def _without_tensors(value: Any) -> Any:
-    """Copy containers, with None in place of tensors."""
-    if isinstance(value, dict):
-        return {key: _without_tensors(item) for key, item in value.items()}
-    for kind in (list, tuple, set):
-        if isinstance(value, kind):
-            return kind(map(_without_tensors, value))
-    return None if isinstance(value, torch.Tensor) else value
+def _with(container: Any, path: Sequence[int], value: Any) -> Any:
+    """Return nested containers with a value at a path; tuples are made anew."""
+    if not path:
+        return value
+    position, *rest = path
+    if isinstance(container, tuple):
+        items = list(container)
+        items[position] = _with(items[position], rest, value)
+        return tuple.__new__(type(container), items)
+    key = list(container)[position] if isinstance(container, dict) else position
+    container[key] = _with(container[key], rest, value)
+    return container
 
 
 def _array(tensor: torch.Tensor) -> Any:
