@@ -209,9 +209,9 @@ impl Gather {
             // SAFETY: it lies within the room, which is writable and held. Nobody else has a
             // reference to the object yet, so nobody reads or writes it.
             let target = unsafe { target.bytes_mut() };
-            let (sources, _lots) = self.sources(holders);
-            // SAFETY: as for `segments`. The lots keep the storages in an arena, and `release`
-            // keeps the others until they are written.
+            let sources = self.sources(holders, release.as_ref());
+            // SAFETY: as for `segments`. `Sole` keeps the lot of its storage, and `release` keeps
+            // the other lots and storages until they are written.
             unsafe { block::write(sources, &self.layout, fingerprint, target, filled) }
         })
         .map_err(refused)
@@ -347,18 +347,18 @@ impl Gather {
         self.storages.iter().zip(lock(&self.owners).iter_mut()).map(holder).collect()
     }
 
-    /// The sources of the block, each with its offset there, and the lots that others hold, too:
-    /// these may let go at any time.
-    fn sources(&self, holders: Vec<Holder>) -> (Vec<(u64, Source)>, Vec<Arc<Lot>>) {
+    /// The sources of the block, each with its offset there; `release` gets the lots that others
+    /// hold, too.
+    fn sources(&self, holders: Vec<Holder>, release: Option<&Release>) -> Vec<(u64, Source)> {
         let mut holders = holders.into_iter();
-        let (mut sources, mut others, mut lots) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut sources, mut others) = (Vec::new(), Vec::new());
         for (span, &storage) in self.layout.spans.iter().zip(&self.storages) {
             let lot = match holders.next() {
                 Some(Holder::Nobody) => None,
                 Some(Holder::Lot(lot)) if Arc::strong_count(&lot) == 1 => Some(lot),
                 other => {
-                    if let Some(Holder::Lot(lot)) = other {
-                        lots.push(lot);
+                    if let (Some(Holder::Lot(lot)), Some(release)) = (other, release) {
+                        release.keep(span.offset, lot);
                     }
                     others.push((span.offset, storage));
                     continue;
@@ -369,7 +369,7 @@ impl Gather {
             sources.push((span.offset, Source::Sole(unsafe { Sole::new(storage, lot) })));
         }
         sources.extend(source::trace(others.into_iter()));
-        (sources, lots)
+        sources
     }
 }
 

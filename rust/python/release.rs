@@ -9,11 +9,12 @@
 use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
 
 use crate::format::layout::Span;
+use crate::memory::arena::Lot;
 use crate::platform;
 
 /// Owners are dropped after each 1/32 of the block ...
@@ -35,6 +36,8 @@ pub(super) struct Release {
 struct Kept {
     span: Span,
     owner: Mutex<Option<Py<PyAny>>>,
+    /// The lot of its source, if others hold it, too: they may let go at any time.
+    lot: Mutex<Option<Arc<Lot>>>,
     /// Bytes of the span that are not yet written.
     left: AtomicUsize,
 }
@@ -46,18 +49,31 @@ struct Written {
     owners: Vec<Py<PyAny>>,
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Release {
     /// Takes the owner of each span's source.
     pub(super) fn new(spans: &[Span], owners: Vec<Py<PyAny>>) -> Release {
         let keep = |(&span, owner): (&Span, _)| {
             let left = AtomicUsize::new(span.nbytes as usize);
-            Kept { span, owner: Mutex::new(Some(owner)), left }
+            Kept { span, owner: Mutex::new(Some(owner)), lot: Mutex::default(), left }
         };
         let mut kept: Vec<_> = spans.iter().zip(owners).map(keep).collect();
         kept.sort_unstable_by_key(|kept| (kept.span.offset, kept.span.nbytes));
         let nbytes: u64 = spans.iter().map(|span| span.nbytes).sum();
         let batch = (nbytes as usize / PARTS).min(MOST);
         Release { kept, written: Mutex::default(), batch }
+    }
+
+    /// Keeps the lot of the span at an offset until the span is written.
+    pub(super) fn keep(&self, offset: u64, lot: Arc<Lot>) {
+        let first = self.kept.partition_point(|kept| kept.span.offset < offset);
+        let full = |kept: &&Kept| kept.span.nbytes > 0;
+        if let Some(kept) = self.kept[first..].iter().find(full) {
+            *lock(&kept.lot) = Some(lot);
+        }
     }
 
     /// Notes that a range of the block has been written. Each range comes only once.
@@ -69,10 +85,13 @@ impl Release {
         let owners = within.filter_map(|kept| {
             let nbytes = end(kept).min(range.end).saturating_sub(start(kept).max(range.start));
             let all = kept.left.fetch_sub(nbytes, Ordering::AcqRel) == nbytes;
-            all.then(|| kept.owner.lock().unwrap_or_else(PoisonError::into_inner).take())?
+            if all {
+                lock(&kept.lot).take();
+            }
+            all.then(|| lock(&kept.owner).take())?
         });
         let owners: Vec<_> = owners.collect();
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut written = lock(&self.written);
         written.nbytes += range.len();
         written.owners.extend(owners);
         if written.nbytes >= self.batch {
