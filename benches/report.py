@@ -265,30 +265,30 @@ def layouts_in_memory():
 
 
 def plain_way():
-    worker, rivals, rows = Worker.remote(), (Floor(), Ours(), PlainWay()), []
-    for name in ("BERT-base", "Llama-like, bf16, tied", "160 layers"):
-        load, _ = race_loads(worker, subjects.build(name), 6, rivals)
-        publish = race_publishes(rivals, name, 6)
-        rows += [
-            [name, bold(rival), *figures(load, rival), *figures(publish, rival)] for rival in load
-        ]
+    names = ("BERT-base", "Llama-like, bf16, tied", "160 layers")
     return section(
         "The portable path",
         "The code path for torch before 2.10, which lacks DLPack's exchange API, and for Ray "
         "versions with unknown internals: `torch.from_numpy` makes the views, and `ray.put` writes "
         "the block.",
-        table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
+        load_and_publish_table(names, (Floor(), Ours(), PlainWay())),
     )
 
 
-def automatic():
-    worker, rivals, rows = Worker.remote(), (Floor(), PlainRay(), RayFlag(), Ours(), Enabled()), []
-    for name in ("BERT-base", "160 layers"):
+def load_and_publish_table(names, rivals):
+    """Loads and publishes of several subjects."""
+    worker, rows = Worker.remote(), []
+    for name in names:
         load, _ = race_loads(worker, subjects.build(name), 6, rivals)
         publish = race_publishes(rivals, name, 6)
         rows += [
             [name, bold(rival), *figures(load, rival), *figures(publish, rival)] for rival in load
         ]
+    return table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows)
+
+
+def automatic():
+    rivals = (Floor(), PlainRay(), RayFlag(), Ours(), Enabled())
     left_alone = []
     for what, obj in LEFT_ALONE.items():
         off, on = time_puts(obj)
@@ -297,7 +297,7 @@ def automatic():
         "Without changing a line",
         "`rzc.enable()` and then `ray.put(model)`, beside Ray's flag and `rzc.put`. A load is "
         "`ray.get` each time.",
-        table(["", "", "load, ms", "x floor", "publish, ms", "x floor"], rows),
+        load_and_publish_table(("BERT-base", "160 layers"), rivals),
         "`ray.put` of objects that `enable` leaves to Ray: medians of 200, in turns.",
         table(["", "off, µs", "on, µs", "on / off"], left_alone),
     )

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from models import simple
 from ray_zerocopy.operate import cli, doctor
+from ray_zerocopy.registry import publication
 from ray_zerocopy.registry.publication import find
 
 
@@ -80,11 +81,13 @@ def test_a_version_that_is_being_rebuilt_is_waited_for(run, name, tmp_path, monk
     path = tmp_path / "model.rzc"
     answers = iter([True, True, False])
     rebuilding = replace(rzc.versions(name)[-1], ref=None)
-    monkeypatch.setattr(cli, "find", lambda *how: rebuilding if next(answers) else find(*how))
+    monkeypatch.setattr(
+        publication, "find", lambda *how: rebuilding if next(answers) else find(*how)
+    )
     parsed(run("save", name, str(path), "--json"))
     assert torch.equal(rzc.open(path).weight, made().weight)
 
-    monkeypatch.setattr(cli, "find", lambda *_: rebuilding)
+    monkeypatch.setattr(publication, "find", lambda *_: rebuilding)
     monkeypatch.setattr(cli, "_REBUILT_S", 0.0)
     code, _, told = run("save", name, str(path))
     assert code != 0

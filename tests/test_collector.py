@@ -1,5 +1,6 @@
 """The garbage collector does not run in a walk over a model, and keeps its settings."""
 
+import contextlib
 import gc
 import os
 import threading
@@ -34,8 +35,10 @@ def test_none_starts_inside_and_all_is_as_before_after():
     assert gc.isenabled()
 
 
-def test_threads_may_be_inside_at_once():
-    threshold, entered, leave = gc.get_threshold(), threading.Event(), threading.Event()
+@contextlib.contextmanager
+def thread_inside():
+    """A thread is inside, until the end."""
+    entered, leave = threading.Event(), threading.Event()
 
     def walk():
         with quiet_collector():
@@ -45,32 +48,28 @@ def test_threads_may_be_inside_at_once():
     thread = threading.Thread(target=walk)
     thread.start()
     entered.wait(10)
-    with quiet_collector():
-        pass
-    assert gc.get_threshold() != threshold  # the other is inside
+    yield
     leave.set()
     thread.join()
+
+
+def test_threads_may_be_inside_at_once():
+    threshold = gc.get_threshold()
+    with thread_inside():
+        with quiet_collector():
+            pass
+        assert gc.get_threshold() != threshold
     assert gc.get_threshold() == threshold
 
 
 def test_a_child_forked_meanwhile_collects():
-    threshold, entered, leave = gc.get_threshold(), threading.Event(), threading.Event()
-
-    def walk():
-        with quiet_collector():
-            entered.set()
-            leave.wait(10)
-
-    thread = threading.Thread(target=walk)
-    thread.start()
-    entered.wait(10)
-    if (child := os.fork()) == 0:
-        as_ever = gc.get_threshold() == threshold
-        with quiet_collector():
-            pass
-        os._exit(int(not (as_ever and gc.get_threshold() == threshold)))
-    leave.set()
-    thread.join()
+    threshold = gc.get_threshold()
+    with thread_inside():
+        if (child := os.fork()) == 0:
+            as_ever = gc.get_threshold() == threshold
+            with quiet_collector():
+                pass
+            os._exit(int(not (as_ever and gc.get_threshold() == threshold)))
     assert os.waitpid(child, 0)[1] == 0
 
 

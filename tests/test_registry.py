@@ -344,7 +344,7 @@ def test_a_block_that_arrives_slowly_is_waited_for(name, monkeypatch):
     assert value_of(rzc.load(name)) == 1
     assert given == pytest.approx([0.05, 0.2, 0.8])
     given.clear()
-    monkeypatch.setattr(publication, "_COPIED_A_SECOND", 10_000)  # a slice lasts as its bytes need
+    monkeypatch.setattr(publication, "_SENT_A_SECOND", 10_000)  # a slice lasts as its bytes need
     assert value_of(rzc.load(name)) == 1
     assert given[0] > 1
 

@@ -6,7 +6,7 @@ use std::ffi::c_int;
 use std::iter;
 use std::mem;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -28,7 +28,7 @@ use crate::python::arena::Arena;
 use crate::python::block::Block;
 use crate::python::buffer;
 use crate::python::errors::PublishError;
-use crate::python::release::Release;
+use crate::python::release::{Release, lock};
 use crate::python::sources::Sources;
 use crate::python::torch::Torch;
 
@@ -358,7 +358,7 @@ impl Gather {
                 Some(Holder::Lot(lot)) if Arc::strong_count(&lot) == 1 => Some(lot),
                 other => {
                     if let (Some(Holder::Lot(lot)), Some(release)) = (other, release) {
-                        release.keep(span.offset, lot);
+                        release.keep(*span, lot);
                     }
                     others.push((span.offset, storage));
                     continue;
@@ -413,10 +413,6 @@ enum Holder {
     /// The holders of its lot: nobody, if this is the only one.
     Lot(Arc<Lot>),
     Others,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A part of a block that is being written: a read-only buffer.

@@ -49,7 +49,12 @@ struct Written {
     owners: Vec<Py<PyAny>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// By rising offset; an empty span comes before the one at the same offset.
+fn order(span: &Span) -> (u64, u64) {
+    (span.offset, span.nbytes)
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -61,19 +66,16 @@ impl Release {
             Kept { span, owner: Mutex::new(Some(owner)), lot: Mutex::default(), left }
         };
         let mut kept: Vec<_> = spans.iter().zip(owners).map(keep).collect();
-        kept.sort_unstable_by_key(|kept| (kept.span.offset, kept.span.nbytes));
+        kept.sort_unstable_by_key(|kept| order(&kept.span));
         let nbytes: u64 = spans.iter().map(|span| span.nbytes).sum();
         let batch = (nbytes as usize / PARTS).min(MOST);
         Release { kept, written: Mutex::default(), batch }
     }
 
-    /// Keeps the lot of the span at an offset until the span is written.
-    pub(super) fn keep(&self, offset: u64, lot: Arc<Lot>) {
-        let first = self.kept.partition_point(|kept| kept.span.offset < offset);
-        let full = |kept: &&Kept| kept.span.nbytes > 0;
-        if let Some(kept) = self.kept[first..].iter().find(full) {
-            *lock(&kept.lot) = Some(lot);
-        }
+    /// Keeps the lot of a span until that is written.
+    pub(super) fn keep(&self, span: Span, lot: Arc<Lot>) {
+        let at = self.kept.binary_search_by_key(&order(&span), |kept| order(&kept.span));
+        *lock(&self.kept[at.expect("a span of the block")].lot) = Some(lot);
     }
 
     /// Notes that a range of the block has been written. Each range comes only once.
@@ -85,10 +87,11 @@ impl Release {
         let owners = within.filter_map(|kept| {
             let nbytes = end(kept).min(range.end).saturating_sub(start(kept).max(range.start));
             let all = kept.left.fetch_sub(nbytes, Ordering::AcqRel) == nbytes;
-            if all {
-                lock(&kept.lot).take();
+            if !all {
+                return None;
             }
-            all.then(|| lock(&kept.owner).take())?
+            drop(lock(&kept.lot).take());
+            lock(&kept.owner).take()
         });
         let owners: Vec<_> = owners.collect();
         let mut written = lock(&self.written);

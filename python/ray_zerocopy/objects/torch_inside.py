@@ -77,7 +77,7 @@ def rebuilt_sparse() -> list[torch.Tensor]:
 
     Only `torch.load` empties it.
     """
-    found = getattr(torch._utils, "_get_sparse_tensors_to_validate", None)  # from torch 2.8 on
+    found = getattr(torch._utils, "_get_sparse_tensors_to_validate", None)  # a newer torch
     kept: list[torch.Tensor] = found() if found else torch._utils._sparse_tensors_to_validate
     return kept
 

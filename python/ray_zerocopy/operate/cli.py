@@ -26,10 +26,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import ray_zerocopy as rzc
-from ray_zerocopy.errors import LostVersionError, RayZeroCopyError
+from ray_zerocopy.errors import RayZeroCopyError
 from ray_zerocopy.operate import demo as demonstration
 from ray_zerocopy.operate import doctor as examination
-from ray_zerocopy.registry.publication import find, state
+from ray_zerocopy.registry.publication import find_rebuilt, state
 from ray_zerocopy.store.ray_inside import located
 
 _REFUSED, _NO_CLUSTER = 1, 3
@@ -398,14 +398,7 @@ def _one_line(error: BaseException) -> str:
 
 def _version(name: str, number: int | None) -> Any:
     """Return a live version with its reference; waits while its block is being rebuilt."""
-    ends_s = time.monotonic() + _REBUILT_S
-    while (version := find(name, number)).ref is None:
-        if time.monotonic() > ends_s:
-            raise LostVersionError(
-                f"version {version.number} of {name!r} has been rebuilding for {_REBUILT_S:.0f} s: "
-                f"try again, or publish it again"
-            )
-    return version
+    return find_rebuilt(name, number, _REBUILT_S)
 
 
 def _nodes(ref: ray.ObjectRef | None) -> list[str]:

@@ -19,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_zerocopy.errors import LostVersionError
-from ray_zerocopy.registry.publication import find
+from ray_zerocopy.registry.publication import find_rebuilt
 from ray_zerocopy.store.ray_inside import INLINE_NBYTES, located
 from ray_zerocopy.store.references import bases_in, refuse_client
 
@@ -59,9 +59,8 @@ def prefetch(
     """
     refuse_client()
     ref = _reference(ref_or_name, timeout)
-    wanted, stores = nodes, _stores()
-    if wanted is None:
-        wanted = stores
+    stores = _stores()
+    wanted = stores if nodes is None else nodes
     if unknown := set(wanted) - set(stores):
         raise ValueError(f"no live node has the id {sorted(unknown)}; nodes: {sorted(stores)}")
     seconds = _send(ref, wanted, timeout, ref_or_name)
@@ -123,13 +122,8 @@ def _send(
 def _reference(ref_or_name: ray.ObjectRef | str, timeout: float) -> ray.ObjectRef:
     if not isinstance(ref_or_name, str):
         return ref_or_name
-    deadline_s = time.monotonic() + timeout
-    while (version := find(ref_or_name)).ref is None:
-        if time.monotonic() > deadline_s:
-            raise LostVersionError(
-                f"version {version.number} of {ref_or_name!r} was not rebuilt in {timeout:g} s"
-            )
-    return version.ref
+    ref: ray.ObjectRef = find_rebuilt(ref_or_name, None, timeout).ref
+    return ref
 
 
 class _Waves:

@@ -82,8 +82,12 @@ class _Staged:
     @property
     def lease_s(self) -> float:
         """How long its publisher may be silent; longer while it writes many bytes."""
-        draft = self.wanted.draft
-        return LEASE_S + (draft.nbytes / _WRITTEN_A_SECOND if draft else 0)
+        return _lease_s(self.wanted.draft.nbytes if self.wanted.draft else 0)
+
+
+def _lease_s(nbytes: int) -> float:
+    """Return how long a publisher may be silent while it writes or moves so many bytes."""
+    return LEASE_S + nbytes / _WRITTEN_A_SECOND
 
 
 class _RestageError(Exception):
@@ -216,8 +220,7 @@ class Catalog:
 
         record = await self._manifest.change(name, change)
         self._staged.pop(token, None)
-        moved_s = LEASE_S + made.nbytes / _WRITTEN_A_SECOND
-        asyncio.get_running_loop().call_later(moved_s, self._place, token)
+        asyncio.get_running_loop().call_later(_lease_s(made.nbytes), self._place, token)
         number = record.published_by(token)
         if number is None:
             self._healing.drop([token])

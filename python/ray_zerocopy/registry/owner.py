@@ -260,11 +260,9 @@ class Owner:
         digest: str | None,
         bases: Sequence[ray.ObjectRef],
     ) -> Made:
-        there = NodeAffinitySchedulingStrategy(plan.node, soft=True)
         me = ray.get_runtime_context().current_actor
-        self._tries.pop(token, None)
         asked = token, name, plan, digest, list(bases), me
-        block, facts = _build.options(scheduling_strategy=there).remote(*asked)
+        block, facts = _build.options(**_on(plan.node, soft=True)).remote(*asked)
         self._tasks[token] = block
         try:
             nbytes, found, stored, used = await asyncio.wait_for(facts, plan.seconds)
@@ -286,8 +284,7 @@ class Owner:
 
     async def _at_node(self, name: str, plan: Plan, ask: Callable[[Any], Any]) -> Made:
         # with soft=True, Ray puts actors on any node
-        there = NodeAffinitySchedulingStrategy(plan.node, soft=False)
-        copier = self._let_go(plan.node) or Copier.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
+        copier = self._let_go(plan.node) or Copier.options(**_on(plan.node)).remote()  # type: ignore[attr-defined]
         leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go, plan.node)
         self._copiers[plan.node] = copier, leaving
         block, nbytes = ask(copier)
@@ -342,32 +339,27 @@ class Owner:
         places, nbytes = await asyncio.to_thread(located, block[0])
         if not places and nbytes > INLINE_NBYTES:
             return "no node has it"
-        there = NodeAffinitySchedulingStrategy(node, soft=True)
-        answer = _check.options(scheduling_strategy=there).remote(block)
-        try:
-            found: str | None = await asyncio.wait_for(answer, 2 * _CHECK_S)
-        except (TimeoutError, ray.exceptions.RayError):
-            ray.cancel(answer, force=True)
-            return None
+        answer = _check.options(**_on(node, soft=True)).remote(block)
+        found: str | None = await _answer(answer, 2 * _CHECK_S)
         return found
 
 
-def _on(node: str) -> dict[str, Any]:
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+def _on(node: str, *, soft: bool = False) -> dict[str, Any]:
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=soft)}
 
 
-async def _answer(nbytes: ray.ObjectRef, seconds: float) -> int | None:
-    """Return a node's answer, or None if it failed or took too long."""
+async def _answer(ref: ray.ObjectRef, seconds: float) -> Any:
+    """Return a task's answer, or None if it failed or took too long."""
     try:
-        answer: int | None = await asyncio.wait_for(nbytes, seconds)
+        return await asyncio.wait_for(ref, seconds)
     except ray.exceptions.RayError:
         return None
-    except (TimeoutError, asyncio.CancelledError) as error:
-        ray.cancel(nbytes, force=True)
-        if isinstance(error, asyncio.CancelledError):
-            raise
+    except TimeoutError:
+        ray.cancel(ref, force=True)
         return None
-    return answer
+    except asyncio.CancelledError:
+        ray.cancel(ref, force=True)
+        raise
 
 
 # --- tasks that make blocks -----------------------------------------------------------------------

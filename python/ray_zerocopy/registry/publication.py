@@ -46,7 +46,7 @@ _LARGE_NBYTES = 2**26  # writing this takes seconds on a busy machine
 _SHARED_NBYTES = 2**27  # for less, a look at the current version costs more than it saves
 _WAIT_S = 2.0  # ask again after this
 _SLICE_S = 5.0  # of a load; then ask the catalog whether the block was rebuilt
-_COPIED_A_SECOND = 5e8  # bytes, between nodes; Ray begins anew after each slice
+_SENT_A_SECOND = 5e8  # bytes, between nodes; Ray begins anew after each slice
 _COPY_S = 3600.0
 _GENERATIONS = 3
 
@@ -326,24 +326,22 @@ def _load(
 ) -> Any:
     ends_s = time.monotonic() + timeout
     trouble = "the catalog was not asked"
-    losses = slices = 0
-    mark = None
+    losses = 0
+    mark, slice_s = None, 0.0
     while (left_s := ends_s - time.monotonic()) > 0:
         found, version = None, found or find(name, number, min(left_s, _WAIT_S))
         if version.ref is None:
             trouble = "its block is lost, and not rebuilt yet"
             continue
         if mark != version.mark:
-            mark, slices = version.mark, 0
-        slice_s = max(_SLICE_S, version.nbytes / _COPIED_A_SECOND) * 4**slices
-        if left_s < 3 * slice_s:  # the last one takes all the time that is left
-            slice_s = left_s
+            mark, slice_s = version.mark, max(_SLICE_S, version.nbytes / _SENT_A_SECOND)
+        given_s = left_s if left_s < 3 * slice_s else slice_s  # the last one takes all that is left
         loading = metrics.LOADING.set(name)
         try:
-            return references.get(version.ref, timeout=min(left_s, slice_s), **how)
+            return references.get(version.ref, timeout=given_s, **how)
         except ray.exceptions.GetTimeoutError:
             trouble = "its block has not arrived"
-            slices += 1
+            slice_s *= 4
         except (*LOSSES, BlockError) as error:
             trouble = str(error)  # a kept error would hold this frame and its references
             losses += 1
@@ -379,6 +377,21 @@ def find(name: str, number: int | None = None, wait_s: float = _WAIT_S) -> Versi
     version: Version = client.ask("find", name, number, wait_s)
     if version.state != "live":
         raise UnknownVersionError(f"version {version.number} of {name!r} is {version.state}")
+    return version
+
+
+def find_rebuilt(name: str, number: int | None, timeout: float) -> Version:
+    """Return a live version with its reference; waits while its block is being rebuilt.
+
+    Raises `LostVersionError` if that takes longer than `timeout` seconds.
+    """
+    ends_s = time.monotonic() + timeout
+    while (version := find(name, number)).ref is None:
+        if time.monotonic() > ends_s:
+            raise LostVersionError(
+                f"version {version.number} of {name!r} has been rebuilding for {timeout:g} s: "
+                f"try again, or publish it again"
+            )
     return version
 
 

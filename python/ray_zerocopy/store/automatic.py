@@ -113,17 +113,17 @@ class _Serializer:
         try:
             pickled = _pickled(cloudpickle.CloudPickler, items, protocol, buffers)
         except _OnDeviceError:
-            buffers.clear()
-            return _pickled(cloudpickle.CloudPickler, value, protocol, buffers)
+            pass
         except PublishError as error:
             if not isinstance(why, _HoldsTensors):
                 raise why from None
             metrics.record("rzc_automatic", 1, "refused")
             warnings.warn(f"Ray stores this object itself: {error}", NotABlockWarning, stacklevel=2)
-            buffers.clear()
-            return _pickled(cloudpickle.CloudPickler, value, protocol, buffers)
-        metrics.record("rzc_automatic", 1, "block")
-        return pickled
+        else:
+            metrics.record("rzc_automatic", 1, "block")
+            return pickled
+        buffers.clear()
+        return _pickled(cloudpickle.CloudPickler, value, protocol, buffers)
 
     def _warn_of_the_third(self, value: list[Any]) -> None:
         for obj in value:

@@ -92,13 +92,15 @@ class _Quiet:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside = max(0, self._inside - 1)  # 0 if it was forked inside
-            if not self._inside and gc.get_threshold()[0] == self._NEVER:
-                gc.set_threshold(*self._before)
+            self._end_unless_inside()
 
     def in_child(self) -> None:
         """End it in a forked child, which lacks the threads that were inside."""
-        self._lock, forked_inside, self._inside = threading.Lock(), self._inside > 0, 0
-        if forked_inside and gc.get_threshold()[0] == self._NEVER:
+        self._lock, self._inside = threading.Lock(), 0
+        self._end_unless_inside()
+
+    def _end_unless_inside(self) -> None:
+        if not self._inside and gc.get_threshold()[0] == self._NEVER:
             gc.set_threshold(*self._before)
 
 
